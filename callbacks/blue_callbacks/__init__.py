@@ -1,0 +1,19 @@
+"""Lightning callbacks for closed-form model editing; needs torch and Lightning only."""
+
+from blue_callbacks.closed_form import KeyMemory, whitening_factor
+from blue_callbacks.plans import PLANS, PlanStep, plan_steps
+from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
+from blue_callbacks.update import ClosedFormUpdate, NonFiniteError
+
+__all__ = [
+    "PLANS",
+    "ClosedFormUpdate",
+    "EditStepOptimizer",
+    "EditableModule",
+    "KeyMemory",
+    "NonFiniteError",
+    "PlanStep",
+    "apply_edit_batch",
+    "plan_steps",
+    "whitening_factor",
+]

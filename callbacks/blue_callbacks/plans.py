@@ -1,0 +1,76 @@
+"""Plans: which layer is written, with whose target, with what share of the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+
+class PlanStep(NamedTuple):
+    """One weight to write: ``share * (target - output)`` at ``target_layer`` goes to ``layer``."""
+
+    layer: int
+    target_layer: int
+    share: float
+
+
+def even(layers: Sequence[int]) -> list[PlanStep]:
+    """Spread the last layer's residual over all critical layers (MEMIT, Eq. 6 of the paper).
+
+    Each layer takes ``1 / layers left`` of what still remains when its turn comes.
+    """
+    last = layers[-1]
+    return [PlanStep(layer, last, 1 / (len(layers) - i)) for i, layer in enumerate(layers)]
+
+
+def boundary(layers: Sequence[int]) -> list[PlanStep]:
+    """Give the first and the last critical layer a target of their own (BLUE, Sec. 4.3)."""
+    return [PlanStep(layer, layer, 1.0) for layer in dict.fromkeys((layers[0], layers[-1]))]
+
+
+def computed(layers: Sequence[int]) -> list[PlanStep]:
+    """Give every critical layer a target of its own (Table 1 of the paper)."""
+    return [PlanStep(layer, layer, 1.0) for layer in layers]
+
+
+def first(layers: Sequence[int]) -> list[PlanStep]:
+    """Write the first critical layer only; a control for what the boundary plan gains."""
+    return [PlanStep(layers[0], layers[0], 1.0)]
+
+
+def last(layers: Sequence[int]) -> list[PlanStep]:
+    """Write the last critical layer only; a control for what the boundary plan gains."""
+    return [PlanStep(layers[-1], layers[-1], 1.0)]
+
+
+Plan = Callable[[Sequence[int]], list[PlanStep]]
+
+PLANS: dict[str, Plan] = {
+    "even": even,
+    "boundary": boundary,
+    "computed": computed,
+    "first": first,
+    "last": last,
+}
+
+
+def plan_steps(plan: str, layers: Sequence[int]) -> list[PlanStep]:
+    """Lay out a named plan over the critical layers.
+
+    Args:
+        plan: a name in ``PLANS``.
+        layers: critical layers, ascending, e.g. ``[4, 5, 6, 7, 8]``.
+
+    Raises:
+        ValueError: if the plan is unknown, or the layers are empty, repeated or not ascending.
+
+    >>> plan_steps("boundary", [4, 5, 6, 7, 8])
+    [PlanStep(layer=4, target_layer=4, share=1.0), PlanStep(layer=8, target_layer=8, share=1.0)]
+    """
+    if plan not in PLANS:
+        raise ValueError(f"unknown plan {plan!r}; the plans are {', '.join(PLANS)}")
+    if not layers or list(layers) != sorted(set(layers)) or min(layers) < 0:
+        raise ValueError(
+            f"critical layers must be distinct, ascending and not negative, not {list(layers)}"
+        )
+    return PLANS[plan](layers)

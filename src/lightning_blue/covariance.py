@@ -1,0 +1,287 @@
+"""Second moments of keys over ordinary text: collected in one pass, kept in a file that knows them.
+
+K0 K0^T of Eq. 4 is estimated as the mean of k k^T over tokens. Ten tokens for each key dimension
+are enough ("Efficient Knowledge Editing via Minimal Precomputation"); the paper's 100,000 documents
+remain a setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_blue.corpus import corpus_fingerprint, corpus_texts
+from lightning_blue.errors import InputError
+from lightning_blue.forward import read_states
+
+log = logging.getLogger(__name__)
+
+_SAMPLED_VALUES = 4096  # of each weight, for the fingerprint of a model
+
+
+@dataclass(frozen=True)
+class CovarianceSource:
+    """Where covariances come from.
+
+    Args:
+        corpus: ``almanac``, a text file, or the name of a dataset on the hub with a column
+            ``text``; a hub dataset's configuration follows a colon.
+        split: split of a hub dataset.
+        tokens_per_dim: tokens collected for each key dimension.
+        max_length: tokens in a sequence, capped by the model's context.
+        batch_tokens: tokens in a forward pass.
+        cache: folder of the cached files.
+        path: one given file instead of the cache; refused if it was made from anything else.
+    """
+
+    corpus: str = "almanac"
+    split: str = "train"
+    tokens_per_dim: float = 10.0
+    max_length: int = 512
+    batch_tokens: int = 8192
+    cache: str = "stats"
+    path: str | None = None
+
+
+def collect_covariance(
+    model: PreTrainedModel,
+    projections: Mapping[int, nn.Module],
+    sequences: Iterable[Sequence[int]],
+    n_tokens: int,
+    batch_tokens: int = 8192,
+) -> tuple[dict[int, Tensor], int]:
+    """Average k k^T over the tokens of packed sequences, for all layers in one pass.
+
+    Products are formed in float32 and summed in float64; the forward pass stops after the last
+    layer that is wanted.
+
+    Args:
+        model: a causal language model in eval mode.
+        projections: layer -> the down projection whose input is the key.
+        sequences: token ids, all of one length but the last.
+        n_tokens: how many tokens to use.
+        batch_tokens: tokens in a forward pass.
+
+    Returns:
+        layer -> ``(d_in, d_in)`` float32, and the number of tokens that were there.
+    """
+    modules = {str(layer): module for layer, module in projections.items()}
+    sums: dict[int, Tensor] = {}
+    seen = 0
+    batches = _batches(sequences, n_tokens, batch_tokens)
+    with tqdm(total=n_tokens, desc="covariance", unit="token", leave=False) as bar:
+        for batch in batches:
+            input_ids = torch.tensor(batch, device=model.device)
+            states = read_states(model, input_ids, inputs_of=modules)
+            for layer in projections:
+                keys = states[str(layer)].flatten(0, 1).float()  # (n_tokens, d_in)
+                product = (keys.T @ keys).double()
+                sums[layer] = sums[layer] + product if layer in sums else product
+            seen += input_ids.numel()
+            bar.update(input_ids.numel())
+    return {layer: (total / seen).float() for layer, total in sums.items()}, seen
+
+
+def _batches(
+    sequences: Iterable[Sequence[int]], n_tokens: int, batch_tokens: int
+) -> Iterator[list[Sequence[int]]]:
+    """Group sequences of equal length into forward passes until there are enough tokens."""
+    batch: list[Sequence[int]] = []
+    taken = 0
+    for whole in sequences:
+        sequence = whole[: n_tokens - taken]
+        if batch and (
+            len(sequence) != len(batch[0]) or (len(batch) + 1) * len(sequence) > batch_tokens
+        ):
+            yield batch
+            batch = []
+        batch.append(sequence)
+        taken += len(sequence)
+        if taken >= n_tokens:
+            break
+    if batch:
+        yield batch
+
+
+def pack(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int
+) -> Iterator[list[int]]:
+    """Join the token ids of texts and cut them into sequences of ``length``, the last shorter."""
+    joined: list[int] = []
+    texts = iter(texts)
+    while chunk := list(islice(texts, 64)):
+        for ids in tokenizer(chunk, verbose=False)["input_ids"]:
+            joined += ids
+        while len(joined) >= length:
+            yield joined[:length]
+            joined = joined[length:]
+    if joined:
+        yield joined
+
+
+class CovarianceFile:
+    """A safetensors file of covariances that names what they were computed from.
+
+    Args:
+        path: the file.
+        identity: what the covariances depend on; a file with another identity is refused.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
+        self.path = path
+        self.identity = {key: str(value) for key, value in identity.items()}
+
+    def read(self, layers: Sequence[int]) -> dict[int, Tensor]:
+        """Return those of the layers that the file holds; nothing if there is no file.
+
+        Raises:
+            InputError: if the file was computed from something else, or is no such file.
+        """
+        if not self.path.exists():
+            return {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                self._verify(file.metadata() or {})
+                names = set(file.keys())
+                return {n: file.get_tensor(f"layer{n}") for n in layers if f"layer{n}" in names}
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the covariance file cannot be read: {error}",
+                where=str(self.path),
+                mend="delete it; it will be computed again",
+            ) from error
+
+    def _verify(self, found: Mapping[str, str]) -> None:
+        for key, value in self.identity.items():
+            if found.get(key) != value:
+                raise InputError(
+                    f"this covariance file was computed from another {key}: "
+                    f"{found.get(key, 'unknown')}, now {value}",
+                    where=str(self.path),
+                    mend="give the file that belongs to this model and corpus, or leave "
+                    "covariance.path empty to have it computed",
+                )
+
+    def write(self, covariances: Mapping[int, Tensor]) -> None:
+        """Write the file atomically.
+
+        Raises:
+            InputError: if the disk is full or the folder cannot be written.
+        """
+        tensors = {f"layer{layer}": c.cpu().contiguous() for layer, c in covariances.items()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                partial = Path(folder) / "partial"
+                save_file(tensors, partial, metadata=self.identity)
+                os.replace(partial, self.path)
+        except Exception as error:
+            raise InputError(
+                f"the covariance file cannot be written: {error}",
+                where=str(self.path),
+                mend="free some space, or choose another folder with --covariance.cache",
+            ) from error
+
+
+def load_or_collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    projections: Mapping[int, nn.Module],
+    source: CovarianceSource,
+) -> dict[int, Tensor]:
+    """Return layer -> covariance ``(d_in, d_in)``, computing what no file holds.
+
+    Raises:
+        InputError: if a given file belongs to something else, or the corpus is too short.
+    """
+    length = min(source.max_length, _context_length(model))
+    identity = {
+        "model": model_fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "corpus": corpus_fingerprint(source.corpus, source.split),
+        "tokens_per_dim": f"{source.tokens_per_dim:g}",
+        "max_length": length,
+    }
+    file = CovarianceFile(_path_of(source, model, identity), identity)
+    found = file.read(list(projections))
+    missing = {layer: module for layer, module in projections.items() if layer not in found}
+    if missing and source.path:
+        raise InputError(
+            f"the covariance file has no layer {', '.join(map(str, missing))}",
+            where=source.path,
+            mend="leave covariance.path empty to have them computed",
+        )
+    if missing:
+        d_in = _d_in(next(iter(missing.values())))
+        wanted = round(source.tokens_per_dim * d_in)
+        sequences = pack(tokenizer, corpus_texts(source.corpus, source.split), length)
+        new, seen = collect_covariance(model, missing, sequences, wanted, source.batch_tokens)
+        if seen < wanted:
+            raise InputError(
+                f"the corpus holds {seen:,} tokens; {wanted:,} are wanted "
+                f"({source.tokens_per_dim:g} for each of {d_in:,} key dimensions)",
+                where=source.corpus,
+                mend="give a longer text, or lower --covariance.tokens_per_dim",
+            )
+        found |= new
+        file.write({**file.read(range(model.config.num_hidden_layers)), **new})
+        log.info("covariance of layers %s from %d tokens: %s", list(new), seen, file.path)
+    return {layer: found[layer] for layer in projections}
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """Hash the names, shapes and an even sample of the values of all weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        stride = max(1, weight.numel() // _SAMPLED_VALUES)
+        sample = weight.detach().flatten()[::stride].float().cpu()
+        digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash a tokenizer's vocabulary and special tokens."""
+    described = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer("a b")["input_ids"]])
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _path_of(
+    source: CovarianceSource, model: PreTrainedModel, identity: Mapping[str, object]
+) -> Path:
+    if source.path:
+        return Path(source.path)
+    key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:12]
+    name = Path(str(model.config.name_or_path)).name or model.config.model_type
+    return Path(source.cache) / f"{name}-{key}.safetensors"
+
+
+def _context_length(model: PreTrainedModel) -> int:
+    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
+
+
+def _d_in(projection: nn.Module) -> int:
+    from lightning_blue.architectures import weight_view
+
+    return weight_view(projection).shape[1]
+
+
+def describe(source: CovarianceSource) -> dict[str, object]:
+    """Return the settings as plain types."""
+    return asdict(source)

@@ -1,0 +1,67 @@
+"""Load a causal language model and its tokenizer, by name, path, or from the package."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_blue.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_language_model(
+    name_or_path: str, dtype: str = "float32", revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model in eval mode, frozen, and its tokenizer; remote code is never run.
+
+    Args:
+        name_or_path: ``almanac`` for the model in the package, a folder, or a name on the hub.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        InputError: if there is no such model, or it is not a decoder-only language model.
+    """
+    if dtype not in DTYPES:
+        raise InputError(
+            f"unknown dtype {dtype!r}", where="model.dtype", mend=f"choose of {', '.join(DTYPES)}"
+        )
+    source = name_or_path
+    if name_or_path == "almanac":
+        source = str(resources.files("lightning_blue") / "assets" / "almanac" / "model")
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=DTYPES[dtype], revision=revision
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the model cannot be loaded: {str(error).splitlines()[0]}",
+            where=f"model.name_or_path = {name_or_path}",
+            mend=_mend(name_or_path),
+        ) from error
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{config.model_type} is an encoder-decoder; editing needs a decoder-only model",
+            where=f"model.name_or_path = {name_or_path}",
+        )
+    model.requires_grad_(False).eval()
+    return cast(PreTrainedModel, model), tokenizer
+
+
+def _mend(name_or_path: str) -> str:
+    if Path(name_or_path).is_dir():
+        return "the folder needs config.json, model.safetensors and the tokenizer's files"
+    return "give an existing folder or a name on the hub (gated models need `hf auth login`)"

@@ -1,0 +1,139 @@
+"""Token positions: where a prompt's subject ends, and which tokens spell an object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_blue.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SLOT = "{}"
+ANCHOR = "."
+
+
+class Encoded(NamedTuple):
+    """A prompt as token ids, BOS included where the tokenizer adds one.
+
+    ``lookup`` is the index in ``ids`` of the subject's last token.
+    """
+
+    ids: list[int]
+    lookup: int
+
+
+def place_in_context(context: str, template: str) -> str:
+    """Put a request's template into the slot of a context template.
+
+    ``place_in_context("So it is. {}", "The capital of {} is")`` gives
+    ``"So it is. The capital of {} is"``. The last ``{}`` of ``context`` is its slot, because a
+    context that a model wrote may hold braces of its own.
+    """
+    before, slot, after = context.rpartition(SLOT)
+    if not slot:
+        raise ValueError(f"the context template {context!r} has no {SLOT}")
+    return before + template + after
+
+
+def fill(template: str, subject: str) -> tuple[str, int]:
+    """Put the subject into the template's last ``{}``.
+
+    Returns the text and the index of the first character of the subject in it.
+    """
+    before, slot, after = template.rpartition(SLOT)
+    if not slot:
+        raise ValueError(f"the template {template!r} has no {SLOT} for the subject {subject!r}")
+    return before + subject + after, len(before)
+
+
+def last_token(offsets: Sequence[tuple[int, int]], start: int, end: int) -> int | None:
+    """Index of the last token that covers a character of ``text[start:end]``, if there is one.
+
+    ``offsets`` holds (first character, one after the last) of each token. A character of several
+    bytes may be split over several tokens, which then share its offsets: the last of them counts.
+    Special tokens have empty offsets and never count.
+    """
+    for index in range(len(offsets) - 1, -1, -1):
+        first, stop = offsets[index]
+        if first < stop and first < end and stop > start:
+            return index
+    return None
+
+
+def encode_with_subject(
+    tokenizer: PreTrainedTokenizerBase, templates: Sequence[str], subjects: Sequence[str]
+) -> list[Encoded]:
+    """Encode each template with its subject in the ``{}``; one tokenizer call for all.
+
+    A template may be a request's prompt, or that prompt inside a context
+    (:func:`place_in_context`), and text may follow, as the first tokens of a target do. If the
+    subject stands in the text a second time, the one in the slot counts.
+
+    Raises InputError if the tokenizer has no offsets or spells a subject with no token at all.
+    """
+    if len(templates) != len(subjects):
+        raise ValueError(f"{len(templates)} templates but {len(subjects)} subjects")
+    filled = [
+        fill(template, subject) for template, subject in zip(templates, subjects, strict=True)
+    ]
+    ids, offsets = _encode(tokenizer, [text for text, _ in filled], special=True)
+    encoded = []
+    for i, (text, start) in enumerate(filled):
+        lookup = last_token(offsets[i], start, start + len(subjects[i]))
+        if lookup is None:
+            raise InputError(
+                f"The tokenizer makes no token of the subject {subjects[i]!r}",
+                where=f"prompt {text!r}",
+                mend="leave this request out, or take a model whose tokenizer knows the script",
+            )
+        encoded.append(Encoded(ids[i], lookup))
+    return encoded
+
+
+def encode_targets(tokenizer: PreTrainedTokenizerBase, targets: Sequence[str]) -> list[list[int]]:
+    """Token ids of each object as it continues a prompt: a space before it, never a BOS.
+
+    The ids are cut out of the encoding of a full stop followed by the object, because tokenizers
+    that mark the start of a text (Llama-2, Mistral) would put that mark before a lone object too.
+    Where the full stop and the space are one token, the object is encoded alone.
+
+    Raises InputError if the tokenizer has no offsets.
+    """
+    ids, offsets = _encode(tokenizer, [f"{ANCHOR} {target}" for target in targets], special=False)
+    continued = []
+    for target, row, spans in zip(targets, ids, offsets, strict=True):
+        after = [i for i, (_, stop) in enumerate(spans) if stop > len(ANCHOR)]
+        if after and spans[after[0]][0] < len(ANCHOR):
+            row = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
+            after = list(range(len(row)))
+        continued.append([row[i] for i in after])
+    return continued
+
+
+def target_ids(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
+    """Token ids of one object as it continues a prompt; see :func:`encode_targets`."""
+    return encode_targets(tokenizer, [target])[0]
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool
+) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+    """Token ids and character offsets of each text."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"The tokenizer {type(tokenizer).__name__} does not tell which characters a token "
+            "covers",
+            mend="take the model's fast tokenizer (a tokenizer.json beside the weights)",
+        )
+    if not texts:
+        return [], []
+    batch = tokenizer(
+        texts,
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return batch["input_ids"], batch["offset_mapping"]
