@@ -21,7 +21,9 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def fit(module: LightningModule, update: Callback, batches: Sequence[Any], **kwargs: Any) -> Trainer:
+def fit(
+    module: LightningModule, update: Callback, batches: Sequence[Any], **kwargs: Any
+) -> Trainer:
     """Apply the edit batches in order with a silent Trainer on the CPU."""
     trainer = Trainer(
         accelerator="cpu",

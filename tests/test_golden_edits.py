@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from blue_callbacks import ClosedFormUpdate, KeyMemory, whitening_factor
-from helpers import fit, load_model
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 
+from blue_callbacks import ClosedFormUpdate, KeyMemory, whitening_factor
+from helpers import fit, load_model
 from lightning_blue.module import EditModule
 from lightning_blue.requests import EditRequest
 from lightning_blue.targets import TargetSearch

@@ -49,7 +49,7 @@ class EditStepOptimizer(Optimizer):
     def __init__(self, params: Iterable[Tensor]) -> None:
         super().__init__(params, defaults={})
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure, which writes the weights."""
         return None if closure is None else closure()
 
@@ -69,4 +69,4 @@ def apply_edit_batch(module: LightningModule, batch: Any) -> None:
                 if hook is not None:
                     hook(trainer, module, batch)
 
-    module.optimizers().step(closure=edit)  # type: ignore[union-attr, call-arg]
+    module.optimizers().step(closure=edit)  # type: ignore[union-attr]

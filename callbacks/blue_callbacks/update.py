@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blue_callbacks.closed_form import KeyMemory, whitening_factor
 from blue_callbacks.plans import PlanStep, plan_steps
+from blue_callbacks.protocol import EditableModule
 
 
 class NonFiniteError(RuntimeError):
@@ -40,7 +41,7 @@ class ClosedFormUpdate(Callback):
     def __init__(
         self,
         layers: Sequence[int],
-        plan: str = "boundary",
+        plan: Literal["boundary", "even", "computed", "first", "last"] = "boundary",
         covariance_weight: float = 15000.0,
         past_keys: bool = True,
     ) -> None:
@@ -52,6 +53,7 @@ class ClosedFormUpdate(Callback):
         self.past_keys = past_keys
         self.steps = plan_steps(plan, self.layers)
         self.remembered: dict[int, Tensor] = {}  # layer -> keys of earlier batches, (d_in, n)
+        self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
         self._memory: dict[int, KeyMemory] = {}
 
     @property
@@ -59,7 +61,16 @@ class ClosedFormUpdate(Callback):
         """The layers that the plan writes."""
         return [step.layer for step in self.steps]
 
-    def on_edit_batch(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the covariances from the unedited model, all of them before the first write."""
+        prepare = getattr(pl_module, "prepare", None)
+        if prepare is not None:
+            prepare(self.layers, self.written_layers)
+        with torch.no_grad():
+            for layer in self.written_layers:
+                self._memory_of(cast(EditableModule, pl_module), layer)
+
+    def on_edit_batch(self, trainer: Trainer, module: EditableModule, batch: Any) -> None:
         """Walk the plan over one edit batch, then remember its keys."""
         with self._restored_on_error(module):
             targets: dict[int, Tensor] = {}
@@ -71,11 +82,11 @@ class ClosedFormUpdate(Callback):
                 for layer in self.written_layers:
                     self._remember(module, batch, layer)
 
-    def _write(self, module: LightningModule, batch: Any, step: PlanStep, target: Tensor) -> None:
+    def _write(self, module: EditableModule, batch: Any, step: PlanStep, target: Tensor) -> None:
         keys = module.edit_keys(batch, step.layer)  # (d_in, n)
         residual = step.share * (target - module.edit_outputs(batch, step.target_layer))
         _require_finite(module, batch, step.layer, keys=keys, residual=residual)
-        with torch.autocast(module.device.type, enabled=False):
+        with torch.autocast(keys.device.type, enabled=False):
             delta = self._memory_of(module, step.layer).update(residual, keys)
         weight = module.editable_weight(step.layer)
         edited = (weight.to(delta) + delta).to(weight.dtype)
@@ -84,27 +95,20 @@ class ClosedFormUpdate(Callback):
                 f"the update of layer {step.layer} is not finite in {weight.dtype}"
             )
         weight.copy_(edited)
-        module.log_dict(
-            {
-                f"update/layer{step.layer}/delta_norm": delta.norm().float(),
-                f"update/layer{step.layer}/residual_norm": residual.norm(dim=0).mean().float(),
-            },
-            on_step=True,
-            on_epoch=False,
-            batch_size=keys.shape[1],
-        )
+        self.norms[f"layer{step.layer}/delta_norm"] = float(delta.norm())
+        self.norms[f"layer{step.layer}/residual_norm"] = float(residual.norm(dim=0).mean())
 
-    def _remember(self, module: LightningModule, batch: Any, layer: int) -> None:
+    def _remember(self, module: EditableModule, batch: Any, layer: int) -> None:
         keys = module.edit_keys(batch, layer).detach().float()
-        with torch.autocast(module.device.type, enabled=False):
+        with torch.autocast(keys.device.type, enabled=False):
             self._memory_of(module, layer).remember(keys)
         earlier = self.remembered.get(layer, keys[:, :0])
         self.remembered[layer] = torch.cat((earlier.to(keys), keys), dim=1)
 
-    def _memory_of(self, module: LightningModule, layer: int) -> KeyMemory:
+    def _memory_of(self, module: EditableModule, layer: int) -> KeyMemory:
         """Return the layer's memory, built on first use and after a restart."""
         if layer not in self._memory:
-            covariance = module.key_covariance(layer).to(module.device)
+            covariance = module.key_covariance(layer).to(module.editable_weight(layer).device)
             memory = KeyMemory(whitening_factor(covariance, self.covariance_weight))
             if layer in self.remembered:
                 memory.remember(self.remembered[layer])
@@ -112,7 +116,7 @@ class ClosedFormUpdate(Callback):
         return self._memory[layer]
 
     @contextmanager
-    def _restored_on_error(self, module: LightningModule) -> Iterator[None]:
+    def _restored_on_error(self, module: EditableModule) -> Iterator[None]:
         before = {layer: module.editable_weight(layer).clone() for layer in self.written_layers}
         try:
             yield
@@ -131,7 +135,7 @@ class ClosedFormUpdate(Callback):
         self._memory = {}
 
 
-def _require_finite(module: LightningModule, batch: Any, layer: int, **columns: Tensor) -> None:
+def _require_finite(module: EditableModule, batch: Any, layer: int, **columns: Tensor) -> None:
     for what, values in columns.items():
         bad = (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
         if bad:

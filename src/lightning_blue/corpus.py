@@ -9,37 +9,43 @@ from pathlib import Path
 
 from lightning_blue.errors import InputError
 
-ALMANAC = resources.files("lightning_blue") / "assets" / "almanac"
+_ASSETS = resources.files("lightning_blue") / "assets" / "almanac"
+PACKAGED = {"almanac": _ASSETS / "corpus.txt", "almanac-heldout": _ASSETS / "heldout.txt"}
 
 
 def is_local(corpus: str) -> bool:
     """Tell a path from the name of a hub dataset."""
-    return Path(corpus).exists() or Path(corpus).suffix in {".txt", ".md", ".text"}
+    return (
+        corpus in PACKAGED
+        or Path(corpus).exists()
+        or Path(corpus).suffix in {".txt", ".md", ".text"}
+    )
 
 
 def corpus_texts(corpus: str, split: str = "train") -> Iterator[str]:
     """Yield the documents of a corpus: paragraphs of a text file, rows of a hub dataset.
 
     Args:
-        corpus: ``almanac``, a path, or a hub dataset, its configuration after a colon.
+        corpus: ``almanac`` or ``almanac-heldout`` from the package, a path, or a hub dataset, its
+            configuration after a colon.
         split: split of a hub dataset.
 
     Raises:
         InputError: if there is no such file or dataset, or it has no text.
     """
-    if corpus == "almanac" or is_local(corpus):
+    if is_local(corpus):
         yield from read_text(corpus).splitlines(keepends=True)
     else:
         yield from _hub_texts(corpus, split)
 
 
 def read_text(path: str) -> str:
-    """Read a whole text, the package's own ``almanac`` included.
+    """Read a whole text, the package's own included.
 
     Raises:
         InputError: if the file is missing, empty, or not UTF-8.
     """
-    file = ALMANAC / "corpus.txt" if path == "almanac" else Path(path)
+    file = PACKAGED.get(path, Path(path))
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -55,7 +61,7 @@ def read_text(path: str) -> str:
 
 def corpus_fingerprint(corpus: str, split: str = "train") -> str:
     """Identify a corpus: a local text by its content, a hub dataset by its name and split."""
-    if corpus == "almanac" or is_local(corpus):
+    if is_local(corpus):
         return hashlib.sha256(read_text(corpus).encode()).hexdigest()[:16]
     return f"{corpus}/{split}"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -83,7 +82,7 @@ def collect_covariance(
     sums: dict[int, Tensor] = {}
     seen = 0
     batches = _batches(sequences, n_tokens, batch_tokens)
-    with tqdm(total=n_tokens, desc="covariance", unit="token", leave=False) as bar:
+    with tqdm(total=n_tokens, desc="covariance", unit="token", leave=False, disable=None) as bar:
         for batch in batches:
             input_ids = torch.tensor(batch, device=model.device)
             states = read_states(model, input_ids, inputs_of=modules)
@@ -190,7 +189,7 @@ class CovarianceFile:
             with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
                 partial = Path(folder) / "partial"
                 save_file(tensors, partial, metadata=self.identity)
-                os.replace(partial, self.path)
+                partial.replace(self.path)
         except Exception as error:
             raise InputError(
                 f"the covariance file cannot be written: {error}",

@@ -115,7 +115,8 @@ def evaluate(
     one (the new one against the true one; on neighbours the neighbour's answer against the new
     one); without a true object only the top-1 metrics remain. Under ``zsre`` the share of target
     tokens that are most probable under teacher forcing counts. Metrics named ``_top1`` demand that
-    all target tokens are. Percentages go from 0 to 100; fluency and consistency are times 100.
+    all target tokens are, which is to say that greedy generation produces them. Percentages go
+    from 0 to 100; fluency and consistency are times 100.
 
     Args:
         model: a causal language model on any device, in any dtype.
@@ -148,17 +149,7 @@ def evaluate(
         texts = _write(model, tokenizer, requests, seed, progress)
         shells["fluency"] = _fluency(texts)
         shells["consistency"] = _consistency(texts, requests, idf_texts)
-    continuations = [""] * len(requests)
-    if continuation_tokens:
-        continuations = scoring.generate(
-            model,
-            tokenizer,
-            [request.text for request in requests],
-            max_new_tokens=continuation_tokens,
-            top_k=1,
-            stop_at_end=True,
-            progress="continuations" if progress else None,
-        )
+    continuations = _continue(model, tokenizer, requests, continuation_tokens, progress)
     outcomes = _outcomes(requests, answers, shares, continuations)
     return Evaluation(_compute(shells), outcomes)
 
@@ -324,6 +315,27 @@ def _write(
         progress="texts" if progress else None,
     )
     return [(i, prompt + more) for (i, prompt), more in zip(prompts, continuations, strict=True)]
+
+
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    tokens: int,
+    progress: bool,
+) -> list[str]:
+    """Return the model's greedy continuation of each request's prompt."""
+    if not tokens:
+        return [""] * len(requests)
+    return scoring.generate(
+        model,
+        tokenizer,
+        [request.text for request in requests],
+        max_new_tokens=tokens,
+        top_k=1,
+        stop_at_end=True,
+        progress="continuations" if progress else None,
+    )
 
 
 def _fluency(texts: Sequence[tuple[int, str]]) -> Metric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -58,17 +58,9 @@ def read_states(
                 lambda _m, _args, out, name=name: keep(name, hidden_of(out))
             )
             stack.callback(hook.remove)
-        with torch.no_grad(), _quiet(_Reached):
+        with torch.no_grad(), suppress(_Reached):
             model(input_ids=input_ids, use_cache=False)
     return states
-
-
-@contextmanager
-def _quiet(signal: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except signal:
-        pass
 
 
 def logits_from_block(
@@ -121,7 +113,7 @@ def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterat
         result = hidden_states if output is None else output
         return (result,) if as_tuple else result
 
-    block.forward = stand_in  # type: ignore[method-assign, assignment]
+    block.forward = stand_in
     try:
         yield
     finally:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from blue_callbacks import EditStepOptimizer, NonFiniteError, apply_edit_batch
 from lightning import LightningModule
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blue_callbacks import EditStepOptimizer, NonFiniteError, apply_edit_batch
 from lightning_blue.architectures import (
     Architecture,
     blocks,
@@ -74,6 +75,7 @@ class EditModule(LightningModule):
         self.seed = seed
         self.blocks = blocks(model, self.architecture)  # a plain list: already in self.model
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
+        self.preparation_seconds = 0.0
         self._covariances: dict[int, Tensor] = {}
         self._templates: list[str] | None = None
 
@@ -87,7 +89,9 @@ class EditModule(LightningModule):
         """Apply one edit batch."""
         apply_edit_batch(self, batch)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         """Leave requests as they are: they are text."""
         return batch
 
@@ -104,7 +108,7 @@ class EditModule(LightningModule):
     def key_covariance(self, layer: int) -> Tensor:
         """Return the layer's covariance, ``(d_in, d_in)``; see :meth:`prepare`."""
         if layer not in self._covariances:
-            self.prepare([layer])
+            self.prepare([layer], [layer])
         return self._covariances[layer]
 
     @torch.no_grad()
@@ -140,7 +144,9 @@ class EditModule(LightningModule):
         width = int(prompts.input_ids[0].numel())
         at_once = max(1, self.target.tokens_per_batch // width)
         found: list[Targets] = []
-        with tqdm(total=len(batch), desc=f"targets, layer {layer}", leave=False) as bar:
+        with tqdm(
+            total=len(batch), desc=f"targets, layer {layer}", leave=False, disable=None
+        ) as bar:
             for edits in torch.arange(len(batch), device=self.device).split(at_once):
                 found.append(self._search(prompts.select(edits), layer))
                 bar.update(len(edits))
@@ -166,21 +172,27 @@ class EditModule(LightningModule):
             self._templates = context_templates(prefixes)
         return self._templates
 
-    def prepare(self, layers: Sequence[int]) -> None:
+    def prepare(self, critical: Sequence[int], written: Sequence[int]) -> None:
         """Load or collect what must come from the unedited model: contexts and covariances.
+
+        Args:
+            critical: all critical layers of the method, to be checked against the model.
+            written: the layers whose covariance is needed.
 
         Raises:
             InputError: if the model has no such layer, or a covariance file is another model's.
         """
-        check_layers(list(layers), len(self.blocks))
+        started = time.perf_counter()
+        check_layers(list(critical), len(self.blocks))
         _ = self.templates
-        projections = {layer: self._projection(layer) for layer in sorted(layers)}
+        projections = {layer: self._projection(layer) for layer in sorted(written)}
         self._covariances |= load_or_collect(
             self.model, self.tokenizer, projections, self.covariance
         )
+        self.preparation_seconds = time.perf_counter() - started
 
     @property
-    def context_length(self) -> int:
+    def max_length(self) -> int:
         """The most tokens the model can read."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
@@ -199,7 +211,8 @@ class EditModule(LightningModule):
             top_k=5,
             seed=self.seed,
         )
-        return [f"{' '.join(text.split())}." for text in texts]
+        whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
+        return [f"{' '.join(text.split())}." for text in whole]
 
     def _search(self, prompts: TargetPrompts, layer: int) -> Targets:
         shape = prompts.input_ids.shape

@@ -221,33 +221,48 @@ def generate(
     Raises:
         InputError: if a prompt is empty or does not fit the model's context.
     """
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
     _check_lengths(model, prompts, [Row(ids, len(ids)) for ids in encoded])
-    limit = context_length(model)
+    totals = [_total_length(model, len(ids), max_length, max_new_tokens) for ids in encoded]
     continued: dict[int, list[int]] = {}
-    by_length = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     with (
         inference(model),
         tqdm(total=len(encoded), desc=progress, disable=progress is None, leave=False) as bar,
     ):
-        # Prompts of one length need no padding, so that a batch gives what one prompt alone gives.
-        for length, group in groupby(by_length, key=lambda index: len(encoded[index])):
-            total = length + max_new_tokens if max_new_tokens is not None else max_length
-            total = min(total, limit or total)
-            members = list(group)
-            for batch in batches([max(total, length)] * len(members), tokens_per_batch):
-                chosen = [members[i] for i in batch]
-                uniform = torch.stack(
-                    [_uniform(prompts[i], seed, max(total - length, 0)) for i in chosen]
-                )
-                new = _sample(model, torch.tensor([encoded[i] for i in chosen]), uniform, top_k)
-                continued.update(zip(chosen, new.tolist(), strict=True))
-                bar.update(len(batch))
+        for batch in _equally_long(encoded, totals, tokens_per_batch):
+            steps = totals[batch[0]] - len(encoded[batch[0]])
+            uniform = torch.stack([prompt_noise(prompts[i], seed, steps) for i in batch])
+            new = _sample(model, torch.tensor([encoded[i] for i in batch]), uniform, top_k)
+            continued.update(zip(batch, new.tolist(), strict=True))
+            bar.update(len(batch))
     end = tokenizer.eos_token_id if stop_at_end else None
     return [_continuation(tokenizer, ids, continued[i], end) for i, ids in enumerate(encoded)]
 
 
-def _uniform(prompt: str, seed: int, steps: int) -> Tensor:
+def _total_length(
+    model: PreTrainedModel, prompt: int, max_length: int, max_new_tokens: int | None
+) -> int:
+    """Return how many tokens a text may have, given the number of its prompt's tokens."""
+    total = max_length if max_new_tokens is None else prompt + max_new_tokens
+    return max(prompt, min(total, context_length(model) or total))
+
+
+def _equally_long(
+    encoded: Sequence[list[int]], totals: Sequence[int], tokens_per_batch: int
+) -> Iterator[list[int]]:
+    """Group the indices of prompts of one length.
+
+    They need no padding, so that a batch gives what each prompt alone gives.
+    """
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    for _, group in groupby(order, key=lambda index: len(encoded[index])):
+        members = list(group)
+        for batch in batches([totals[index] for index in members], tokens_per_batch):
+            yield [members[position] for position in batch]
+
+
+def prompt_noise(prompt: str, seed: int, steps: int) -> Tensor:
+    """Return the uniform numbers from [0, 1) that a prompt's sampling uses; (steps,)."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{prompt}".encode()))
     return torch.rand(steps, generator=generator)
 

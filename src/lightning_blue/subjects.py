@@ -78,7 +78,7 @@ def encode_with_subject(
     filled = [
         fill(template, subject) for template, subject in zip(templates, subjects, strict=True)
     ]
-    ids, offsets = _encode(tokenizer, [text for text, _ in filled], special=True)
+    ids, offsets = _encode(tokenizer, [text for text, _ in filled])
     encoded = []
     for i, (text, start) in enumerate(filled):
         lookup = last_token(offsets[i], start, start + len(subjects[i]))
@@ -95,21 +95,18 @@ def encode_with_subject(
 def encode_targets(tokenizer: PreTrainedTokenizerBase, targets: Sequence[str]) -> list[list[int]]:
     """Token ids of each object as it continues a prompt: a space before it, never a BOS.
 
-    The ids are cut out of the encoding of a full stop followed by the object, because tokenizers
+    Each object is encoded after a full stop, whose own tokens are then cut off, because tokenizers
     that mark the start of a text (Llama-2, Mistral) would put that mark before a lone object too.
-    Where the full stop and the space are one token, the object is encoded alone.
-
-    Raises InputError if the tokenizer has no offsets.
+    Where the full stop does not keep its tokens, the object is encoded alone.
     """
-    ids, offsets = _encode(tokenizer, [f"{ANCHOR} {target}" for target in targets], special=False)
-    continued = []
-    for target, row, spans in zip(targets, ids, offsets, strict=True):
-        after = [i for i, (_, stop) in enumerate(spans) if stop > len(ANCHOR)]
-        if after and spans[after[0]][0] < len(ANCHOR):
-            row = tokenizer(f" {target}", add_special_tokens=False)["input_ids"]
-            after = list(range(len(row)))
-        continued.append([row[i] for i in after])
-    return continued
+    if not targets:
+        return []
+    anchor, *rows = _ids(tokenizer, [ANCHOR, *(f"{ANCHOR} {target}" for target in targets)])
+    alone = _ids(tokenizer, [f" {target}" for target in targets])
+    return [
+        row[len(anchor) :] if row[: len(anchor)] == anchor else own
+        for row, own in zip(rows, alone, strict=True)
+    ]
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
@@ -117,10 +114,16 @@ def target_ids(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
     return encode_targets(tokenizer, [target])[0]
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool
+    tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Token ids and character offsets of each text."""
+    """Token ids, special ones included, and character offsets of each text."""
     if not tokenizer.is_fast:
         raise InputError(
             f"The tokenizer {type(tokenizer).__name__} does not tell which characters a token "
@@ -130,10 +133,6 @@ def _encode(
     if not texts:
         return [], []
     batch = tokenizer(
-        texts,
-        add_special_tokens=special,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        verbose=False,
+        texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
     return batch["input_ids"], batch["offset_mapping"]

@@ -1,0 +1,52 @@
+"""The command line; its first lines answer without the weight of torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lightning_blue import __version__
+
+USAGE = """usage: lightning-blue COMMAND [--config FILE] [--SECTION.KEY=VALUE ...]
+
+Change what a language model knows, and measure what else changed.
+
+commands:
+  fit       edit facts in sequential batches and report on it
+  stats     collect the covariance of keys that fit needs (fit does it by itself)
+  pretrain  train a small language model that knows given facts
+
+  lightning-blue COMMAND --help            every key with its meaning
+  lightning-blue COMMAND --print_config    every key with its value
+  lightning-blue --version
+
+start here:
+  lightning-blue fit --config conf/quickstart.yaml
+"""
+
+COMMANDS = ("fit", "stats", "pretrain")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, or 2 for input that cannot be used."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if args[0] == "--version":
+        sys.stdout.write(f"lightning-blue {__version__}\n")
+        return 0
+    if args[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; choose of {', '.join(COMMANDS)}"
+        sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
+        return 2
+    from lightning_blue.cli import run_command
+
+    return run_command(args[0], args[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

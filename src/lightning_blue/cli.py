@@ -1,0 +1,153 @@
+"""The commands behind ``python -m lightning_blue``: LightningCLI in front of the Trainer."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils import logging as transformers_logging
+
+from blue_callbacks import ClosedFormUpdate, NonFiniteError
+from lightning_blue.data import EditDataModule
+from lightning_blue.errors import InputError
+from lightning_blue.module import edit_module
+from lightning_blue.pretrain import FactCorpusModule, PretrainModule
+from lightning_blue.reporting import MeasureEdits, RunRecord
+from lightning_blue.reporting.tables import score_table
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 1,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+}
+
+
+class _CLI(LightningCLI):
+    """LightningCLI for one command that was chosen already; interpolation sees the whole config."""
+
+    def __init__(self, model: Any, data: Any, args: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(
+            model,
+            data,
+            args=list(args),
+            run=False,
+            save_config_callback=None,
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            **kwargs,
+        )
+
+
+class EditCLI(_CLI):
+    """Sections ``trainer``, ``model``, ``data``, ``update``, ``measure`` and ``run``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make the callbacks of a run sections of the configuration."""
+        parser.add_lightning_class_args(ClosedFormUpdate, "update")
+        parser.add_lightning_class_args(MeasureEdits, "measure")
+        parser.add_lightning_class_args(RunRecord, "run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the trainer the run's loggers unless the user chose others."""
+        record: RunRecord = self._get(self.config_init, "run")
+        record.config = self.parser.dump(self.config, skip_none=False)
+        record.settings = _settings(self.config)
+        if self._get(self.config, "trainer.logger") is None:
+            kwargs["logger"] = record.loggers()
+        return super().instantiate_trainer(**kwargs)
+
+
+def run_command(command: str, args: Sequence[str]) -> int:
+    """Run a command; return 0, 1 if editing had to stop, or 2 for input that cannot be used."""
+    _quiet()
+    try:
+        {"fit": fit, "stats": stats, "pretrain": pretrain}[command](args)
+    except InputError as error:
+        return _complain(str(error), 2)
+    except ArgumentError as error:
+        return _complain(_explain(str(error.message)), 2)
+    except NonFiniteError as error:
+        return _complain(str(error), 1)
+    return 0
+
+
+def fit(args: Sequence[str]) -> None:
+    """Edit facts batch by batch; print the scores and where the report is."""
+    cli = EditCLI(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    record = _only(cli.trainer, RunRecord)
+    history = _only(cli.trainer, MeasureEdits).history
+    sys.stdout.write(f"\n{score_table(history)}\n\nreport: {record.report}\n")
+
+
+def stats(args: Sequence[str]) -> None:
+    """Collect the covariance of the layers that the update would write."""
+    cli = EditCLI(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
+    update = _only(cli.trainer, ClosedFormUpdate)
+    cli.model.to(cli.trainer.strategy.root_device)
+    cli.model.prepare(update.layers, update.written_layers)
+    sys.stdout.write(f"covariance of layers {update.written_layers}: {cli.model.covariance_path}\n")
+
+
+def pretrain(args: Sequence[str]) -> None:
+    """Train a model until it knows the facts; print its recall."""
+    cli = _CLI(PretrainModule, FactCorpusModule, args)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    sys.stdout.write(f"\n{cli.model.recall_table()}\n\nmodel: {cli.model.output}\n")
+
+
+def _only(trainer: Trainer, kind: type) -> Any:
+    return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """Pick what the reader of a report wants to know."""
+    return {
+        "model": config.model.name_or_path,
+        "data": config.data.path,
+        "batch_size": config.data.batch_size,
+        "plan": config.update.plan,
+        "layers": list(config.update.layers),
+        "covariance_weight": config.update.covariance_weight,
+        "past_keys": config.update.past_keys,
+    }
+
+
+def _quiet() -> None:
+    """Silence what Lightning and transformers say of things that are meant here."""
+    torch.set_float32_matmul_precision("highest")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*module\\(s\\) in eval mode.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _complain(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return code
+
+
+def _explain(message: str) -> str:
+    """Add the nearest key to jsonargparse's message about a key that does not exist."""
+    return message
+
+
+__all__ = ["EditCLI", "LightningModule", "difflib", "re", "run_command"]

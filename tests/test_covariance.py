@@ -1,0 +1,143 @@
+"""Covariances against a naive loop, and their files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import load_model
+from lightning_blue.architectures import blocks, down_projection, find_architecture
+from lightning_blue.covariance import (
+    CovarianceFile,
+    CovarianceSource,
+    collect_covariance,
+    load_or_collect,
+    pack,
+)
+from lightning_blue.errors import InputError
+
+TEXT = "The river runs through the town of Basel in Switzerland. " * 60
+
+
+def projections(model, layers=(1, 2)):
+    row = find_architecture(model)
+    layers_of = blocks(model, row)
+    return {layer: down_projection(layers_of[layer], row) for layer in layers}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def source(corpus, tmp_path, **settings) -> CovarianceSource:
+    defaults = {"tokens_per_dim": 2, "max_length": 16, "cache": str(tmp_path / "stats")}
+    return CovarianceSource(corpus=str(corpus), **{**defaults, **settings})
+
+
+def test_equals_a_loop_over_tokens(language_model):
+    model, tokenizer = language_model
+    sequences = list(pack(tokenizer, [TEXT], 16))
+    ours, seen = collect_covariance(model, projections(model), sequences, 100, batch_tokens=40)
+    assert seen == 100
+    for layer, module in projections(model).items():
+        total, left = torch.zeros(96, 96, dtype=torch.float64), 100
+        for sequence in sequences:
+            keys = []
+            hook = module.register_forward_pre_hook(lambda _m, a, k=keys: k.append(a[0]))
+            with torch.no_grad():
+                model(torch.tensor([sequence]))
+            hook.remove()
+            for key in keys[0].reshape(-1, 96)[:left].double():
+                total += torch.outer(key, key)
+                left -= 1
+        torch.testing.assert_close(ours[layer], (total / 100).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_packing_loses_no_token(language_model):
+    tokenizer = language_model.tokenizer
+    texts = ["One sentence here.", "Another one, in Rome.", "A third."]
+    packed = list(pack(tokenizer, texts, 7))
+    joined = [token for text in texts for token in tokenizer(text).input_ids]
+    assert [token for sequence in packed for token in sequence] == joined
+    assert {len(sequence) for sequence in packed[:-1]} == {7}
+
+
+def test_second_call_reads_the_file(language_model, corpus, tmp_path, monkeypatch):
+    model, tokenizer = language_model
+    where = source(corpus, tmp_path)
+    first = load_or_collect(model, tokenizer, projections(model), where)
+    monkeypatch.setattr("lightning_blue.covariance.collect_covariance", None)
+    again = load_or_collect(model, tokenizer, projections(model), where)
+    assert torch.equal(first[1], again[1])
+
+
+def test_missing_layers_are_added_to_the_file(language_model, corpus, tmp_path):
+    model, tokenizer = language_model
+    where = source(corpus, tmp_path)
+    load_or_collect(model, tokenizer, projections(model, [1]), where)
+    load_or_collect(model, tokenizer, projections(model, [1, 3]), where)
+    (file,) = (tmp_path / "stats").glob("*.safetensors")
+    assert set(load_file(file)) == {"layer1", "layer3"}
+
+
+@pytest.mark.parametrize("change", ["weights", "corpus", "tokens"])
+def test_a_given_file_of_something_else_is_refused(gpt2, corpus, tmp_path, change):
+    import copy
+
+    model, tokenizer = copy.deepcopy(gpt2.model), gpt2.tokenizer
+    load_or_collect(model, tokenizer, projections(model), source(corpus, tmp_path))
+    (file,) = (tmp_path / "stats").glob("*.safetensors")
+    settings = {"path": str(file)}
+    if change == "weights":
+        model.transformer.h[3].mlp.c_proj.weight.data += 0.01
+    elif change == "corpus":
+        corpus.write_text(TEXT.replace("Basel", "Geneva"))
+    else:
+        settings["tokens_per_dim"] = 3
+    said = {"weights": "another model", "corpus": "another corpus", "tokens": "tokens_per_dim"}
+    with pytest.raises(InputError, match=said[change]):
+        load_or_collect(model, tokenizer, projections(model), source(corpus, tmp_path, **settings))
+
+
+def test_a_file_that_is_no_covariance_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(InputError, match="cannot be read"):
+        CovarianceFile(path, {}).read([1])
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        CovarianceFile(tmp_path / "file" / "c.safetensors", {}).write({1: torch.eye(2)})
+
+
+def test_a_corpus_that_is_too_short_is_refused(gpt2, corpus, tmp_path):
+    with pytest.raises(InputError, match="the corpus holds"):
+        load_or_collect(
+            *gpt2, projections(gpt2.model), source(corpus, tmp_path, tokens_per_dim=1000)
+        )
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
+def test_equals_the_reference_on_its_texts(shared, name):
+    """The reference takes one text a sequence; packing is off by passing its sequences."""
+    model, tokenizer = load_model(shared / "golden/models" / name)
+    texts = json.loads((shared / "golden/cov_texts.json").read_text())
+    texts = texts if isinstance(texts, list) else texts["texts"]
+    longest = 512 if name == "tiny-gpt2" else 4096  # what the reference cut at
+    sequences = [tokenizer(text).input_ids[:longest] for text in texts]
+    layers = (1, 2, 3, 4)
+    ours, _ = collect_covariance(
+        model, projections(model, layers), sequences, sum(map(len, sequences))
+    )
+    golden = load_file(shared / "golden/cov" / f"{name}.safetensors")
+    for layer in layers:
+        reference = golden[f"mom2.layer{layer}"]
+        assert (ours[layer] - reference).norm() / reference.norm() < 1e-4

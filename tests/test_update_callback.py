@@ -1,0 +1,198 @@
+"""The callback on plain torch networks: no language model is involved."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule
+
+from blue_callbacks import (
+    ClosedFormUpdate,
+    EditStepOptimizer,
+    NonFiniteError,
+    apply_edit_batch,
+)
+from helpers import fit
+
+README = Path(__file__).resolve().parents[1] / "callbacks" / "README.md"
+
+
+def readme_example() -> str:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
+
+
+def test_readme_example_edits_a_plain_network_in_under_60_lines():
+    code = readme_example()
+    assert len(code.splitlines()) < 60
+    scope: dict = {}
+    exec(compile(code, "callbacks/README.md", "exec"), scope)
+    assert scope["error"] < 0.05
+    assert scope["trainer"].global_step == 3
+    assert scope["update"].remembered[0].shape == (64, 12)
+
+
+HIDE = """
+import importlib.metadata, sys
+hidden = {"transformers", "datasets", "tokenizers", "lightning_blue"}
+real = importlib.metadata.Distribution.from_name.__func__
+def from_name(cls, name):
+    if name in hidden:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(cls, name)
+importlib.metadata.Distribution.from_name = classmethod(from_name)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_runs_without_transformers():
+    """The package and the README's example work where nothing of Hugging Face can be imported."""
+    code = HIDE + readme_example() + "\nassert error < 0.05, error\n"
+    code += "assert not hidden & {name.partition('.')[0] for name in sys.modules}\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+class Chain(LightningModule):
+    """Residual blocks x + W_l relu(x): outputs of one layer are inputs of the next."""
+
+    def __init__(self, d: int = 10, n_layers: int = 4) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weights = torch.nn.ParameterList(torch.randn(d, d) * 0.1 for _ in range(n_layers))
+        self.ordinary = torch.randn(400, d)
+        self.asked: list[tuple[str, int]] = []
+
+    def run(self, x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return key and output of a layer, row by row."""
+        for weight in self.weights[: layer + 1]:
+            key = torch.relu(x)
+            x = x + key @ weight.T
+        return key, x
+
+    def training_step(self, batch, batch_idx):
+        apply_edit_batch(self, batch)
+
+    def configure_optimizers(self):
+        return EditStepOptimizer(self.parameters())
+
+    def editable_weight(self, layer):
+        return self.weights[layer].data
+
+    def key_covariance(self, layer):
+        keys = self.run(self.ordinary, layer)[0]
+        return keys.T @ keys / len(keys)
+
+    def edit_keys(self, batch, layer):
+        self.asked.append(("keys", layer))
+        return self.run(batch[0], layer)[0].T
+
+    def edit_targets(self, batch, layer):
+        self.asked.append(("targets", layer))
+        return (self.run(batch[0], layer)[1] + batch[1]).T
+
+    def edit_outputs(self, batch, layer):
+        self.asked.append(("outputs", layer))
+        return self.run(batch[0], layer)[1].T
+
+
+def batches(n: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.randn(3, 10), torch.randn(3, 10)) for _ in range(n)]
+
+
+def test_boundary_asks_for_the_last_target_after_the_first_layer_is_written():
+    torch.manual_seed(0)
+    chain, data = Chain(), batches(1)
+    before = [weight.detach().clone() for weight in chain.weights]
+    fit(chain, ClosedFormUpdate([0, 1, 2], "boundary", 1.0), data)
+    order = [("targets", 0), ("keys", 0), ("outputs", 0), ("targets", 2), ("keys", 2)]
+    assert chain.asked[:5] == order
+    changed = [not torch.equal(a, b) for a, b in zip(before, chain.weights, strict=True)]
+    assert changed == [True, False, True, False]
+
+
+def test_even_asks_for_one_target_before_any_layer_is_written():
+    torch.manual_seed(0)
+    chain = Chain()
+    fit(chain, ClosedFormUpdate([0, 1, 2], "even", 1.0), batches(1))
+    assert [layer for what, layer in chain.asked if what == "targets"] == [2]
+    assert chain.asked[0] == ("targets", 2)
+
+
+@pytest.mark.parametrize("plan", ["boundary", "even"])
+def test_sequence_equals_a_straight_line_of_dense_solves(plan):
+    """MEMIT with past keys, written out with dense inverses, gives the same weights."""
+    torch.manual_seed(0)
+    chain, data = Chain(), batches(3)
+    twin = Chain()
+    twin.load_state_dict(chain.state_dict())
+    twin.ordinary = chain.ordinary
+    fit(chain, ClosedFormUpdate([0, 1, 2], plan, 0.5), data)
+    c = {layer: twin.key_covariance(layer).double() for layer in (0, 1, 2)}
+    past = {layer: torch.empty(10, 0).double() for layer in (0, 1, 2)}
+    written = (0, 2) if plan == "boundary" else (0, 1, 2)
+    for batch in data:
+        fixed = None if plan == "boundary" else twin.edit_targets(batch, 2)
+        for layer in written:
+            at = layer if plan == "boundary" else 2
+            target = twin.edit_targets(batch, layer) if fixed is None else fixed
+            share = 1.0 if plan == "boundary" else 1 / (3 - layer)
+            k = twin.edit_keys(batch, layer).detach().double()
+            r = share * (target - twin.edit_outputs(batch, at)).detach().double()
+            a = 0.5 * c[layer] + past[layer] @ past[layer].T + k @ k.T
+            twin.weights[layer].data += (r @ k.T @ torch.linalg.inv(a)).float()
+        for layer in written:
+            keys = twin.edit_keys(batch, layer).detach().double()
+            past[layer] = torch.cat((past[layer], keys), dim=1)
+    for ours, reference in zip(chain.weights, twin.weights, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_failure_in_the_second_layer_leaves_all_weights_as_before_the_batch():
+    torch.manual_seed(0)
+    chain = Chain()
+    before = [weight.detach().clone() for weight in chain.weights]
+    real = chain.edit_targets
+
+    def targets(batch, layer):
+        return real(batch, layer) * (torch.nan if layer == 2 else 1.0)
+
+    chain.edit_targets = targets
+    chain.edit_name = lambda batch, column: f"fact number {column}"
+    with pytest.raises(NonFiniteError, match="residual at layer 2 not finite for fact number 0"):
+        fit(chain, ClosedFormUpdate([0, 1, 2], "boundary", 1.0), batches(1))
+    for weight, old in zip(chain.weights, before, strict=True):
+        assert torch.equal(weight, old)
+
+
+def test_past_keys_survive_in_the_callback_state():
+    torch.manual_seed(0)
+    data = batches(3)
+    whole, halves = Chain(), Chain()
+    halves.load_state_dict(whole.state_dict())
+    halves.ordinary = whole.ordinary
+    covariances = {layer: whole.key_covariance(layer) for layer in (0, 2)}
+    whole.key_covariance = halves.key_covariance = covariances.__getitem__
+    fit(whole, ClosedFormUpdate([0, 1, 2], "boundary", 0.5), data)
+    first, second = (ClosedFormUpdate([0, 1, 2], "boundary", 0.5) for _ in range(2))
+    fit(halves, first, data[:2])
+    second.load_state_dict(first.state_dict())
+    fit(halves, second, data[2:])
+    for ours, reference in zip(halves.weights, whole.weights, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_max_steps_counts_edit_batches():
+    torch.manual_seed(0)
+    trainer = fit(Chain(), ClosedFormUpdate([0, 1], "boundary", 1.0), batches(5), max_steps=2)
+    assert trainer.global_step == 2
