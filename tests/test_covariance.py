@@ -114,7 +114,7 @@ def test_a_file_that_is_no_covariance_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="could not be written"):
         CovarianceFile(tmp_path / "file" / "c.safetensors", {}).write({1: torch.eye(2)})
 
 

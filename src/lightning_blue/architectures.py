@@ -77,7 +77,7 @@ def down_projection(block: nn.Module, architecture: Architecture) -> nn.Module:
 
 def weight_view(projection: nn.Module) -> Tensor:
     """Return a projection's weight as a ``(d_out, d_in)`` view (Conv1D stores it transposed)."""
-    weight: Tensor = projection.weight.data  # type: ignore[assignment, union-attr]
+    weight: Tensor = projection.weight.data  # type: ignore[assignment]
     return weight.T if isinstance(projection, Conv1D) else weight
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -12,16 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+import wandb
+from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils import logging as transformers_logging
 
 from blue_callbacks import ClosedFormUpdate, NonFiniteError
+from lightning_blue.configs import explain, with_bases
+from lightning_blue.covariance import covariance_file
 from lightning_blue.data import EditDataModule
 from lightning_blue.errors import InputError
 from lightning_blue.module import edit_module
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
 from lightning_blue.reporting import MeasureEdits, RunRecord
+from lightning_blue.reporting.progress import EditProgressBar
 from lightning_blue.reporting.tables import score_table
 
 TRAINER_DEFAULTS = {
@@ -41,12 +43,25 @@ class _CLI(LightningCLI):
         super().__init__(
             model,
             data,
-            args=list(args),
+            args=with_bases(args),
             run=False,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
             save_config_callback=None,
             parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
             **kwargs,
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let a run file name the file that it differs from."""
+        parser.add_argument("--base", type=str | None, help="run file that this one differs from")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; name the nearest key where one does not exist."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise InputError(explain(error.message, parser.get_defaults().keys())) from error
 
 
 class EditCLI(_CLI):
@@ -54,6 +69,7 @@ class EditCLI(_CLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the callbacks of a run sections of the configuration."""
+        super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(ClosedFormUpdate, "update")
         parser.add_lightning_class_args(MeasureEdits, "measure")
         parser.add_lightning_class_args(RunRecord, "run")
@@ -65,6 +81,12 @@ class EditCLI(_CLI):
         record.settings = _settings(self.config)
         if self._get(self.config, "trainer.logger") is None:
             kwargs["logger"] = record.loggers()
+        if not sys.stderr.isatty():
+            kwargs["enable_progress_bar"] = False
+        elif self._get(self.config, "trainer.enable_progress_bar") is not False:
+            callbacks = self._get(self.config_init, "trainer.callbacks") or []
+            callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+            kwargs["callbacks"] = [*callbacks, EditProgressBar()]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -75,8 +97,9 @@ def run_command(command: str, args: Sequence[str]) -> int:
         {"fit": fit, "stats": stats, "pretrain": pretrain}[command](args)
     except InputError as error:
         return _complain(str(error), 2)
-    except ArgumentError as error:
-        return _complain(_explain(str(error.message)), 2)
+    except wandb.errors.UsageError as error:
+        mend = "\n  mend:  run `wandb login`, or choose --run.wandb=offline"
+        return _complain(f"W&B cannot be used: {error}{mend}", 2)
     except NonFiniteError as error:
         return _complain(str(error), 1)
     return 0
@@ -95,9 +118,10 @@ def stats(args: Sequence[str]) -> None:
     """Collect the covariance of the layers that the update would write."""
     cli = EditCLI(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
     update = _only(cli.trainer, ClosedFormUpdate)
-    cli.model.to(cli.trainer.strategy.root_device)
-    cli.model.prepare(update.layers, update.written_layers)
-    sys.stdout.write(f"covariance of layers {update.written_layers}: {cli.model.covariance_path}\n")
+    module = cli.model.to(cli.trainer.strategy.root_device)
+    module.prepare(update.layers, update.written_layers)
+    path = covariance_file(module.model, module.tokenizer, module.covariance).path
+    sys.stdout.write(f"covariance of layers {update.written_layers}: {path}\n")
 
 
 def pretrain(args: Sequence[str]) -> None:
@@ -113,15 +137,10 @@ def _only(trainer: Trainer, kind: type) -> Any:
 
 def _settings(config: Any) -> dict[str, Any]:
     """Pick what the reader of a report wants to know."""
-    return {
-        "model": config.model.name_or_path,
-        "data": config.data.path,
-        "batch_size": config.data.batch_size,
-        "plan": config.update.plan,
-        "layers": list(config.update.layers),
-        "covariance_weight": config.update.covariance_weight,
-        "past_keys": config.update.past_keys,
-    }
+    keys = ["model.name_or_path", "data.path", "data.batch_size"]
+    keys += [f"update.{key}" for key in ("plan", "layers", "covariance_weight", "past_keys")]
+    names = {"model.name_or_path": "model", "data.path": "data"}
+    return {names.get(key, key.rpartition(".")[2]): config[key] for key in keys}
 
 
 def _quiet() -> None:
@@ -131,6 +150,8 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for pattern in (
         ".*does not have many workers.*",
+        ".*overridden `transfer_batch_to_device`.*",
+        ".*args parameter is intended to run.*",
         ".*module\\(s\\) in eval mode.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
@@ -143,11 +164,3 @@ def _quiet() -> None:
 def _complain(message: str, code: int) -> int:
     sys.stderr.write(f"error: {message}\n")
     return code
-
-
-def _explain(message: str) -> str:
-    """Add the nearest key to jsonargparse's message about a key that does not exist."""
-    return message
-
-
-__all__ = ["EditCLI", "LightningModule", "difflib", "re", "run_command"]

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -23,9 +22,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.architectures import weight_view
 from lightning_blue.corpus import corpus_fingerprint, corpus_texts
 from lightning_blue.errors import InputError
 from lightning_blue.forward import read_states
+from lightning_blue.scoring import context_length
+from lightning_blue.storage import whole_file, writing
 
 log = logging.getLogger(__name__)
 
@@ -184,18 +186,22 @@ class CovarianceFile:
             InputError: if the disk is full or the folder cannot be written.
         """
         tensors = {f"layer{layer}": c.cpu().contiguous() for layer, c in covariances.items()}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
-                partial = Path(folder) / "partial"
-                save_file(tensors, partial, metadata=self.identity)
-                partial.replace(self.path)
-        except Exception as error:
-            raise InputError(
-                f"the covariance file cannot be written: {error}",
-                where=str(self.path),
-                mend="free some space, or choose another folder with --covariance.cache",
-            ) from error
+        with writing(self.path), whole_file(self.path) as partial:
+            save_file(tensors, partial, metadata=self.identity)
+
+
+def covariance_file(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: CovarianceSource
+) -> CovarianceFile:
+    """Return the file in which the covariances of a model belong, existing or not."""
+    identity = {
+        "model": model_fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "corpus": corpus_fingerprint(source.corpus, source.split),
+        "tokens_per_dim": f"{source.tokens_per_dim:g}",
+        "max_length": _sequence_length(model, source),
+    }
+    return CovarianceFile(_path_of(source, model, identity), identity)
 
 
 def load_or_collect(
@@ -209,15 +215,7 @@ def load_or_collect(
     Raises:
         InputError: if a given file belongs to something else, or the corpus is too short.
     """
-    length = min(source.max_length, _context_length(model))
-    identity = {
-        "model": model_fingerprint(model),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "corpus": corpus_fingerprint(source.corpus, source.split),
-        "tokens_per_dim": f"{source.tokens_per_dim:g}",
-        "max_length": length,
-    }
-    file = CovarianceFile(_path_of(source, model, identity), identity)
+    file = covariance_file(model, tokenizer, source)
     found = file.read(list(projections))
     missing = {layer: module for layer, module in projections.items() if layer not in found}
     if missing and source.path:
@@ -227,9 +225,10 @@ def load_or_collect(
             mend="leave covariance.path empty to have them computed",
         )
     if missing:
-        d_in = _d_in(next(iter(missing.values())))
+        d_in = weight_view(next(iter(missing.values()))).shape[1]
         wanted = round(source.tokens_per_dim * d_in)
-        sequences = pack(tokenizer, corpus_texts(source.corpus, source.split), length)
+        texts = corpus_texts(source.corpus, source.split)
+        sequences = pack(tokenizer, texts, _sequence_length(model, source))
         new, seen = collect_covariance(model, missing, sequences, wanted, source.batch_tokens)
         if seen < wanted:
             raise InputError(
@@ -271,16 +270,5 @@ def _path_of(
     return Path(source.cache) / f"{name}-{key}.safetensors"
 
 
-def _context_length(model: PreTrainedModel) -> int:
-    return int(getattr(model.config, "max_position_embeddings", None) or 2**31)
-
-
-def _d_in(projection: nn.Module) -> int:
-    from lightning_blue.architectures import weight_view
-
-    return weight_view(projection).shape[1]
-
-
-def describe(source: CovarianceSource) -> dict[str, object]:
-    """Return the settings as plain types."""
-    return asdict(source)
+def _sequence_length(model: PreTrainedModel, source: CovarianceSource) -> int:
+    return min(source.max_length, context_length(model) or source.max_length)

@@ -26,7 +26,7 @@ from lightning_blue.covariance import CovarianceSource, load_or_collect
 from lightning_blue.forward import logits_from_block, read_states
 from lightning_blue.loading import load_language_model
 from lightning_blue.requests import EditRequest
-from lightning_blue.scoring import generate
+from lightning_blue.scoring import context_length, generate
 from lightning_blue.targets import TargetPrompts, Targets, TargetSearch, search_targets
 
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -192,9 +192,17 @@ class EditModule(LightningModule):
         self.preparation_seconds = time.perf_counter() - started
 
     @property
+    def contexts_length(self) -> int:
+        """How many tokens the longest context adds to a prompt, about."""
+        if self.contexts is None:
+            return self.context_tokens + 2
+        texts = ["", *self.contexts]
+        return max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    @property
     def max_length(self) -> int:
         """The most tokens the model can read."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+        return context_length(self.model) or 2**31
 
     def _projection(self, layer: int) -> torch.nn.Module:
         return down_projection(self.blocks[layer], self.architecture)

@@ -92,7 +92,7 @@ def score_rows(
     scores: dict[int, tuple[Tensor, Tensor]] = {}
     with (
         inference(model),
-        tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False) as bar,
+        tqdm(total=len(rows), desc=progress, disable=progress is None or None, leave=False) as bar,
     ):
         for batch in batches([len(row.ids) for row in rows], tokens_per_batch):
             scores.update(zip(batch, _score_batch(model, [rows[i] for i in batch]), strict=True))
@@ -227,7 +227,9 @@ def generate(
     continued: dict[int, list[int]] = {}
     with (
         inference(model),
-        tqdm(total=len(encoded), desc=progress, disable=progress is None, leave=False) as bar,
+        tqdm(
+            total=len(encoded), desc=progress, disable=progress is None or None, leave=False
+        ) as bar,
     ):
         for batch in _equally_long(encoded, totals, tokens_per_batch):
             steps = totals[batch[0]] - len(encoded[batch[0]])

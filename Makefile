@@ -1,0 +1,32 @@
+# Each target sets up what it needs. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: .venv/ready  ## install into .venv with the tested versions
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+quickstart: setup  ## set up, then edit 200 facts of the model in the package
+	$(BIN)/python -m lightning_blue fit --config conf/quickstart.yaml
+
+test: setup  ## set up, then run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## ruff: style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy
+	$(BIN)/mypy
+
+clean:  ## remove the environment, runs and caches
+	rm -rf .venv runs stats .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help setup quickstart test lint types clean
+.DEFAULT_GOAL := help

@@ -1,0 +1,80 @@
+"""Run files: a file names its ``base`` and says only what differs; typos get a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_blue.errors import InputError
+
+_UNKNOWN_KEYS = (
+    re.compile(r"unrecognized arguments: -{0,2}(?P<key>[\w.]+)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"(?:[Kk]ey|[Oo]ption) ['\"](?P<key>[\w.]+)['\"]"),
+)
+
+
+def with_bases(args: Sequence[str]) -> list[str]:
+    """Put a ``--config`` for each file's bases before it, the farthest base first.
+
+    Raises:
+        InputError: for a file that is missing or is no YAML mapping, or bases that go in circles.
+    """
+    expanded: list[str] = []
+    rest = iter(args)
+    for arg in rest:
+        if arg in ("--config", "-c"):
+            arg = f"--config={next(rest, '')}"
+        if arg.startswith("--config="):
+            chain = _chain(Path(arg.removeprefix("--config=")), [])
+            expanded += [f"--config={path}" for path in chain]
+        else:
+            expanded.append(arg)
+    return [*expanded, "--base=null"]  # resolved here: what is printed stands on its own
+
+
+def _chain(path: Path, above: list[Path]) -> list[Path]:
+    """Return a file's bases, the farthest first, and the file itself."""
+    if path in above:
+        circle = " -> ".join(str(p) for p in [*above, path])
+        raise InputError(f"run files name each other as base: {circle}", where=str(path))
+    base = _read(path).get("base")
+    if base is None:
+        return [path]
+    return [*_chain(path.parent / str(base), [*above, path]), path]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        there = sorted(p.name for p in path.parent.glob("*.yaml"))
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+        raise InputError("there is no such run file", where=str(path), mend=hint) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"the run file is not valid YAML: {' '.join(str(error).split())}", where=str(path)
+        ) from None
+    if not isinstance(content or {}, dict):
+        raise InputError(
+            f"the run file holds a {type(content).__name__}; it must hold keys and values",
+            where=str(path),
+        )
+    return content or {}
+
+
+def explain(message: str, keys: Iterable[str]) -> str:
+    """Add the nearest key there is to a message about one that does not exist."""
+    found = next(filter(None, (pattern.search(message) for pattern in _UNKNOWN_KEYS)), None)
+    if found is None:
+        return message
+    key = ".".join(part for part in (found.groupdict().get("group"), found["key"]) if part)
+    known = list(keys)
+    near = [] if key in known else difflib.get_close_matches(key, known, n=1)
+    return f"{message}\n  mend:  did you mean {near[0]}?" if near else message

@@ -1,0 +1,202 @@
+"""Which requests a run can use: token counts, duplicates, contradictions, and what to do then."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lightning_blue.errors import InputError
+from lightning_blue.requests import EditRequest, Probe, Rejected
+from lightning_blue.subjects import encode_targets, encode_with_subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NAMED_AT_MOST = 5
+POLICIES = ("stop", "skip")
+
+
+def check_tokens(
+    requests: Sequence[EditRequest],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    contexts_length: int = 0,
+) -> tuple[list[EditRequest], list[Rejected]]:
+    """Sort out requests that the model cannot read: too long, or an object without tokens.
+
+    Each prompt of a request (its own with ``contexts_length`` tokens of context before it, the
+    paraphrases, neighbours and generation prompts) has to fit into ``max_length`` positions
+    together with the longest object. A ``max_length`` of None checks no lengths.
+    """
+    objects = _token_counts(
+        [_objects(request) for request in requests],
+        lambda texts: encode_targets(tokenizer, texts),
+    )
+    probes = _token_counts(
+        [_probe_texts(request) for request in requests],
+        lambda texts: tokenizer(texts, verbose=False)["input_ids"],
+    )
+    prompts = encode_with_subject(
+        tokenizer, [request.prompt for request in requests], [r.subject for r in requests]
+    )
+    usable: list[EditRequest] = []
+    rejected: list[Rejected] = []
+    for request, sizes, texts, prompt in zip(requests, objects, probes, prompts, strict=True):
+        texts = {request.text: contexts_length + len(prompt.ids)} | texts
+        fault = _no_tokens(request, sizes) or _too_long(request, texts, sizes, max_length)
+        if fault:
+            rejected.append(fault)
+        else:
+            usable.append(request)
+    return usable, rejected
+
+
+def take_distinct(
+    requests: Sequence[EditRequest], count: int | None = None
+) -> tuple[list[EditRequest], list[EditRequest], list[Rejected]]:
+    """Take the first ``count`` requests (None: all) whose text no earlier one of them has.
+
+    Returns those taken, the requests after the last of them, and those passed over: a duplicate
+    wants the same object after the same text as an earlier request, a contradiction another one.
+    """
+    first: dict[str, EditRequest] = {}
+    passed_over: list[Rejected] = []
+    for position, request in enumerate(requests):
+        if count is not None and len(first) == count:
+            return list(first.values()), list(requests[position:]), passed_over
+        earlier = first.setdefault(request.text, request)
+        if earlier is not request:
+            passed_over.append(_clash(request, earlier))
+    return list(first.values()), [], passed_over
+
+
+def _clash(request: EditRequest, earlier: EditRequest) -> Rejected:
+    """Say how a request clashes with an earlier one on the same text."""
+    wanted = f"{request.text!r} -> {request.target_new!r}"
+    if request.target_new == earlier.target_new:
+        return _rejected(
+            request, "duplicate", f"{wanted} repeats {_place(earlier)}", "remove one of the two"
+        )
+    return _rejected(
+        request,
+        "contradiction",
+        f"{wanted} contradicts {_place(earlier)}, which wants {earlier.target_new!r}",
+        "keep one of the two",
+    )
+
+
+def apply_policy(rejected: Sequence[Rejected], total: int, on_unusable: str) -> None:
+    """Stop at requests that cannot be used, unless the policy is to skip them.
+
+    Raises InputError naming up to five of them, how many there are by kind, and how to go on.
+    """
+    if on_unusable not in POLICIES:
+        raise InputError(
+            f"There is no policy {on_unusable!r} for requests that cannot be used",
+            where="--data.on_unusable",
+            mend=f"take one of: {', '.join(POLICIES)}",
+        )
+    if not rejected or on_unusable == "skip":
+        return
+    kinds = ", ".join(f"{count} {kind}" for kind, count in count_by_kind(rejected).items())
+    raise InputError(
+        f"{len(rejected)} of {_count(total, 'request')} cannot be used ({kinds})",
+        where=_listing([str(fault) for fault in rejected[:NAMED_AT_MOST]], len(rejected)),
+        mend="correct them, or go on without them: --data.on_unusable=skip",
+    )
+
+
+def count_by_kind(rejected: Iterable[Rejected]) -> dict[str, int]:
+    """How many requests each kind of reason took, the most frequent first."""
+    return dict(Counter(fault.kind for fault in rejected).most_common())
+
+
+def pick_controls(
+    candidates: Iterable[EditRequest], edited: Iterable[EditRequest], count: int
+) -> list[Probe]:
+    """Take the first ``count`` known facts about subjects that no edit touches, in order.
+
+    A candidate without ``target_true`` cannot serve, nor one whose prompt was taken already.
+    """
+    subjects = {request.subject for request in edited}
+    found: dict[str, Probe] = {}
+    for request in candidates:
+        if len(found) == count:
+            break
+        if request.target_true is not None and request.subject not in subjects:
+            found.setdefault(request.text, Probe(request.text, request.target_true))
+    return list(found.values())
+
+
+def _objects(request: EditRequest) -> list[str]:
+    """Every object that is scored for a request."""
+    own = [request.target_new] + ([request.target_true] if request.target_true else [])
+    return own + [probe.answer for probe in request.neighborhood]
+
+
+def _probe_texts(request: EditRequest) -> list[str]:
+    """Every prompt of a request but its own."""
+    neighbors = [probe.prompt for probe in request.neighborhood]
+    return [*request.paraphrases, *neighbors, *request.generation_prompts]
+
+
+def _token_counts(
+    groups: Sequence[Sequence[str]], encode: Callable[[list[str]], Sequence[Sequence[int]]]
+) -> list[dict[str, int]]:
+    """Tokens of each text, group by group; every distinct text is encoded once, in one call."""
+    texts = list(dict.fromkeys(text for group in groups for text in group))
+    encoded = encode(texts) if texts else []
+    counts = {text: len(ids) for text, ids in zip(texts, encoded, strict=True)}
+    return [{text: counts[text] for text in group} for group in groups]
+
+
+def _no_tokens(request: EditRequest, sizes: dict[str, int]) -> Rejected | None:
+    """Reject a request with an object that the tokenizer spells with no token."""
+    empty = next((text for text, size in sizes.items() if size == 0), None)
+    if empty is None:
+        return None
+    return _rejected(
+        request,
+        "object without tokens",
+        f"the tokenizer makes no token of {empty!r}",
+        "write it in a script that the model's tokenizer knows",
+    )
+
+
+def _too_long(
+    request: EditRequest, texts: dict[str, int], sizes: dict[str, int], max_length: int | None
+) -> Rejected | None:
+    """Reject a request with a prompt that does not fit with the longest object."""
+    text, length = max(texts.items(), key=lambda item: item[1])
+    target = max(sizes.values())
+    if max_length is None or length + target <= max_length:
+        return None
+    return _rejected(
+        request,
+        "too long",
+        f"{text[:60]!r} and its object take {length} + {target} tokens, the model reads "
+        f"{max_length}",
+        "shorten the prompt or the subject",
+    )
+
+
+def _rejected(request: EditRequest, kind: str, reason: str, mend: str) -> Rejected:
+    """Reject a request that was read."""
+    return Rejected(request.source, request.case_id, kind, reason, mend)
+
+
+def _place(request: EditRequest) -> str:
+    """Where a request stands, for messages."""
+    return request.source or f"case {request.case_id}"
+
+
+def _listing(lines: Sequence[str], total: int) -> str:
+    """Lines below each other, and how many more there are."""
+    more = [f"and {total - len(lines)} more"] if total > len(lines) else []
+    return "\n         ".join([*lines, *more])
+
+
+def _count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

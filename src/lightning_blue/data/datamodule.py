@@ -1,0 +1,181 @@
+"""The data of a run: edit requests in order, batch by batch."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_blue.data.checks import (
+    apply_policy,
+    check_tokens,
+    pick_controls,
+    take_distinct,
+)
+from lightning_blue.data.hub import to_dataset
+from lightning_blue.data.reading import ALMANAC, read_requests
+from lightning_blue.errors import InputError
+from lightning_blue.requests import EditRequest, Probe, Rejected
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+EditBatch = list[EditRequest]
+
+
+class EditDataModule(LightningDataModule):
+    """Edit requests from any source, checked before the run, in the order of the source.
+
+    Args:
+        path: a .json, .jsonl, .csv or .parquet file, the folder of a saved dataset, the name of a
+            dataset on the Hugging Face hub, or ``almanac``, the facts that ship with the package.
+        format: ``auto``, ``counterfact``, ``counterfact-flat``, ``zsre`` or ``facts``.
+        split: the split of a dataset.
+        batch_size: requests that are edited together.
+        edits: how many requests to edit, None for all that there are.
+        offset: how many usable requests to leave out before the first edit.
+        controls: how many known facts that are not edited to watch for damage. They come after
+            the edited requests, on other subjects.
+        on_unusable: ``stop`` at requests that cannot be used, or ``skip`` them.
+
+    Raises InputError for a count that makes no sense.
+    """
+
+    def __init__(
+        self,
+        path: str = ALMANAC,
+        format: str = "auto",
+        split: str = "train",
+        batch_size: int = 100,
+        edits: int | None = None,
+        offset: int = 0,
+        controls: int = 0,
+        on_unusable: str = "stop",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("edits", 1 if edits is None else edits, 1),
+            ("offset", offset, 0),
+            ("controls", controls, 0),
+        ):
+            if value < least:
+                raise InputError(
+                    f"{name} is {value}",
+                    where=f"--data.{name}",
+                    mend=f"give a number from {least} up",
+                )
+        apply_policy((), 0, on_unusable)  # refuses an unknown policy before anything is read
+        self.path, self.format, self.split = path, format, split
+        self.batch_size, self.edits, self.offset = batch_size, edits, offset
+        self.on_unusable = on_unusable
+        self._controls_wanted = controls
+        self._requests: list[EditRequest] | None = None
+        self._rejected: list[Rejected] = []
+        self._controls: list[Probe] = []
+
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+        contexts_length: int = 0,
+    ) -> None:
+        """Read and check the requests, and choose those to edit and the controls.
+
+        With a tokenizer, tokens are checked as well (:func:`check_tokens`).
+
+        Raises InputError if the source cannot be read, if it holds unusable requests and the
+        policy is to stop, or if they are too few.
+        """
+        usable, rejected = read_requests(self.path, self.format, self.split)
+        total = len(usable) + len(rejected)
+        if tokenizer is not None:
+            usable, faults = check_tokens(usable, tokenizer, max_length, contexts_length)
+            rejected += faults
+        chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits)
+        rejected += clashing
+        apply_policy(rejected, total, self.on_unusable)
+        self._require_enough(len(chosen), total, len(rejected))
+        if rejected:
+            log.warning("%d of %d requests are left out as unusable", len(rejected), total)
+        self._requests, self._rejected = chosen, rejected
+        self._controls = self._find_controls(rest)
+
+    def setup(self, stage: str) -> None:
+        """Prepare with the tokenizer and the ``max_length`` of the trainer's module, once."""
+        if self._requests is None:
+            module = self.trainer.lightning_module if self.trainer else None
+            self.prepare(
+                getattr(module, "tokenizer", None),
+                getattr(module, "max_length", None),
+                getattr(module, "contexts_length", 0),
+            )
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        """The requests to edit, in order."""
+        if self._requests is None:
+            raise RuntimeError("call prepare() or setup() before asking for requests")
+        return self._requests
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        """The requests that could not be used, each with its reason."""
+        return self._rejected
+
+    @property
+    def controls(self) -> list[Probe]:
+        """Known facts that are not edited."""
+        return self._controls
+
+    @property
+    def dataset(self) -> Dataset:
+        """The requests to edit as a Hugging Face dataset; reading it gives the same requests."""
+        return to_dataset(self.requests)
+
+    @property
+    def protocol(self) -> str:
+        """How the requests are scored.
+
+        ``counterfact`` (the wanted object against the other one) if every request names its
+        current object, else ``zsre`` (token accuracy).
+        """
+        known = all(request.target_true is not None for request in self.requests)
+        return "counterfact" if known else "zsre"
+
+    def train_dataloader(self) -> DataLoader[EditRequest]:
+        """Edit batches: lists of at most ``batch_size`` requests, in order."""
+        return DataLoader(
+            self.requests,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            shuffle=False,
+            collate_fn=list,
+        )
+
+    def _require_enough(self, found: int, total: int, rejected: int) -> None:
+        """Raise InputError if there is no request, or fewer than were asked for."""
+        if found >= (self.edits or 1):
+            return
+        wanted = f"{self.edits} edits were asked for, " if self.edits else ""
+        raise InputError(
+            f"{wanted}{found} usable requests are there",
+            where=f"{self.path}: {total} read, {rejected} unusable, offset {self.offset}",
+            mend="lower --data.edits or --data.offset, or give more data",
+        )
+
+    def _find_controls(self, rest: list[EditRequest]) -> list[Probe]:
+        """Pick the controls, and warn if there are fewer than were asked for."""
+        controls = pick_controls(rest, self.requests, self._controls_wanted)
+        if len(controls) < self._controls_wanted:
+            log.warning(
+                "%d controls were asked for, %d are there: known facts after the edited ones, "
+                "on other subjects, with their current object",
+                self._controls_wanted,
+                len(controls),
+            )
+        return controls

@@ -1,0 +1,84 @@
+"""Hugging Face ``datasets``: edit requests out of them, and into them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_blue.data.parsing import Located
+from lightning_blue.errors import InputError
+from lightning_blue.requests import EditRequest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger(__name__)
+
+
+def load_rows(path: str, split: str) -> list[Located]:
+    """Rows of a dataset: a name on the hub, a saved dataset's folder, or a Parquet file.
+
+    No code that a dataset brings is run. Raises InputError where it cannot be had.
+    """
+    try:
+        dataset = _load(path, split)
+    except Exception as error:  # the hub's client and the readers raise dozens of types
+        log.debug("loading %s failed", path, exc_info=True)
+        first_line = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"The dataset cannot be loaded: {type(error).__name__}: {first_line}",
+            where=f"{path}, split {split!r}",
+            mend="give a file that exists (.json, .jsonl, .csv, .parquet), a folder, or a dataset "
+            "on the hub and a split that it has (--data.split)",
+        ) from error
+    name = Path(path).name if Path(path).exists() else path
+    return [Located(f"{name} record {i}", row) for i, row in enumerate(dataset, 1)]
+
+
+def _load(path: str, split: str) -> Dataset:
+    """Open the dataset; raises whatever ``datasets`` raises."""
+    import datasets
+
+    folder = Path(path)
+    if folder.is_file():
+        return datasets.load_dataset("parquet", data_files=path, split="train")
+    if (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(path)[split]
+    if (folder / "state.json").is_file():
+        return datasets.load_from_disk(path)
+    return datasets.load_dataset(path, split=split)
+
+
+def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
+    """Requests as a dataset in the format ``facts``; reading it back gives the same requests.
+
+    ``source`` is left out: it is where a request was read, and not part of it.
+    """
+    import datasets
+
+    texts = datasets.List(datasets.Value("string"))
+    probes = datasets.List({name: datasets.Value("string") for name in ("prompt", "answer")})
+    features = datasets.Features(
+        {
+            **dict.fromkeys(_TEXT_COLUMNS, datasets.Value("string")),
+            **dict.fromkeys(_LIST_COLUMNS, texts),
+            "neighborhood_prompts": probes,
+        }
+    )
+    rows = [_row(request) for request in requests]
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+_TEXT_COLUMNS = ("case_id", "subject", "prompt", "target_new", "target_true")
+_LIST_COLUMNS = ("paraphrases", "generation_prompts", "reference_texts")
+
+
+def _row(request: EditRequest) -> dict[str, Any]:
+    """One request under the column names of the format ``facts``."""
+    fields = asdict(request)
+    row = {name: fields[name] for name in _TEXT_COLUMNS}
+    row |= {name: list(fields[name]) for name in _LIST_COLUMNS}
+    return row | {"neighborhood_prompts": list(fields["neighborhood"])}

@@ -1,0 +1,161 @@
+"""Open a data source of any kind and read the edit requests in it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+
+from lightning_blue.data.formats import (
+    FACTS,
+    Format,
+    choose_format,
+    columns_not_used,
+    parse_record,
+)
+from lightning_blue.data.hub import load_rows
+from lightning_blue.data.parsing import Located, parse_csv, parse_json, parse_jsonl
+from lightning_blue.errors import InputError
+from lightning_blue.requests import EditRequest, Rejected
+
+log = logging.getLogger(__name__)
+
+ALMANAC = "almanac"
+PARSERS = MappingProxyType({".json": parse_json, ".jsonl": parse_jsonl, ".csv": parse_csv})
+SUFFIXES = (*PARSERS, ".parquet")
+
+
+def read_requests(
+    path: str | Path, format: str = "auto", split: str = "train"
+) -> tuple[list[EditRequest], list[Rejected]]:
+    """Read all requests of a data source, in order, and the records that are not usable.
+
+    ``path``: a .json, .jsonl, .csv or .parquet file, the folder of a saved dataset, the name of a
+    dataset on the Hugging Face hub, or ``almanac`` for the facts that ship with the package.
+    ``format``: ``counterfact`` (ROME's nested form), ``counterfact-flat``, ``zsre`` (MEND's form),
+    ``facts`` (people's own), or ``auto`` to tell by the columns. ``split`` matters for datasets.
+
+    Every record ends up in one of the two lists. Raises InputError where nothing can be read: no
+    such source, empty, malformed, not text, or columns that fit no format.
+    """
+    name, located = read_records(str(path), split)
+    if not located:
+        raise _empty(name)
+    if all(item.flaw for item in located):
+        return _sort_out(located, FACTS)  # no record tells the format, and none needs one
+    mappings = [item.record for item in located if isinstance(item.record, Mapping)]
+    columns = list(dict.fromkeys(key for record in mappings for key in record))
+    row = choose_format(format, mappings[0] if mappings else (), columns, where=name)
+    _warn_of_columns(columns, row, name)
+    return _sort_out(located, row)
+
+
+def _sort_out(located: Sequence[Located], row: Format) -> tuple[list[EditRequest], list[Rejected]]:
+    """Parse each record into one of two lists."""
+    requests: list[EditRequest] = []
+    rejected: list[Rejected] = []
+    for index, (source, record, flaw) in enumerate(located):
+        if flaw is not None:
+            rejected.append(Rejected(source, str(index), "malformed row", *flaw))
+            continue
+        parsed = parse_record(record, row, source=source, index=index)
+        if isinstance(parsed, EditRequest):
+            requests.append(parsed)
+        else:
+            rejected.append(parsed)
+    return requests, rejected
+
+
+def _warn_of_columns(columns: Sequence[str], row: Format, name: str) -> None:
+    """Say which columns have no meaning here, so that a misspelt one is not lost unnoticed."""
+    notes = columns_not_used(columns, row)
+    if notes:
+        log.warning("%s: columns not used: %s", name, ", ".join(notes))
+
+
+def read_records(path: str, split: str = "train") -> tuple[str, list[Located]]:
+    """Open a data source; return its short name and its records. Raises InputError."""
+    if path == ALMANAC:
+        bundled = resources.files("lightning_blue") / "assets" / "almanac" / "facts.jsonl"
+        if not bundled.is_file():
+            raise InputError(
+                "The facts that ship with the package are not there",
+                where=str(bundled),
+                mend="install the package again, or give a file of your own (--data.path)",
+            )
+        return ALMANAC, parse_jsonl(_decode(bundled.read_bytes(), ALMANAC), ALMANAC)
+    place = Path(path).expanduser()
+    if place.is_dir() or (place.is_file() and place.suffix.lower() == ".parquet"):
+        return place.name, load_rows(str(place), split)
+    if place.is_file():
+        return place.name, _read_file(place)
+    if _names_a_file(path, place):
+        raise _missing(place)
+    return path, load_rows(path, split)
+
+
+def _read_file(place: Path) -> list[Located]:
+    """Parse a text file by its ending."""
+    parser = PARSERS.get(place.suffix.lower())
+    if parser is None:
+        raise InputError(
+            f"Files that end with {place.suffix or 'nothing'!r} cannot be read",
+            where=str(place),
+            mend=f"give a file that ends with {', '.join(SUFFIXES)}",
+        )
+    try:
+        content = place.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"The file cannot be opened: {error.strerror}",
+            where=str(place),
+            mend="check its rights",
+        ) from None
+    text = _decode(content, place.name)
+    if not text.strip():
+        raise _empty(str(place))
+    return parser(text, place.name)
+
+
+def _decode(content: bytes, name: str) -> str:
+    """UTF-8 text, with or without a byte order mark. Raises InputError with the line."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"The file is not UTF-8 text: byte 0x{content[error.start]:02x} cannot be decoded",
+            where=f"{name}:{line}",
+            mend="save it as UTF-8",
+        ) from None
+
+
+def _names_a_file(path: str, place: Path) -> bool:
+    """Whether a path that does not exist was meant as a file and not as a dataset on the hub."""
+    local = place.is_absolute() or path.startswith((".", "~"))
+    return local or place.suffix.lower() in SUFFIXES or len(place.parts) > 2 or not path.strip()
+
+
+def _missing(place: Path) -> InputError:
+    """The error for a file that does not exist, with the nearest name beside it."""
+    if not place.parent.is_dir():
+        return InputError(
+            f"There is no folder {str(place.parent)!r}",
+            where=str(place),
+            mend="check the path; relative ones start at the current folder",
+        )
+    near = difflib.get_close_matches(place.name, [x.name for x in place.parent.iterdir()], n=1)
+    mend = f"is {str(place.parent / near[0])!r} meant?" if near else "check the path"
+    return InputError("There is no such file", where=str(place), mend=mend)
+
+
+def _empty(name: str) -> InputError:
+    """The error for a source without records."""
+    return InputError(
+        "There are no records",
+        where=name,
+        mend="give at least one record with subject, prompt and target_new",
+    )

@@ -1,0 +1,27 @@
+"""Metrics of model editing: pure functions, and torchmetrics shells that hold their state."""
+
+from .metrics import (
+    Consistency,
+    Estimate,
+    ExactMatch,
+    Fluency,
+    MeanOverRequests,
+    Perplexity,
+    ProbabilitySuccess,
+    Score,
+    TokenAccuracy,
+    numbers,
+)
+
+__all__ = [
+    "Consistency",
+    "Estimate",
+    "ExactMatch",
+    "Fluency",
+    "MeanOverRequests",
+    "Perplexity",
+    "ProbabilitySuccess",
+    "Score",
+    "TokenAccuracy",
+    "numbers",
+]

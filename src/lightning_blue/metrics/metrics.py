@@ -1,0 +1,177 @@
+"""Stateful metrics: thin shells over `functional`, whose states add up over processes.
+
+Each ``compute()`` returns an estimate: ``value``, ``standard_error``, ``count`` (how many
+independent units stand behind the error) and ``prompts`` or ``tokens``. The unit is the request,
+because the prompts of one request are correlated; all prompts of a request must therefore reach
+one process in one ``update``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from . import functional as F
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+PERCENT = 100.0
+
+Estimate = dict[str, Tensor]
+
+
+def numbers(estimate: Mapping[str, Tensor]) -> dict[str, float]:
+    """Turn an estimate into plain numbers, leaving out what is undefined (JSON has no NaN)."""
+    return {name: value.item() for name, value in estimate.items() if value.isfinite()}
+
+
+class MeanOverRequests(Metric):
+    """Mean over requests of the mean over a request's prompts: the mechanism of most metrics."""
+
+    is_differentiable = False
+    full_state_update = False
+    moments: Tensor
+    prompts: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")
+
+    def accumulate(self, values: Tensor, request: Tensor) -> None:
+        """Add one number per prompt; ``values`` and ``request`` have shape (n_prompts,)."""
+        means = F.mean_by_request(values.to(self.moments.device), request.to(self.moments.device))
+        self.moments += F.ratio_moments(means, torch.ones_like(means))
+        self.prompts += len(values)
+
+    def compute(self) -> Estimate:
+        """Return value, standard error over requests, and the numbers of requests and prompts."""
+        value, error = F.ratio_estimate(self.moments)
+        count = self.moments[-1].long()
+        return {
+            "value": value, "standard_error": error, "count": count, "prompts": self.prompts
+        }  # fmt: skip
+
+
+class ProbabilitySuccess(MeanOverRequests):
+    """Percentage of prompts on which the wanted object is more probable than the other one.
+
+    On CounterFact this is efficacy (own prompt) and generalization (paraphrases), where the new
+    object is wanted, and specificity (neighbours), where the neighbour's own answer is.
+    """
+
+    def update(self, nll_wanted: Tensor, nll_other: Tensor, request: Tensor) -> None:
+        """Add prompts: nats per target token and the request of each; all of shape (n,)."""
+        self.accumulate(PERCENT * F.probability_success(nll_wanted, nll_other), request)
+
+
+class TokenAccuracy(MeanOverRequests):
+    """Percentage of target tokens that are most probable under teacher forcing: zsRE's metrics."""
+
+    def update(self, correct: Sequence[Sequence[bool]], request: Tensor) -> None:
+        """Add prompts: one flag per target token, and the request of each prompt; (n,)."""
+        self.accumulate(PERCENT * F.token_accuracy(correct), request)
+
+
+class ExactMatch(MeanOverRequests):
+    """Percentage of prompts whose target tokens are all most probable (top-1).
+
+    Over edited facts the strict form of efficacy; over unedited facts, each its own request,
+    the recall that editing should leave alone.
+    """
+
+    def update(self, correct: Sequence[Sequence[bool]], request: Tensor) -> None:
+        """Add prompts: one flag per target token, and the request of each prompt; (n,)."""
+        self.accumulate(PERCENT * F.exact_match(correct), request)
+
+
+class Fluency(MeanOverRequests):
+    """Weighted bigram and trigram entropy of generated texts in bits, times 100."""
+
+    def update(self, texts: Sequence[str], request: Tensor) -> None:
+        """Add texts and the request of each; (n,)."""
+        entropies = torch.tensor([F.fluency(text) for text in texts], dtype=torch.float64)
+        self.accumulate(100 * entropies, request)
+
+
+class Consistency(MeanOverRequests):
+    """Tf-idf similarity of generated texts with reference texts, times 100.
+
+    Args:
+        vectorizer: what weighs the words; see `functional.fit_tfidf`.
+        kwargs: passed on to `torchmetrics.Metric`.
+    """
+
+    def __init__(self, vectorizer: TfidfVectorizer, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.vectorizer = vectorizer
+
+    def update(self, texts: Sequence[str], references: Sequence[str], request: Tensor) -> None:
+        """Add pairs of texts and the request of each pair; (n,)."""
+        pairs = zip(texts, references, strict=True)
+        similarities = [F.tfidf_similarity(*pair, self.vectorizer) for pair in pairs]
+        self.accumulate(100 * torch.tensor(similarities, dtype=torch.float64), request)
+
+
+class Perplexity(Metric):
+    """Perplexity of a text, exp of the mean nats per token; the unit of its error is a window."""
+
+    is_differentiable = False
+    full_state_update = False
+    moments: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, tokens: Tensor) -> None:
+        """Add windows: the sum of nats in each and the number of tokens predicted; (n,)."""
+        moments = F.ratio_moments(nll, tokens)
+        self.moments += moments.to(self.moments.device)
+
+    def compute(self) -> Estimate:
+        """Return value, standard error (delta method), and the numbers of windows and tokens."""
+        nats, error = F.ratio_estimate(self.moments)
+        value = nats.exp()
+        return {
+            "value": value,
+            "standard_error": value * error,
+            "count": self.moments[-1].long(),
+            "tokens": self.moments[1].long(),
+        }
+
+
+class Score(Metric):
+    """Harmonic mean of efficacy, generalization and specificity over requests that have all three.
+
+    All in percent. The error takes into account that the three are measured on the same requests.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    sums: Tensor
+    products: Tensor
+    requests: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("products", torch.zeros(3, 3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("requests", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, shares: Tensor) -> None:
+        """Add requests: efficacy, generalization, specificity of each from 0 to 1; (n, 3)."""
+        values = PERCENT * shares.to(self.sums)
+        self.sums += values.sum(0)
+        self.products += values.T @ values
+        self.requests += len(values)
+
+    def compute(self) -> Estimate:
+        """Return value, standard error, and the number of requests."""
+        value, error = F.score_estimate(self.sums, self.products, self.requests)
+        return {"value": value, "standard_error": error, "count": self.requests}

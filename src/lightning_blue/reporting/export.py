@@ -1,0 +1,141 @@
+"""The edited model as a Hugging Face folder, with a card that says what was edited and how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_blue.reporting.files import versions
+from lightning_blue.reporting.history import RunHistory
+from lightning_blue.reporting.tables import markdown_table, score_table, value_and_error
+from lightning_blue.reporting.text import DEFINITIONS, inline, settings_rows
+from lightning_blue.reporting.views import metrics_at
+from lightning_blue.storage import whole_folder, write_atomic, writing
+
+LISTED_AT_MOST = 200
+SIDE_EFFECTS = ("specificity", "recall", "perplexity", "fluency")
+
+
+def export_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, history: RunHistory
+) -> Path:
+    """Save an edited model, its tokenizer and a model card; the whole folder or nothing.
+
+    Weights are written as safetensors in the model's own dtype, and load with plain transformers.
+
+    Args:
+        folder: where to; what stood there before is replaced.
+        model: the edited model, on any device.
+        tokenizer: its tokenizer.
+        history: of the run that edited it.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        InputError: if the disk is full or may not be written.
+    """
+    with writing(folder), whole_folder(folder) as building:
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        write_atomic(building / "README.md", model_card(history))
+    return folder
+
+
+def model_card(history: RunHistory) -> str:
+    """Return the README of an edited model: markdown with a YAML head."""
+    name = base_model(history)
+    method = markdown_table(settings_rows(history.settings), ["setting", "value"])
+    return f"""{_front_matter(name)}
+# {inline(name)} with {_facts(history.applied)} edited
+
+The weights of {inline(name)} were edited directly (locate-then-edit) so that the model states the
+facts listed below. Everything else was meant to stay as it was; see the caution.
+
+## How
+
+{method}
+
+## Scores
+
+{score_table(history)}
+
+{DEFINITIONS[history.protocol]}
+
+## Caution
+
+{caution(history)}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+## What was edited
+
+{_edits(history)}
+
+Made with lightning-blue {versions()["lightning_blue"]}.
+"""
+
+
+def base_model(history: RunHistory) -> str:
+    """Return the name of the model that was edited; of a local path the last part."""
+    name = str(history.settings.get("model", "unknown"))
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+def caution(history: RunHistory) -> str:
+    """Say which side effects were measured, and that others are possible."""
+    before, after = metrics_at(history, "pre"), metrics_at(history, "post")
+    measured = [
+        f"{name} went from {_number(before[name])} to {_number(after[name])}"
+        for name in SIDE_EFFECTS
+        if name in before and name in after
+    ]
+    found = f"Measured here: {'; '.join(measured)}." if measured else "None were measured here."
+    return (
+        "An edit can change more than the fact it is about: what the model says of neighbouring "
+        f"subjects, of other relations of the same subject, and its language. {found} "
+        "What was not measured may have changed as well. The edited facts are what the editor "
+        "asked for, and need not be true."
+    )
+
+
+def _front_matter(name: str) -> str:
+    head: Mapping[str, Any] = {
+        "base_model": name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["model-editing", "knowledge-editing", "lightning-blue"],
+    }
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+    return "\n".join(["---", *lines, "---"])  # JSON is YAML, and quotes what needs it
+
+
+def _facts(n: int) -> str:
+    return "1 fact" if n == 1 else f"{n:,} facts"
+
+
+def _number(estimate: Mapping[str, float]) -> str:
+    return value_and_error(estimate["value"], estimate.get("standard_error"))
+
+
+def _edits(history: RunHistory) -> str:
+    applied = history.requests[: history.applied]
+    lines = [
+        f"- {inline(request.text)} … "
+        + (f"{inline(request.target_true)} → " if request.target_true else "")
+        + f"**{inline(request.target_new)}**"
+        for request in applied[:LISTED_AT_MOST]
+    ]
+    more = len(applied) - LISTED_AT_MOST
+    return "\n".join([*lines, f"\nand {_facts(more)} more."] if more > 0 else lines)

@@ -1,0 +1,137 @@
+"""The machine-readable files of a run: one line per request, and one flat summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning_blue import __version__
+from lightning_blue.evaluation import RequestOutcome, flatten
+from lightning_blue.reporting.history import RunHistory
+from lightning_blue.reporting.views import (
+    FinalLoss,
+    batch_of,
+    final_losses,
+    metrics_at,
+    outcome_pairs,
+)
+from lightning_blue.storage import write_atomic
+
+SUMMARY_STAGES = ("pre", "post", "earliest")
+
+
+def write_edits(path: Path, history: RunHistory) -> None:
+    """Write ``edits.jsonl``: each request with its outcome before and after.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    ends = final_losses(history)
+    rows = (
+        {
+            "case_id": request.case_id,
+            "subject": request.subject,
+            "prompt": request.text,
+            "target_new": request.target_new,
+            "target_true": request.target_true,
+            "batch": batch_of(history, index),
+            "before": _outcome(before),
+            "after": _outcome(after),
+            "target_optimization": _ends(ends.get(index, {})),
+        }
+        for index, (request, before, after) in enumerate(outcome_pairs(history))
+    )
+    _write_lines(path, rows)
+
+
+def write_rejected(path: Path, history: RunHistory) -> None:
+    """Write ``rejected.jsonl``, one line per request that could not be used, if there are any.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    if history.rejected:
+        _write_lines(path, (asdict(rejected) for rejected in history.rejected))
+
+
+def summary(history: RunHistory) -> dict[str, Any]:
+    """Return a run's numbers under flat keys; what was not measured has no key.
+
+    ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
+    ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``seconds/...``,
+    ``settings/...`` and ``versions/...``.
+    """
+    flat: dict[str, Any] = {}
+    for stage in SUMMARY_STAGES:
+        numbers = flatten(metrics_at(history, stage))
+        flat |= {f"{stage}/{key}": number for key, number in numbers.items()}
+    flat |= {
+        "edits/applied": history.applied,
+        "edits/requested": len(history.requests),
+        "edits/rejected": len(history.rejected),
+        "protocol": history.protocol,
+    }
+    flat |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
+    flat |= _flat("settings", history.settings)
+    return flat | {f"versions/{name}": number for name, number in versions().items()}
+
+
+def write_summary(path: Path, history: RunHistory) -> None:
+    """Write ``summary.json``, see `summary`.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    write_atomic(path, _json(summary(history), indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "lightning": version("lightning"),
+        "lightning_blue": __version__,
+    }
+
+
+def _outcome(outcome: RequestOutcome | None) -> dict[str, Any] | None:
+    return None if outcome is None else asdict(outcome)
+
+
+def _ends(ends: Mapping[int, FinalLoss]) -> dict[str, dict[str, float]]:
+    return {str(layer): end._asdict() for layer, end in ends.items()}
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    """Spread nested mappings over flat keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    parts = (_flat(f"{prefix}/{key}", part) for key, part in value.items())
+    return {key: plain for part in parts for key, plain in part.items()}
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(_json(row) + "\n" for row in rows))
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """Spell a value in strict JSON, which has no NaN and no infinity: they become null."""
+    return json.dumps(
+        _finite(value), indent=indent, allow_nan=False, ensure_ascii=False, default=str
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,168 @@
+"""The report of a run, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning_blue.evaluation import RequestOutcome
+from lightning_blue.reporting.history import RunHistory
+from lightning_blue.reporting.plots import plots
+from lightning_blue.reporting.tables import SCORES, markdown_table, score_table, stages_table
+from lightning_blue.reporting.text import CELL, DEFINITIONS, inline, settings_rows
+from lightning_blue.reporting.views import batches, failed, metrics_at, outcome_pairs
+from lightning_blue.requests import EditRequest
+from lightning_blue.storage import write_atomic
+
+EXAMPLES = 10  # edits shown, and as many that failed
+REJECTED_SHOWN = 20
+CAPTIONS = {
+    "metrics": "Over edits applied: how well edits hold, and what the rest of the model lost.",
+    "before_after": "Before and after, over all requests.",
+    "losses": "Optimisation of the targets: a finished edit counts with its last loss.",
+}
+
+Example = tuple[EditRequest, RequestOutcome | None, RequestOutcome | None]
+
+
+def write_report(folder: Path, history: RunHistory, model_folder: str | None = "model") -> Path:
+    """Write ``report.md`` and the pictures it shows, under ``plots/``.
+
+    Args:
+        folder: of the run.
+        history: of the run.
+        model_folder: where the edited model is, seen from ``folder``; None if it was not saved.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        InputError: if the disk is full or may not be written.
+    """
+    pictures = plots(history)
+    for name, png in pictures.items():
+        write_atomic(folder / "plots" / f"{name}.png", png)
+    path = folder / "report.md"
+    write_atomic(path, report(history, pictures, model_folder))
+    return path
+
+
+def report(history: RunHistory, pictures: Iterable[str], model_folder: str | None) -> str:
+    """Return the report as markdown; ``pictures`` names the files under ``plots/``."""
+    sections = {
+        "Scores": score_table(history),
+        "Plots": _pictures(pictures),
+        "The first batch, right after it was applied and at the end": _retention(history),
+        "Edits": _examples(history),
+        "Requests that could not be used": _rejected(history),
+        "Settings": _table(settings_rows(history.settings), ["setting", "value"]),
+        "Time": _times(history),
+        "The edited model": _reload(model_folder),
+        "How the numbers are defined": DEFINITIONS[history.protocol],
+    }
+    body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
+    return "\n\n".join(["# Editing run", _sentence(history), *body]) + "\n"
+
+
+def _sentence(history: RunHistory) -> str:
+    settings = history.settings
+    text = f"{history.applied:,} of {len(history.requests):,} requested facts"
+    if "data" in settings:
+        text += f" of {inline(str(settings['data']))}"
+    text += " were edited"
+    if "model" in settings:
+        text += f" in {inline(str(settings['model']))}"
+    number = batches(history)
+    if number is not None:
+        text += f", in {number} {'batch' if number == 1 else 'batches'}"
+        text += f" of up to {settings['batch_size']}"
+    if "plan" in settings:
+        text += f", with the plan {inline(str(settings['plan']))}"
+    if history.rejected:
+        text += f"; {len(history.rejected):,} more could not be used"
+    return text + "."
+
+
+def _pictures(names: Iterable[str]) -> str:
+    drawn = set(names)
+    shown = [(name, text) for name, text in CAPTIONS.items() if name in drawn]
+    return "\n\n".join(f"{text}\n\n![{text}](plots/{name}.png)" for name, text in shown)
+
+
+def _retention(history: RunHistory) -> str:
+    """Compare the first batch then and now, where later batches could have disturbed it."""
+    taken, last = history.of("batch"), metrics_at(history, "earliest")
+    if len(taken) < 2 or not last:
+        return ""
+    return stages_table({"right after": taken[0].metrics, "at the end": last}, SCORES)
+
+
+def _examples(history: RunHistory) -> str:
+    applied = outcome_pairs(history)[: history.applied]
+    missed = [example for example in applied if failed(example[2])]
+    parts = [_example_table(applied[:EXAMPLES])] if applied else []
+    if missed:
+        parts.append(f"{len(missed):,} missed their own prompt; the first of them:")
+        parts.append(_example_table(missed[:EXAMPLES]))
+    if parts:
+        parts.append("All of them, with probabilities, are in `edits.jsonl`.")
+    return "\n\n".join(parts)
+
+
+def _example_table(examples: Iterable[Example]) -> str:
+    rows = [
+        [
+            inline(request.text, CELL),
+            inline(request.target_new),
+            *(_text(outcome) for outcome in (before, after)),
+            *(_probability(outcome) for outcome in (before, after)),
+        ]
+        for request, before, after in examples
+    ]
+    return markdown_table(
+        rows, ["prompt", "new object", "before", "after", "p(new) before", "p(new) after"]
+    )
+
+
+def _text(outcome: RequestOutcome | None) -> str:
+    return "" if outcome is None else inline(outcome.continuation, CELL)
+
+
+def _probability(outcome: RequestOutcome | None) -> str:
+    return "" if outcome is None else f"{outcome.probability_new:.3f}"
+
+
+def _rejected(history: RunHistory) -> str:
+    rows = [
+        [inline(one.source), inline(one.case_id), inline(one.reason), inline(one.mend)]
+        for one in history.rejected[:REJECTED_SHOWN]
+    ]
+    table = _table(rows, ["where", "case", "why", "how to mend it"])
+    more = len(history.rejected) - REJECTED_SHOWN
+    return table + (f"\n\nand {more:,} more, see `rejected.jsonl`." if more > 0 else "")
+
+
+def _times(history: RunHistory) -> str:
+    rows = [[inline(part), f"{seconds:.1f}"] for part, seconds in history.seconds.items()]
+    text = _table(rows, ["part", "seconds"])
+    if history.applied and "edit" in history.seconds:
+        each = history.seconds["edit"] / history.applied
+        text += f"\n\n{each:.3g} seconds per edit."
+    return text
+
+
+def _table(rows: list[list[str]], header: list[str]) -> str:
+    return markdown_table(rows, header) if rows else ""
+
+
+def _reload(model_folder: str | None) -> str:
+    if model_folder is None:
+        return ""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{model_folder}")
+tokenizer = AutoTokenizer.from_pretrained("{model_folder}")
+```
+
+Paths are seen from this report's folder."""

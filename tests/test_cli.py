@@ -1,0 +1,176 @@
+"""The command line from end to end, and what it says of input that cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from conftest import ROOT
+from helpers import load_model
+from lightning_blue.__main__ import main
+from test_conf import flags, small_run  # noqa: F401  (a fixture)
+
+BASE = f"--config={ROOT / 'conf' / 'llama3_memit_blue.yaml'}"
+
+
+@pytest.fixture
+def run(small_run, capsys):  # noqa: F811
+    """Run fit with flags on top of the small run's; return exit code, output and error."""
+
+    def go(*more: str, command: str = "fit") -> tuple[int, str, str]:
+        code = main([command, BASE, *flags(small_run, "llama3"), *more])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return go
+
+
+def facts_file(tmp_path: Path, text: str, name: str = "facts.jsonl") -> str:
+    path = tmp_path / name
+    path.write_text(text)
+    return f"--data.path={path}"
+
+
+def fact(**changes: object) -> str:
+    record = {"subject": "Lyon", "prompt": "{} is near", "target_new": "Rome"} | changes
+    return json.dumps({key: value for key, value in record.items() if value is not None})
+
+
+def test_what_a_run_leaves_behind(run):
+    code, out, err = run("--run.wandb=offline", "--data.batch_size=1")
+    assert code == 0, err
+    assert "efficacy" in out
+    folder = Path(out.rpartition("report: ")[2].strip()).parent
+    left = {path.name for path in folder.iterdir()}
+    assert left >= {
+        "config.yaml",
+        "edits.jsonl",
+        "metrics.csv",
+        "model",
+        "plots",
+        "report.md",
+        "summary.json",
+        "wandb",
+    }
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    steps = [int(row["step"]) for row in rows if row["batch/efficacy"]]
+    assert steps == [1, 2]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["data"]["batch_size"] == 1
+    assert "${" not in (folder / "config.yaml").read_text()
+
+
+def test_the_saved_configuration_repeats_the_run(run, small_run, capsys):  # noqa: F811
+    _, out, _ = run()
+    folder = Path(out.rpartition("report: ")[2].strip()).parent
+    assert main(["fit", f"--config={folder / 'config.yaml'}"]) == 0
+    again = Path(capsys.readouterr().out.rpartition("report: ")[2].strip()).parent
+    assert again != folder
+    first, second = (load_model(one / "model")[0].state_dict() for one in (folder, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stats_writes_what_fit_then_reads(run, small_run, tmp_path, monkeypatch):  # noqa: F811
+    cache = f"--model.covariance.cache={tmp_path}"
+    code, out, err = run(cache, command="stats")
+    assert code == 0, err
+    (file,) = tmp_path.glob("*.safetensors")
+    assert str(file) in out
+    monkeypatch.setattr("lightning_blue.covariance.collect_covariance", None)
+    assert run(cache)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such"),
+        ("", "empty"),
+        (fact() + "\n{broken\n", "facts.jsonl:2"),
+        (fact(target_new=None), "target_new"),
+        (fact(prompt="Paris is near"), "Lyon"),
+        (fact(target_new=" "), "empty"),
+        (fact(target_true="Rome"), "current object"),
+        (fact() + "\n" + fact(target_new="Oslo"), "contradicts"),
+        (fact(prompt="river " * 80 + "{} is near"), "64"),
+    ],
+)
+def test_facts_that_cannot_be_used(run, tmp_path, text, said):
+    if text is None:
+        path = f"--data.path={tmp_path / 'missing.jsonl'}"
+    else:
+        path = facts_file(tmp_path, text)
+    code, _, err = run(path, "--data.edits=null", "--data.on_unusable=stop")
+    assert code == 2
+    assert said in err
+    assert "mend" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--update.layers=[4,99]", "no layer 99: its 10 layers are 0 to 9"),
+        ("--update.layers=[8,4]", "ascending"),
+        ("--update.plan=evn", "boundary"),
+        ("--update.covarance_weight=3", "did you mean update.covariance_weight?"),
+        ("--model.name_or_path=/nowhere/model", "cannot be loaded"),
+        ("--model.dtype=float8", "choose of float32"),
+        ("--model.target.steps=0", "target.steps must be positive"),
+        ("--model.covariance.corpus=missing.txt", "no such text file"),
+        ("--measure.text=missing.txt", "no such text file"),
+        ("--config=conf/nothing.yaml", "no such run file"),
+    ],
+)
+def test_settings_that_cannot_be_used(run, flag, said):
+    code, _, err = run(flag)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_covariance_of_another_model_is_refused(run, small_run, tmp_path):  # noqa: F811
+    cache = f"--model.covariance.cache={tmp_path}"
+    assert run(cache, command="stats")[0] == 0
+    (file,) = tmp_path.glob("*.safetensors")
+    code, _, err = run(
+        f"--model.covariance.path={file}", f"--model.name_or_path={small_run / 'gptj'}"
+    )
+    assert code == 2
+    assert "another model" in err
+
+
+def test_a_full_disk_is_named(run, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, _, err = run()
+    assert code == 2
+    assert "No space left on device" in err
+
+
+def test_usage_and_unknown_commands(capsys):
+    assert main([]) == 0
+    assert "lightning-blue fit" in capsys.readouterr().out
+    assert main(["ft"]) == 2
+    assert "did you mean 'fit'" in capsys.readouterr().err
+
+
+def test_help_answers_without_importing_torch():
+    code = "import sys; from lightning_blue.__main__ import main; main([]); "
+    code += "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_run_files_that_name_each_other_are_refused(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    assert main(["fit", f"--config={tmp_path / 'a.yaml'}"]) == 2
+    assert "name each other" in capsys.readouterr().err

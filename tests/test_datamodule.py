@@ -1,0 +1,192 @@
+"""The data module: order, batches, counts, controls, policy, and the trainer's view of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from conftest import LanguageModel
+from lightning_blue.data import EditDataModule, read_requests
+from lightning_blue.errors import InputError
+from lightning_blue.requests import EditRequest, Probe
+
+
+def fact(number: int, **fields: Any) -> dict[str, Any]:
+    """One of many facts that do not touch each other."""
+    own = {"subject": f"Town{number}", "prompt": "The mayor of {} is", "target_new": f"Ann{number}"}
+    return own | {"target_true": f"Bob{number}"} | fields
+
+
+def write(tmp_path: Path, facts: list[dict[str, Any]]) -> str:
+    path = tmp_path / "facts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in facts))
+    return str(path)
+
+
+def prepared(path: str, **arguments: Any) -> EditDataModule:
+    data = EditDataModule(path, **arguments)
+    data.prepare()
+    return data
+
+
+def test_batches_hold_the_requests_in_order(tmp_path: Path) -> None:
+    data = prepared(write(tmp_path, [fact(i) for i in range(7)]), batch_size=3)
+    for _ in range(2):  # a second epoch is the same
+        batches = list(data.train_dataloader())
+        assert [[r.subject for r in batch] for batch in batches] == [
+            ["Town0", "Town1", "Town2"],
+            ["Town3", "Town4", "Town5"],
+            ["Town6"],
+        ]
+        assert all(isinstance(r, EditRequest) for batch in batches for r in batch)
+    assert [r for batch in batches for r in batch] == data.requests
+
+
+def test_edits_and_offset_choose_usable_requests(tmp_path: Path) -> None:
+    facts = [fact(0), fact(1, target_new=""), fact(2), fact(3), fact(3), fact(4), fact(5)]
+    data = prepared(write(tmp_path, facts), edits=3, offset=1, on_unusable="skip")
+    assert [r.subject for r in data.requests] == ["Town2", "Town3", "Town4"]
+    assert [(r.source, r.kind) for r in data.rejected] == [
+        ("facts.jsonl:2", "empty target"),
+        ("facts.jsonl:5", "duplicate"),
+    ]
+
+
+def test_controls_come_after_the_edits_on_other_subjects(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = [fact(0), fact(1), fact(0, prompt="{} lies in"), fact(2, target_true=None), fact(3)]
+    path = write(tmp_path, [*facts, fact(4)])
+    expected = [Probe(f"The mayor of Town{i} is", f"Bob{i}") for i in (3, 4)]
+    with caplog.at_level(logging.WARNING):
+        assert prepared(path, edits=2, controls=1).controls == expected[:1]
+        assert prepared(path, edits=2, controls=2).controls == expected
+        assert not caplog.records
+        assert prepared(path, edits=2, controls=9).controls == expected
+    assert [r.getMessage()[:47] for r in caplog.records] == [
+        "9 controls were asked for, 2 are there: known f"
+    ]
+
+
+def test_stop_is_the_default_and_names_what_is_wrong(tmp_path: Path) -> None:
+    path = write(tmp_path, [fact(0), fact(1, target_new=""), fact(2, target_new="Bob2")])
+    with pytest.raises(InputError) as caught:
+        prepared(path)
+    for part in ("2 of 3 requests", "facts.jsonl:2", "facts.jsonl:3", "on_unusable=skip"):
+        assert part in str(caught.value)
+    assert len(prepared(path, on_unusable="skip").requests) == 1
+
+
+def test_too_few_requests(tmp_path: Path) -> None:
+    path = write(tmp_path, [fact(i) for i in range(4)])
+    with pytest.raises(InputError, match=r"(?s)9 edits were asked for, 3 usable.*offset 1.*lower"):
+        prepared(path, edits=9, offset=1)
+    path = write(tmp_path, [fact(0, target_new="")])
+    with pytest.raises(InputError, match=r"(?s)0 usable requests.*1 read, 1 unusable"):
+        prepared(path, on_unusable="skip")
+
+
+def test_contradictions_stop_the_run_or_keep_the_first(tmp_path: Path) -> None:
+    path = write(tmp_path, [fact(0), fact(1), fact(0, target_new="Eve")])
+    with pytest.raises(InputError, match=r"(?s)facts.jsonl:3.*'Eve' contradicts .*facts.jsonl:1"):
+        prepared(path)
+    data = prepared(path, on_unusable="skip")
+    assert [r.target_new for r in data.requests] == [fact(0)["target_new"], fact(1)["target_new"]]
+    assert [r.kind for r in data.rejected] == ["contradiction"]
+    assert len(prepared(path, edits=2).requests) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"batch_size": 0}, {"edits": 0}, {"offset": -1}, {"controls": -1}, {"on_unusable": "drop"}],
+)
+def test_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"--data.{next(iter(arguments))}"):
+        EditDataModule("x.json", **arguments)
+
+
+def test_protocol_tells_whether_current_objects_are_known(tmp_path: Path) -> None:
+    assert prepared(write(tmp_path, [fact(0), fact(1)])).protocol == "counterfact"
+    assert prepared(write(tmp_path, [fact(0), fact(1, target_true=None)])).protocol == "zsre"
+
+
+def test_tokens_are_checked_when_there_is_a_tokenizer(tmp_path: Path, gpt2: LanguageModel) -> None:
+    data = EditDataModule(write(tmp_path, [fact(0), fact(1, subject="long " * 80)]))
+    with pytest.raises(InputError, match=r"(?s)1 too long.*facts.jsonl:2.*the model reads 64"):
+        data.prepare(gpt2.tokenizer, max_length=64)
+    data = EditDataModule(write(tmp_path, [fact(0)]))
+    with pytest.raises(InputError, match="1 too long"):
+        data.prepare(gpt2.tokenizer, max_length=64, contexts_length=60)
+
+
+def test_setup_takes_the_modules_tokenizer_once(tmp_path: Path, gpt2: LanguageModel) -> None:
+    path = write(tmp_path, [fact(0), fact(1, subject="long " * 80)])
+    data = EditDataModule(path, on_unusable="skip")
+    module = SimpleNamespace(tokenizer=gpt2.tokenizer, max_length=64)
+    data.trainer = SimpleNamespace(lightning_module=module)  # type: ignore[assignment]
+    data.setup("fit")
+    assert [x.kind for x in data.rejected] == ["too long"]
+    Path(path).unlink()
+    data.setup("test")  # does not read again
+    assert len(data.requests) == 1
+
+
+def test_requests_before_preparation() -> None:
+    with pytest.raises(RuntimeError, match="prepare"):
+        _ = EditDataModule("x.json").requests
+
+
+def test_dataset_reads_back_as_the_same_requests(tmp_path: Path) -> None:
+    extra = {"paraphrases": ["{} is led by"], "neighborhood_prompts": ["Oslo is led by"]}
+    data = prepared(write(tmp_path, [fact(0, **extra), fact(1, target_true=None, case_id="x")]))
+    data.dataset.save_to_disk(tmp_path / "saved")
+    data.dataset.to_parquet(tmp_path / "saved.parquet")
+    for copy in ("saved", "saved.parquet"):
+        requests, rejected = read_requests(tmp_path / copy)
+        assert rejected == []
+        assert [r.source for r in requests] == [f"{copy} record 1", f"{copy} record 2"]
+        assert [without_source(r) for r in requests] == [without_source(r) for r in data.requests]
+
+
+def without_source(request: EditRequest) -> tuple[Any, ...]:
+    return tuple(value for name, value in vars(request).items() if name != "source")
+
+
+class Recorder(pl.LightningModule):
+    """Remembers the batches that the trainer hands it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seen: list[list[str]] = []
+
+    def training_step(self, batch: list[EditRequest], batch_index: int) -> None:
+        self.seen.append([request.subject for request in batch])
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch  # requests are text; Lightning refuses to copy frozen dataclasses
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+
+def test_a_trainer_gets_the_batches_in_order(tmp_path: Path) -> None:
+    module = Recorder()
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    path = write(tmp_path, [fact(i) for i in range(5)])
+    trainer.fit(module, datamodule=EditDataModule(path, batch_size=2))
+    assert module.seen == [["Town0", "Town1"], ["Town2", "Town3"], ["Town4"]]

@@ -1,0 +1,203 @@
+"""Which prompts each metric reads, and what is said of each request."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from conftest import LanguageModel
+from lightning_blue import scoring
+from lightning_blue.errors import InputError
+from lightning_blue.evaluation import Evaluation, control_recall, evaluate, flatten
+from lightning_blue.metrics import functional as F
+from lightning_blue.requests import EditRequest, Probe
+from lightning_blue.scoring import TargetScore, generate, score_targets
+
+FULL = EditRequest(
+    case_id="full",
+    prompt="The mother tongue of {} is",
+    subject="Danielle Darrieux",
+    target_new="English",
+    target_true="French",
+    paraphrases=("Danielle Darrieux speaks", "In Paris, Danielle Darrieux speaks"),
+    neighborhood=(
+        Probe("José speaks", "Spanish"),
+        Probe("Zoë speaks", "French"),
+        Probe("The mother tongue of Zoë is", "French"),
+    ),
+    generation_prompts=("Danielle Darrieux lives in", "Danielle Darrieux works"),
+    reference_texts=("She works in Paris and lives in Rome.",),
+)
+NEIGHBOURS_ONLY = EditRequest(
+    case_id="neighbours",
+    prompt="{} is a twin city of",
+    subject="Lyon",
+    target_new="Tokyo",
+    target_true="Beirut",
+    neighborhood=(Probe("Paris is a twin city of", "Rome"),),
+    generation_prompts=("Lyon is in",),
+)
+BARE = EditRequest(
+    case_id="bare", prompt="{} was created by", subject="Apple A5", target_new="Oslo"
+)
+REQUESTS = [FULL, NEIGHBOURS_ONLY, BARE]
+
+
+def nll(lm: LanguageModel, prompt: str, target: str) -> float:
+    return score_targets(*lm, [prompt], [target])[0].nll
+
+
+def correct(lm: LanguageModel, prompt: str, target: str) -> tuple[bool, ...]:
+    return score_targets(*lm, [prompt], [target])[0].correct
+
+
+def test_counterfact_reads_the_right_prompts(language_model: LanguageModel) -> None:
+    def wins(prompt: str, wanted: str, other: str) -> bool:
+        return nll(language_model, prompt, wanted) < nll(language_model, prompt, other)
+
+    expected = {
+        "efficacy": [[wins(r.text, r.target_new, r.target_true)] for r in REQUESTS[:2]],
+        "generalization": [[wins(p, "English", "French") for p in FULL.paraphrases]],
+        "specificity": [
+            [wins(p.prompt, p.answer, r.target_new) for p in r.neighborhood] for r in REQUESTS[:2]
+        ],
+    }
+    metrics = evaluate(*language_model, REQUESTS, generate=False).metrics
+    for name, flags in expected.items():
+        shares = [100 * statistics.mean(f) for f in flags]
+        assert metrics[name]["value"] == pytest.approx(statistics.mean(shares))
+        assert metrics[name]["count"] == len(flags)
+        assert metrics[name]["prompts"] == sum(map(len, flags))
+    assert metrics["efficacy_top1"]["count"] == 3
+    assert metrics["score"]["count"] == 1
+
+
+def say(monkeypatch: pytest.MonkeyPatch, judge: Callable[[str, str], TargetScore]) -> None:
+    """Let a rule of the test stand in for the model's scores."""
+
+    def scores(model: object, tokenizer: object, prompts: list, targets: list, **_: object) -> list:
+        return [judge(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+
+    monkeypatch.setattr(scoring, "score_targets", scores)
+
+
+def edited(prompt: str, target: str) -> TargetScore:
+    """An edit that holds on all prompts of its subject but one, and leaks to one neighbour."""
+    if "Zoë speaks" in prompt:
+        wanted = target == "English"
+    elif prompt.startswith("In Paris"):
+        wanted = target == "French"
+    elif "Danielle" in prompt:
+        wanted = target == "English"
+    else:
+        wanted = target in ("Spanish", "French", "Rome", "Tokyo")
+    return TargetScore(0.5 if wanted else 2.0, (True, wanted))
+
+
+def test_counterfact_numbers(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, edited)
+    evaluation = evaluate(*gpt2, REQUESTS, generate=False, continuation_tokens=0)
+    flat = evaluation.flat()
+    assert flat["efficacy"] == 100
+    assert flat["generalization"] == 50
+    # Two of three neighbours hold; of the other request, the answer ties with the new object.
+    assert flat["specificity"] == pytest.approx(100 * (2 / 3 + 0) / 2)
+    assert flat["efficacy_top1"] == pytest.approx(200 / 3)
+    assert flat["specificity_top1"] == pytest.approx(100 * (2 / 3 + 1) / 2)
+    assert flat["score"] == pytest.approx(statistics.harmonic_mean([100, 50, 200 / 3]))
+
+
+def test_zsre_counts_tokens(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(monkeypatch, edited)
+    flat = evaluate(*gpt2, REQUESTS, protocol="zsre", generate=False, continuation_tokens=0).flat()
+    assert flat["efficacy"] == pytest.approx(100 * (1 + 1 + 0.5) / 3)
+    assert flat["generalization"] == pytest.approx(75)
+    assert flat["specificity"] == pytest.approx(100 * ((1 + 0.5 + 1) / 3 + 1) / 2)
+    assert flat["efficacy_top1"] == pytest.approx(200 / 3)
+
+
+def test_outcomes(language_model: LanguageModel) -> None:
+    evaluation = evaluate(*language_model, REQUESTS, generate=False, continuation_tokens=5)
+    assert [outcome.case_id for outcome in evaluation.outcomes] == ["full", "neighbours", "bare"]
+    continuations = generate(
+        *language_model, [r.text for r in REQUESTS], max_new_tokens=5, top_k=1, stop_at_end=True
+    )
+    for request, outcome, said in zip(REQUESTS, evaluation.outcomes, continuations, strict=True):
+        assert outcome.nll_new == pytest.approx(
+            nll(language_model, request.text, request.target_new), rel=1e-5
+        )
+        assert outcome.probability_new == pytest.approx(math.exp(-outcome.nll_new))
+        assert outcome.correct == correct(language_model, request.text, request.target_new)
+        assert outcome.continuation == said
+    full, neighbours, bare = evaluation.outcomes
+    true = nll(language_model, FULL.text, "French")
+    assert full.nll_true == pytest.approx(true, rel=1e-5)
+    assert full.probability_true == pytest.approx(math.exp(-true), rel=1e-4)
+    assert full.efficacy == float(full.nll_new < true)
+    assert neighbours.generalization is None
+    assert neighbours.specificity is not None
+    assert (bare.efficacy, bare.nll_true, bare.probability_true) == (None, None, None)
+    assert bare.efficacy_top1 is not None
+
+
+def test_metrics_without_prompts_are_absent(gpt2: LanguageModel) -> None:
+    metrics = evaluate(*gpt2, [BARE]).metrics
+    assert set(metrics) == {"efficacy_top1"}
+    assert metrics["efficacy_top1"] == {"value": 0.0, "count": 1, "prompts": 1}
+    assert evaluate(*gpt2, []) == Evaluation({}, [])
+
+
+def test_fluency_and_consistency(language_model: LanguageModel) -> None:
+    metrics = evaluate(*language_model, REQUESTS, seed=3).metrics
+    texts = [
+        [p + generate(*language_model, [p], seed=3)[0] for p in request.generation_prompts]
+        for request in REQUESTS[:2]
+    ]
+    fluency = [statistics.mean(map(F.fluency, of_request)) for of_request in texts]
+    assert metrics["fluency"]["value"] == pytest.approx(100 * statistics.mean(fluency))
+    assert (metrics["fluency"]["count"], metrics["fluency"]["prompts"]) == (2, 3)
+    vectorizer = F.fit_tfidf(FULL.reference_texts)
+    similarity = F.tfidf_similarity(" ".join(texts[0]), FULL.reference_texts[0], vectorizer)
+    assert similarity > 0
+    assert metrics["consistency"]["value"] == pytest.approx(100 * similarity)
+    assert metrics["consistency"]["count"] == 1
+
+
+def test_consistency_can_learn_its_weights_elsewhere(gpt2: LanguageModel) -> None:
+    corpus = ["Paris is in France.", "She lives in Rome.", "The river runs in Basel."]
+    metrics = evaluate(*gpt2, [FULL], idf_texts=corpus).metrics
+    text = " ".join(p + generate(*gpt2, [p])[0] for p in FULL.generation_prompts)
+    similarity = F.tfidf_similarity(text, FULL.reference_texts[0], F.fit_tfidf(corpus))
+    assert metrics["consistency"]["value"] == pytest.approx(100 * similarity)
+
+
+def test_control_recall(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert control_recall(*gpt2, []) == {}
+    say(monkeypatch, edited)
+    probes = [*FULL.neighborhood, *NEIGHBOURS_ONLY.neighborhood]
+    recall = control_recall(*gpt2, probes)
+    assert recall["value"] == 75
+    assert (recall["count"], recall["prompts"]) == (4, 4)
+    assert recall["standard_error"] == pytest.approx(25)
+
+
+def test_flatten() -> None:
+    metrics = {"efficacy": {"value": 97.0, "count": 3}, "score": {"value": 80.0}}
+    assert flatten(metrics) == {"efficacy": 97.0, "efficacy/count": 3, "score": 80.0}
+
+
+def test_an_unknown_protocol_is_refused(gpt2: LanguageModel) -> None:
+    with pytest.raises(InputError, match="counterfact, zsre"):
+        evaluate(*gpt2, REQUESTS, protocol="known")
+
+
+def test_evaluation_leaves_the_model_alone(gpt2: LanguageModel) -> None:
+    before = {name: value.clone() for name, value in gpt2.model.state_dict().items()}
+    first = evaluate(*gpt2, REQUESTS)
+    assert evaluate(*gpt2, REQUESTS) == first
+    after = gpt2.model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())

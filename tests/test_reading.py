@@ -1,0 +1,210 @@
+"""Files, datasets and bundled facts: what is read, and every message that bad data gets."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from lightning_blue.data import read_requests
+from lightning_blue.errors import InputError
+from lightning_blue.requests import Probe
+from test_formats import FACT, FLAT, ROME, ZSRE, good
+
+
+def save(folder: Path, name: str, content: Any) -> Path:
+    path = folder / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        text = content if isinstance(content, str) else json.dumps(content)
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def message(path: str | Path, *args: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        read_requests(path, *args)
+    assert "mend:" in str(caught.value)
+    return str(caught.value)
+
+
+def test_auto_tells_the_formats_apart(tmp_path: Path) -> None:
+    for name, record in (
+        ("counterfact", ROME),
+        ("counterfact-flat", FLAT),
+        ("zsre", ZSRE),
+        ("facts", FACT),
+    ):
+        for suffix in (".json", ".jsonl"):
+            content = [record] if suffix == ".json" else json.dumps(record)
+            path = save(tmp_path, name + suffix, content)
+            [request], [] = read_requests(path)
+            assert request.subject == ("WEFS" if name == "zsre" else "Lyon")
+            assert [request] == read_requests(path, name)[0]
+            assert request.source == f"{path.name}{' record ' if suffix == '.json' else ':'}1"
+
+
+def test_format_is_told_by_all_records_if_the_first_lacks_a_field(tmp_path: Path) -> None:
+    path = save(tmp_path, "facts.json", [{"subject": "Lyon"}, FACT])
+    [request], [rejected] = read_requests(path)
+    assert request.source == "facts.json record 2"
+    assert (rejected.source, rejected.kind) == ("facts.json record 1", "missing field")
+
+
+def test_format_can_be_forced(tmp_path: Path) -> None:
+    path = save(tmp_path, "facts.json", [FACT | {"ground_truth": "France"}])
+    assert read_requests(path)[0][0].target_true == "France"
+    assert read_requests(path, "facts")[0][0].target_true is None
+    assert "needs subject, src, answers" in message(path, "zsre")
+    assert "take one of: auto, counterfact" in message(path, "mend")
+
+
+def test_csv_with_lists_quotes_and_lines_in_cells(tmp_path: Path) -> None:
+    rows = [
+        "subject, prompt,target_new,target_true,paraphrases,neighborhood_prompts",
+        '"Lyon","Lyon, as\nall know, is in",Italy,,A in Lyon | B in Lyon,',
+        "",
+        'Bern,{} is in,"a ""b""",Bern,"[""one, two"", ""three""]",'
+        '"[{""prompt"": ""x"", ""answer"": ""y""}]"',
+        "Oslo,It is in,Rome,,,",
+        "Rome,{} is in,Oslo",
+    ]
+    for newline in ("\n", "\r\n"):
+        path = save(tmp_path, "facts.csv", ("\ufeff" + newline.join(rows)).encode())
+        requests, [rejected] = read_requests(path)
+        assert [r.source for r in requests] == ["facts.csv:2", "facts.csv:5", "facts.csv:7"]
+        lyon, bern, rome = requests
+        assert lyon.prompt.split() == ["{},", "as", "all", "know,", "is", "in"]
+        assert (lyon.target_true, lyon.paraphrases) == (None, ("A in Lyon", "B in Lyon"))
+        assert (bern.target_new, bern.paraphrases) == ('a "b"', ("one, two", "three"))
+        assert bern.neighborhood == (Probe("x", "y"),)
+        assert rome.paraphrases == ()
+        assert (rejected.source, rejected.kind) == ("facts.csv:6", "subject not in prompt")
+
+
+def test_rows_of_a_csv_that_cannot_be_read(tmp_path: Path) -> None:
+    path = save(
+        tmp_path,
+        "facts.csv",
+        'subject,prompt,target_new,paraphrases\na,{} is,b,c,d\na,{} is,b,"[""c"", d]"\n',
+    )
+    requests, rejected = read_requests(path)
+    assert requests == []
+    assert [(r.source, r.kind) for r in rejected] == [
+        ("facts.csv:2", "malformed row"),
+        ("facts.csv:3", "malformed row"),
+    ]
+    assert "5 cells, the header 4" in rejected[0].reason
+    assert "'paraphrases' is not a JSON array" in rejected[1].reason
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    head = "subject,prompt,target_new\n"
+    cases: list[tuple[str, Any, list[str]]] = [
+        ("a.json", "", ["no records", "a.json"]),
+        ("a.jsonl", " \n", ["no records"]),
+        ("b.json", "[]", ["no records"]),
+        ("a.csv", head, ["no records"]),
+        ("c.json", '[{"subject": "a"},\n {"subject" "b"}]', ["Malformed", "c.json:2, column 13"]),
+        ("d.json", '{"a": 1}\n{"a": 2}', ["d.json:2, column 1", ".jsonl"]),
+        ("e.json", '{"a": 1}', ["a list of records", "square brackets"]),
+        ("f.json", "[" * 100_000, ["nested too deeply"]),
+        ("b.jsonl", '{"a": 1}\n\n{"a": }', ["Malformed", "b.jsonl:3, column 7"]),
+        ("b.csv", head + 'a,{} is,"b\nc,{} is,d\n', ["CSV cannot be read", "b.csv:2", "quotation"]),
+        ("c.csv", "subject,prompt,prompt\na,b,c", ["'prompt' comes twice", "c.csv:1"]),
+        ("d.csv", b"subject,prompt\na,\xff\n", ["not UTF-8", "0xff", "d.csv:2"]),
+        ("a.txt", "x", ["'.txt' cannot be read", ".jsonl"]),
+    ]
+    for name, content, parts in cases:
+        text = message(save(tmp_path, name, content))
+        for part in parts:
+            assert part in text, (name, text)
+
+
+def test_columns_that_fit_no_format(tmp_path: Path) -> None:
+    path = save(tmp_path, "facts.json", [{"subject": "a", "promt": "b", "target": "c"}])
+    text = message(path)
+    assert "has columns subject, promt, target; needs subject, prompt, target_new" in text
+    assert "rename 'promt' to 'prompt'" in text
+    path = save(tmp_path, "facts.csv", "subject;prompt;target_new\na;{} is;b\n")
+    assert "separate the columns by commas" in message(path)
+    path = save(tmp_path, "other.json", [{"x": 1}])
+    assert "formats known: counterfact, zsre, counterfact-flat, facts" in message(path)
+
+
+def test_columns_without_meaning_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path, "facts.json", [FACT | {"paraphrase": ["x"], "colour": "red"}])
+    with caplog.at_level(logging.WARNING):
+        read_requests(path)
+        read_requests(save(tmp_path, "rome.json", [ROME]))
+        read_requests(save(tmp_path, "zsre.json", [ZSRE]))
+    [record] = caplog.records
+    assert "'paraphrase' (is 'paraphrases' meant?), 'colour'" in record.getMessage()
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    save(tmp_path, "my_facts.jsonl", json.dumps(FACT))
+    text = message(tmp_path / "my_fact.jsonl")
+    assert "no such file" in text
+    assert f"is {str(tmp_path / 'my_facts.jsonl')!r} meant?" in text
+    assert "no folder" in message(tmp_path / "nowhere" / "facts.json")
+    assert "no such file" in message("nothing_like_this.csv")
+    assert "no such file" in message("./nothing_like_this")
+
+
+# --- datasets ------------------------------------------------------------
+
+
+def test_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_list([ROME, ROME | {"case_id": 5}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    requests, rejected = read_requests("someone/counterfact", split="test")
+    assert calls == [(("someone/counterfact",), {"split": "test"})]
+    assert [r.source for r in requests] == [f"someone/counterfact record {i}" for i in (1, 2)]
+    assert requests[0].neighborhood == good(ROME, "counterfact").neighborhood
+    assert rejected == []
+
+
+def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> datasets.Dataset:
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'x/y' doesn't exist.\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    text = message("someone/counterfact")
+    assert "DatasetNotFoundError: Dataset 'x/y' doesn't exist." in text
+    assert "someone/counterfact, split 'train'" in text
+    assert "more" not in text.split("mend:")[0].replace("someone", "")
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    part = datasets.Dataset.from_list([FACT, FACT | {"subject": "Bern"}])
+    part.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": part, "dev": part.select([1])}).save_to_disk(tmp_path / "two")
+    assert [r.subject for r in read_requests(tmp_path / "one")[0]] == ["Lyon", "Bern"]
+    assert [r.subject for r in read_requests(tmp_path / "two", split="dev")[0]] == ["Bern"]
+    assert "split 'test'" in message(tmp_path / "two", "auto", "test")
+
+
+def test_the_facts_that_ship_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "assets" / "almanac"
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    assert "ship with the package" in message("almanac")
+    folder.mkdir(parents=True)
+    save(folder, "facts.jsonl", json.dumps(FACT))
+    [request], [] = read_requests("almanac")
+    assert request.source == "almanac:1"

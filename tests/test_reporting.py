@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+import transformers
+import wandb
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from histories import estimate, losses, outcome, small_history
+from lightning_blue import storage
+from lightning_blue.errors import InputError
+from lightning_blue.reporting import files, plots, tables, views, wandb_run
+from lightning_blue.reporting.history import LossCurve, Measurement, RunHistory
+from lightning_blue.reporting.report import write_report
+from lightning_blue.reporting.text import inline
+
+# views
+
+
+def test_mean_losses_carry_a_finished_edit_forward() -> None:
+    curve = LossCurve(0, 1, losses([4.0, 2.0, 1.0], [2.0, 1.0, math.nan]))
+    total = [3.0, 1.5, 1.0]  # (4+2)/2, (2+1)/2, (1+1)/2
+    expected = torch.tensor([[t, t / 2, t / 4, t / 4] for t in total], dtype=torch.float64)
+    torch.testing.assert_close(views.mean_losses(curve), expected)
+
+
+def test_final_losses_belong_to_the_request_in_the_batch() -> None:
+    assert views.final_losses(small_history()) == {
+        0: {1: (1.0, 3), 3: (1.0, 2)},
+        1: {1: (2.0, 1), 3: (0.25, 3)},
+        2: {1: (2.0, 3), 3: (1.5, 3)},
+    }
+
+
+def test_batches_end_with_what_was_applied() -> None:
+    history = small_history()
+    assert [views.batch_of(history, i) for i in range(4)] == [0, 0, 1, None]
+    assert views.batches(history) == 2
+    del history.settings["batch_size"]
+    assert views.batches(history) is None
+
+
+def test_series_joins_stages_and_keeps_the_newest() -> None:
+    history = small_history()
+    stages = ["pre", "batch", "sofar", "post"]
+    assert views.series(history, stages, "recall") == [(0, 98.0), (2, 97.5), (3, 97.0)]
+    assert views.series(history, ["batch"], "efficacy") == [(2, 100.0), (3, 90.0)]
+    assert views.series(history, ["batch"], "fluency") == []
+
+
+def test_a_metric_without_a_finite_value_is_left_out() -> None:
+    broken = {"perplexity": estimate(math.inf), "recall": estimate(1.0, math.nan, count=1)}
+    history = RunHistory(measurements=[Measurement("post", 1, broken)])
+    assert views.metrics_at(history, "post") == {"recall": {"value": 1.0, "count": 1}}
+
+
+@pytest.mark.parametrize(
+    ("efficacy", "top1", "expected"),
+    [
+        (1.0, 0.0, False),
+        (0.5, 1.0, True),
+        (None, 0.0, True),
+        (None, 1.0, False),
+        (None, None, False),
+    ],
+)
+def test_failed(efficacy: float | None, top1: float | None, expected: bool) -> None:
+    one = replace(outcome("c", 1.0, ""), efficacy=efficacy, efficacy_top1=top1)
+    assert views.failed(one) is expected
+    assert not views.failed(None)
+
+
+# tables
+
+
+def test_markdown_table() -> None:
+    rows = [["plain", "1.0", "a|b"], ["two\nlines", "-12.5 ± 1", "-"]]
+    assert tables.markdown_table(rows, ["", "n", "text"]) == (
+        "|           |         n | text |\n"
+        "| --------- | --------: | ---- |\n"
+        "| plain     |       1.0 | a\\|b |\n"
+        "| two lines | -12.5 ± 1 | -    |"
+    )
+
+
+def test_markdown_table_refuses_a_short_row() -> None:
+    with pytest.raises(ValueError, match="3 cells"):
+        tables.markdown_table([["a", "b"]], ["1", "2", "3"])
+
+
+def test_score_table() -> None:
+    assert tables.score_table(small_history()) == (
+        "|          |    efficacy | specificity |   perplexity |     recall |\n"
+        "| -------- | ----------: | ----------: | -----------: | ---------: |\n"
+        "| unedited |   4.5 ± 1.5 |  93.2 ± 0.6 | 12.35 ± 0.04 | 98.0 ± 0.9 |\n"
+        "| edited   | 100.0 ± 0.0 |  80.0 ± 1.2 | 15.00 ± 0.05 | 97.0 ± 1.1 |\n"
+        "\n"
+        "|          | specificity (top-1) |\n"
+        "| -------- | ------------------: |\n"
+        "| unedited |          61.0 ± 2.0 |\n"
+        "| edited   |          50.0 ± 2.0 |\n"
+        "\n"
+        "Value ± standard error; percent, but fluency, consistency (x 100) and perplexity "
+        "(lower is better). recall:\nknown facts that were not edited.\n"
+        "Measured on 4 prompts: efficacy; 40 prompts: specificity, specificity (top-1); 8,192 "
+        "tokens: perplexity; 200\nprompts: recall."
+    )
+
+
+def test_score_table_of_a_run_that_measured_nothing() -> None:
+    assert tables.score_table(RunHistory()) == "Nothing was measured."
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "expected"),
+    [
+        (98.54, 0.62, "98.5 ± 0.6"),
+        (98.54, 12.3, "98.5 ± 12.3"),
+        (23.4567, 0.0312, "23.46 ± 0.03"),
+        (1.0, 1e-9, "1.000 ± 0.000"),
+        (1234567.0, 45678.0, "1.23e+06 ± 5e+04"),
+        (98.54, None, "98.5"),
+    ],
+)
+def test_value_and_error(value: float, error: float | None, expected: str) -> None:
+    assert tables.value_and_error(value, error) == expected
+
+
+# files
+
+
+def read_lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_write_edits(tmp_path: Path) -> None:
+    history = small_history()
+    files.write_edits(tmp_path / "edits.jsonl", history)
+    lines = read_lines(tmp_path / "edits.jsonl")
+    assert [line["case_id"] for line in lines] == ["c0", "c1", "c2", "c3"]
+    assert lines[2] == {
+        "case_id": "c2",
+        "subject": "Tower 2",
+        "prompt": "Tower 2 lies in",
+        "target_new": "Bern",
+        "target_true": "Paris",
+        "batch": 1,
+        "before": {**asdict(history.before[2]), "correct": [False, False]},
+        "after": {**asdict(history.after[2]), "correct": [False, False]},
+        "target_optimization": {"1": {"loss": 2.0, "steps": 3}, "3": {"loss": 1.5, "steps": 3}},
+    }
+    assert lines[3]["batch"] is None
+    assert lines[3]["target_optimization"] == {}
+
+
+def test_write_edits_of_a_run_that_stopped_early(tmp_path: Path) -> None:
+    history = small_history()
+    history.after = []
+    history.before[0] = replace(history.before[0], nll_new=math.inf)
+    files.write_edits(tmp_path / "edits.jsonl", history)
+    lines = read_lines(tmp_path / "edits.jsonl")
+    assert [line["after"] for line in lines] == [None] * 4
+    assert lines[0]["before"]["nll_new"] is None  # JSON has no infinity
+
+
+def test_write_rejected(tmp_path: Path) -> None:
+    history = small_history()
+    files.write_rejected(tmp_path / "rejected.jsonl", history)
+    assert read_lines(tmp_path / "rejected.jsonl") == [asdict(history.rejected[0])]
+    history.rejected = []
+    files.write_rejected(tmp_path / "none.jsonl", history)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_write_summary(tmp_path: Path) -> None:
+    history = small_history()
+    history.settings["target"] = {"steps": 25}
+    history.measurements[-1].metrics["fluency"] = estimate(math.nan, math.nan, count=0)
+    files.write_summary(tmp_path / "summary.json", history)
+    written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert written["pre/efficacy"] == 4.5
+    assert written["pre/efficacy/standard_error"] == 1.52
+    assert written["pre/efficacy/prompts"] == 4
+    assert written["post/perplexity/tokens"] == 8192
+    assert written["earliest/efficacy"] == 50.0
+    assert written["edits/applied"] == 3
+    assert written["edits/requested"] == 4
+    assert written["edits/rejected"] == 1
+    assert written["seconds/total"] == 10.5
+    assert written["settings/layers"] == [1, 3]
+    assert written["settings/target/steps"] == 25
+    assert written["versions/torch"] == torch.__version__
+    assert written["versions/transformers"] == transformers.__version__
+    assert written["versions/python"] == platform.python_version()
+    assert not any(key.startswith(("batch/", "sofar/")) or "fluency" in key for key in written)
+
+
+def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    for text in ("old", "Zoë\n"):
+        storage.write_atomic(path, text)
+    assert path.read_text(encoding="utf-8") == "Zoë\n"
+    assert os.listdir(path.parent) == ["file.txt"]  # noqa: PTH208
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("before")
+
+    def full(self: Path, data: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(data[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError) as caught:
+        files.write_summary(path, small_history())
+    assert "summary.json could not be written: No space left on device" in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_make_folder_where_a_file_stands(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(InputError, match="could not be written"):
+        storage.make_folder(tmp_path / "runs" / "edit")
+
+
+# plots and report
+
+
+def axis_lines(axis: object) -> list[list[float]]:
+    return [list(line.get_ydata()) for line in axis.get_lines()]
+
+
+def test_metrics_figure_draws_what_was_measured() -> None:
+    figure = plots.metrics_figure(small_history())
+    success, perplexity, recall = figure.axes
+    assert axis_lines(success) == [[100.0, 90.0], [100.0, 95.0], [4.5, 4.5], [93.21, 93.21]]
+    assert axis_lines(perplexity) == [[12.345, 15.0], [12.345, 12.345]]
+    assert axis_lines(recall) == [[98.0, 97.5, 97.0], [98.0, 98.0]]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["success (%)", *plots.DAMAGE.values()]
+    assert success.get_xlabel() == recall.get_xlabel() == "edits applied"
+
+
+def test_losses_figure_has_a_panel_for_each_layer() -> None:
+    figure = plots.losses_figure(small_history())
+    assert [axis.get_title() for axis in figure.axes] == ["target layer 1", "target layer 3"]
+    first = axis_lines(figure.axes[0])
+    assert first == [[3.0, 2.0, 1.5], [1.5, 1.0, 0.75], [8.0, 4.0, 2.0], [4.0, 2.0, 1.0]]
+
+
+def test_before_after_figure_draws_bars_with_errors() -> None:
+    figure = plots.before_after_figure(small_history())
+    percent, perplexity = figure.axes
+    heights = [bar.get_height() for bar in percent.patches]
+    assert heights == [4.5, 93.21, 98.0, 100.0, 80.0, 97.0]
+    assert [label.get_text() for label in percent.get_xticklabels()] == [
+        "efficacy",
+        "specificity",
+        "recall",
+    ]
+    assert [bar.get_height() for bar in perplexity.patches] == [12.345, 15.0]
+    spans = [bar.errorbar[2][0].get_segments()[0][:, 1] for bar in perplexity.containers[1::2]]
+    assert [float(high - low) for low, high in spans] == pytest.approx([0.0824, 0.1])
+
+
+def test_perplexity_that_explodes_gets_a_logarithmic_axis() -> None:
+    history = small_history()
+    history.measurements[-1].metrics["perplexity"]["value"] = 1e6
+    assert plots.metrics_figure(history).axes[1].get_yscale() == "log"
+    assert plots.before_after_figure(history).axes[-1].get_yscale() == "log"
+    assert plots.metrics_figure(small_history()).axes[1].get_yscale() == "linear"
+
+
+def test_report_shows_everything_and_its_pictures_exist(tmp_path: Path) -> None:
+    history = small_history()
+    backend = matplotlib.rcParams._get("backend")
+    path = write_report(tmp_path, history)
+    text = path.read_text()
+    assert path == tmp_path / "report.md"
+    assert text.splitlines()[2] == (
+        "3 of 4 requested facts of facts.jsonl were edited in almanac, in 2 batches of up to 2, "
+        "with the plan boundary; 1 more could not be used."
+    )
+    assert tables.score_table(history) in text
+    assert "1 missed their own prompt" in text
+    failed = text.split("missed their own prompt")[1]
+    assert "| Tower 2 lies in | Bern       | Paris, the city | Bern  | " in failed
+    assert "Tower 3" not in text  # never applied
+    assert "| facts.jsonl:5 | c9   | no subject | add one        |" in text
+    assert "2 seconds per edit" in text
+    assert 'from_pretrained("model")' in text
+    for name in ("metrics", "losses", "before_after"):
+        assert f"](plots/{name}.png)" in text
+        png = (tmp_path / "plots" / f"{name}.png").read_bytes()
+        assert png[:8] == b"\x89PNG\r\n\x1a\n"
+        assert min(struct.unpack(">II", png[16:24])) > 400
+    assert matplotlib.rcParams._get("backend") == backend
+
+
+def test_report_of_an_empty_run(tmp_path: Path) -> None:
+    text = write_report(tmp_path, RunHistory(), model_folder=None).read_text()
+    assert "0 of 0 requested facts were edited." in text
+    assert "Nothing was measured." in text
+    assert "plots/" not in text
+    assert "from_pretrained" not in text
+    assert not (tmp_path / "plots").exists()
+
+
+def test_inline_leaves_no_markup() -> None:
+    assert inline("a\n <b>*c*_d_`e`[f](g) # $") == r"a \<b\>\*c\*\_d\_\`e\`\[f\](g) \# \$"
+    assert inline("word " * 9, limit=10) == "word word…"
+
+
+# W&B
+
+
+@pytest.fixture
+def logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
+    monkeypatch.setenv("WANDB_MODE", "offline")  # restored afterwards; the logger changes it
+    made = wandb_run.make_logger(tmp_path / "run", "test", "offline")
+    yield made
+    wandb.finish()
+
+
+def test_wandb_run(logger: WandbLogger, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    history = small_history()
+    loggers = [CSVLogger(tmp_path), logger]
+    wandb_run.define_axes(loggers)
+    logger.log_metrics({"batch/efficacy": 97.0, "edits/applied": 2}, step=2)
+    for curve in history.loss_curves:
+        wandb_run.log_loss_curve(loggers, curve)
+    wandb_run.log_edits_table(loggers, history)
+    wandb_run.log_summary(loggers, history)
+
+    run = logger.experiment
+    assert run.summary["batch/efficacy"] == 97.0
+    assert run.summary["inner/layer_1/total"] == 2.0  # the last step of batch 1
+    assert run.summary["inner/layer_3/nll"] == 0.75
+    assert run.summary["inner/step"] == 5  # 2 batches of 3 steps, from 0
+    expected = json.loads(json.dumps(files.summary(history)))
+    assert {key: run.summary[key] for key in expected} == expected
+
+    folder = Path(run.dir).parent
+    wandb.finish()
+    assert folder.is_relative_to(tmp_path / "run")
+    (table,) = folder.glob("files/media/table/edits*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == list(wandb_run.COLUMNS)
+    assert content["data"][2] == [
+        *["c2", 1, "Tower 2", "Tower 2 lies in", "Bern", "Paris"],
+        *[" Paris,\nthe city", " Bern", 0.5, 0.5, 0.25, 0.25],
+    ]
+    assert capfd.readouterr() == ("", "")
+
+
+class RecordedRun:
+    """Stands for a run, and keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.defined: dict[str, dict[str, object]] = {}
+        self.logged: list[dict[str, float]] = []
+
+    def define_metric(self, name: str, **settings: object) -> None:
+        self.defined[name] = settings
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+
+def test_inner_losses_have_an_axis_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RecordedRun()
+    monkeypatch.setattr(wandb_run, "_runs", lambda loggers: [run])
+    wandb_run.define_axes([])
+    wandb_run.log_loss_curve([], small_history().loss_curves[2])
+    assert run.defined["*"] == {
+        "step_metric": "edits/applied",
+        "step_sync": True,
+        "overwrite": True,
+    }
+    names = [f"inner/layer_1/{term}" for term in ("total", "nll", "kl", "weight_decay")]
+    assert all(run.defined[name] == {"step_metric": "inner/step"} for name in names)
+    assert [row["inner/step"] for row in run.logged] == [3, 4, 5]  # after batch 0's three
+    assert [row["inner/layer_1/total"] for row in run.logged] == [8.0, 4.0, 2.0]
+
+
+def test_other_loggers_are_passed_over(tmp_path: Path) -> None:
+    history = small_history()
+    loggers = [CSVLogger(tmp_path / "csv")]
+    wandb_run.define_axes(loggers)
+    wandb_run.log_loss_curve(loggers, history.loss_curves[0])
+    wandb_run.log_edits_table(loggers, history)
+    wandb_run.log_summary(loggers, history)
+    assert not (tmp_path / "csv").exists()
