@@ -91,7 +91,7 @@ def test_stats_writes_what_fit_then_reads(run, small_run, tmp_path, monkeypatch)
     ("text", "said"),
     [
         (None, "no such"),
-        ("", "empty"),
+        ("", "no records"),
         (fact() + "\n{broken\n", "facts.jsonl:2"),
         (fact(target_new=None), "target_new"),
         (fact(prompt="Paris is near"), "Lyon"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blue_callbacks import KeyMemory, whitening_factor
+from blue_callbacks import KeyMemory, SingularCovarianceError, whitening_factor
 
 D_IN, D_OUT, WEIGHT = 40, 12, 7.0
 
@@ -65,5 +65,5 @@ def test_past_keys_are_disturbed_less_when_they_are_remembered():
 
 def test_singular_covariance_is_refused_with_the_remedy():
     keys = torch.randn(D_IN, 3)
-    with pytest.raises(ValueError, match="more tokens"):
+    with pytest.raises(SingularCovarianceError, match="more tokens"):
         whitening_factor(keys @ keys.T, 1.0)

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from lightning_blue.architectures import blocks, down_projection, find_architecture, weight_view
-from lightning_blue.forward import logits_from_block, read_states
+from lightning_blue.forward import (
+    AlignedRows,
+    logits_from_block,
+    read_from_column,
+    read_states,
+)
 
 
 @pytest.fixture
@@ -45,29 +50,56 @@ def test_reading_stops_after_the_last_module_that_is_wanted(language_model, ids)
     assert seen == [0, 1]
 
 
+def aligned(ids: torch.Tensor) -> AlignedRows:
+    """Rows of 9, 7 and 6 tokens, aligned at column 4."""
+    rows = torch.zeros_like(ids)
+    rows[0], rows[1, 2:], rows[2, 3:] = ids[0], ids[1, :7], ids[2, :6]
+    return AlignedRows(rows, torch.tensor([0, 2, 3]), 4)
+
+
 def test_logits_from_a_block_equal_the_whole_forward_pass(language_model, ids):
     model = language_model.model
     row = find_architecture(model)
     layers = blocks(model, row)
-    positions = torch.tensor([[2, 3], [8, 8], [0, 5]])
-    with torch.no_grad():
-        out = model(ids, output_hidden_states=True)
-        reference = out.logits[torch.arange(3)[:, None], positions]
-        for layer in range(len(layers) - 1):
-            hidden = out.hidden_states[layer + 1]
-            ours = logits_from_block(model, layers, layer, ids, hidden, positions)
-            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+    rows = aligned(ids)
+    positions = torch.tensor([[4, 8], [5, 5], [7, 4]])
+    for layer in range(len(layers)):
+        hidden, before = read_from_column(model, layers[layer], rows)
+        changed = hidden + 0.1
+        with torch.no_grad():
+            ours = logits_from_block(model, layers, layer, rows, before, changed, positions)
+            for i, (length, start) in enumerate([(9, 0), (7, 2), (6, 3)]):
+                reference = whole_pass(model, layers[layer], ids[i, :length], 4 - start)
+                torch.testing.assert_close(
+                    ours[i], reference[positions[i] - start], rtol=1e-4, atol=1e-5
+                )
+
+
+def whole_pass(model, block, ids, first):
+    """All tokens of one row through all layers, with 0.1 added behind the block from a token on."""
+
+    def add(_module, _args, out):
+        hidden = (out[0] if isinstance(out, tuple) else out).clone()
+        hidden[:, first:] += 0.1
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    hook = block.register_forward_hook(add)
+    logits = model(ids[None]).logits[0]
+    hook.remove()
+    return logits
 
 
 def test_blocks_compute_again_afterwards_bitwise(language_model, ids):
     model = language_model.model
     layers = blocks(model, find_architecture(model))
+    rows = aligned(ids)
     with torch.no_grad():
-        before = model(ids).logits
-        hidden = torch.zeros(3, 9, 32)
-        logits_from_block(model, layers, 2, ids, hidden, torch.zeros(3, 1, dtype=torch.long))
+        reference = model(ids).logits
+        hidden, before = read_from_column(model, layers[2], rows)
+        column = torch.full((3, 1), 4)
+        logits_from_block(model, layers, 2, rows, before, hidden, column)
         read_states(model, ids, outputs_of={"out": layers[0]})
-        assert torch.equal(model(ids).logits, before)
+        assert torch.equal(model(ids).logits, reference)
 
 
 def test_right_padding_changes_nothing_that_is_read(language_model, ids):

@@ -23,7 +23,6 @@ def editable(language_model, **settings) -> EditModule:
     search = TargetSearch(steps=15, learning_rate=0.5, clamp=4.0)
     module = EditModule(model, tokenizer, target=search, contexts=PREFIXES, **settings)
     module._covariances = {layer: torch.eye(96) * 0.01 for layer in range(4)}
-    module.prepare = lambda critical, written: None
     return module
 
 

@@ -1,6 +1,6 @@
 """Lightning callbacks for closed-form model editing; needs torch and Lightning only."""
 
-from blue_callbacks.closed_form import KeyMemory, whitening_factor
+from blue_callbacks.closed_form import KeyMemory, SingularCovarianceError, whitening_factor
 from blue_callbacks.plans import PLANS, PlanStep, plan_steps
 from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
 from blue_callbacks.update import ClosedFormUpdate, NonFiniteError
@@ -13,6 +13,7 @@ __all__ = [
     "KeyMemory",
     "NonFiniteError",
     "PlanStep",
+    "SingularCovarianceError",
     "apply_edit_batch",
     "plan_steps",
     "whitening_factor",

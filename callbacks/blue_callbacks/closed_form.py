@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 
+class SingularCovarianceError(ValueError):
+    """A covariance has no factor: it was collected from too few inputs, or keys never vary."""
+
+
 def whitening_factor(covariance: Tensor, weight: float) -> Tensor:
     """Factor ``weight * covariance`` once for the whole run.
 
@@ -26,12 +30,12 @@ def whitening_factor(covariance: Tensor, weight: float) -> Tensor:
         Lower triangular L in float64, ``(d_in, d_in)``, with ``L L^T = weight * covariance``.
 
     Raises:
-        ValueError: if the covariance is not positive definite, as happens when it was collected
-            from fewer tokens than there are key dimensions.
+        SingularCovarianceError: if the covariance is not positive definite, as happens when it
+            was collected from fewer tokens than there are key dimensions.
     """
     factor, info = torch.linalg.cholesky_ex(covariance.to(torch.float64) * weight)
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
-        raise ValueError(
+        raise SingularCovarianceError(
             f"the covariance ({covariance.shape[0]} key dimensions, weight {weight:g}) is not "
             "positive definite; collect it from more tokens, at least ten for each key dimension"
         )

@@ -15,7 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils import logging as transformers_logging
 
-from blue_callbacks import ClosedFormUpdate, NonFiniteError
+from blue_callbacks import ClosedFormUpdate, NonFiniteError, SingularCovarianceError
 from lightning_blue.configs import explain, with_bases
 from lightning_blue.covariance import covariance_file
 from lightning_blue.data import EditDataModule
@@ -63,6 +63,15 @@ class _CLI(LightningCLI):
         except ArgumentError as error:
             raise InputError(explain(error.message, parser.get_defaults().keys())) from error
 
+    def instantiate_classes(self) -> None:
+        """Build everything; a value that a constructor refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error), where="the configuration") from error
+
 
 class EditCLI(_CLI):
     """Sections ``trainer``, ``model``, ``data``, ``update``, ``measure`` and ``run``."""
@@ -100,6 +109,9 @@ def run_command(command: str, args: Sequence[str]) -> int:
     except wandb.errors.UsageError as error:
         mend = "\n  mend:  run `wandb login`, or choose --run.wandb=offline"
         return _complain(f"W&B cannot be used: {error}{mend}", 2)
+    except SingularCovarianceError as error:
+        mend = "\n  mend:  raise --model.covariance.tokens_per_dim"
+        return _complain(f"{error}{mend}", 2)
     except NonFiniteError as error:
         return _complain(str(error), 1)
     return 0

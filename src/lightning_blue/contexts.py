@@ -68,29 +68,30 @@ def target_prompts(
     targets = [target_ids(tokenizer, r.target_new) for r in requests]
     width = max(map(len, targets))
     kl = encode_with_subject(tokenizer, [KL_PROMPT] * len(requests), [r.subject for r in requests])
-    ids: list[list[int]] = []
-    lookups: list[int] = []
-    positions: list[list[int]] = []
+    rows: list[Encoded] = []
+    reads: list[list[int]] = []  # where logits are read, counted from the lookup
     labels: list[list[int]] = []
     groups = _encode(tokenizer, requests, templates)
     for group, target, kl_row in zip(groups, targets, kl, strict=True):
         blank = width - len(target)
         for row in group:
-            ids.append(row.ids + target[:-1])
-            lookups.append(row.lookup)
-            first = len(row.ids) - 1
-            positions.append([*range(first, first + len(target)), *[first] * blank])
+            first = len(row.ids) - 1 - row.lookup
+            rows.append(Encoded(row.ids + target[:-1], row.lookup))
+            reads.append([*range(first, first + len(target)), *[first] * blank])
             labels.append([*target, *[IGNORED] * blank])
-        ids.append(kl_row.ids)
-        lookups.append(kl_row.lookup)
-        positions.append([kl_row.lookup] * width)
+        rows.append(kl_row)
+        reads.append([0] * width)
         labels.append([IGNORED] * width)
+    lookup = max(row.lookup for row in rows)
+    starts = [lookup - row.lookup for row in rows]
+    ids = [[0] * start + row.ids for start, row in zip(starts, rows, strict=True)]
     shape = (len(requests), len(templates) + 1, -1)
     return TargetPrompts(
         _pad(ids, device).view(shape),
-        torch.tensor(lookups, device=device).view(shape[:2]),
-        torch.tensor(positions, device=device).view(shape),
+        torch.tensor(starts, device=device).view(shape[:2]),
+        torch.tensor(reads, device=device).view(shape) + lookup,
         torch.tensor(labels, device=device).view(shape),
+        lookup,
     )
 
 

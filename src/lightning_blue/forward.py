@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 
 class _Reached(Exception):
@@ -63,11 +63,63 @@ def read_states(
     return states
 
 
+class AlignedRows(NamedTuple):
+    """Token rows aligned at one column; what is before it never changes.
+
+    Attributes:
+        input_ids: ``(n_rows, n_tokens)``, padded on both sides.
+        starts: columns of padding on the left, ``(n_rows,)``.
+        column: where the rows are aligned.
+    """
+
+    input_ids: Tensor
+    starts: Tensor
+    column: int
+
+    def arguments(self, first: int) -> dict[str, Tensor]:
+        """Return the model's arguments for the columns from ``first`` on."""
+        columns = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        shifted = columns - self.starts[:, None]
+        return {
+            "input_ids": self.input_ids[:, first:],
+            "attention_mask": (shifted >= 0).long(),
+            "position_ids": shifted.clamp(min=0)[:, first:],
+        }
+
+
+KeyValues = list[tuple[Tensor, Tensor]]  # by layer: attention's keys and values
+
+
+def read_from_column(
+    model: PreTrainedModel, block: nn.Module, rows: AlignedRows
+) -> tuple[Tensor, KeyValues]:
+    """Run the rows once; keep what later passes from the aligned column on can start from.
+
+    Returns:
+        The block's output from the column on, ``(n_rows, n_tokens - column, d_model)``, and the
+        attention's keys and values of every layer before it.
+    """
+    outputs: list[Tensor] = []
+    hook = block.register_forward_hook(lambda _m, _args, out: outputs.append(hidden_of(out)))
+    try:
+        with torch.no_grad():
+            run = model.base_model(**rows.arguments(0), use_cache=True)
+    finally:
+        hook.remove()
+    before = slice(0, rows.column)
+    kept = [
+        (layer.keys[:, :, before].clone(), layer.values[:, :, before].clone())
+        for layer in run.past_key_values.layers
+    ]
+    return outputs[0][:, rows.column :].clone(), kept
+
+
 def logits_from_block(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
     layer: int,
-    input_ids: Tensor,
+    rows: AlignedRows,
+    before: KeyValues,
     hidden: Tensor,
     positions: Tensor,
     *,
@@ -75,25 +127,28 @@ def logits_from_block(
 ) -> Tensor:
     """Run the model from a block's output onward and read logits at few positions.
 
-    The model's own code runs, masks, rotary embeddings, final norm and head included; the blocks
-    up to ``layer`` are skipped and the head sees only the positions that are read.
+    The model's own code runs, masks, rotary embeddings, final norm and head included. The blocks
+    up to ``layer`` are skipped, columns before the alignment are taken from ``before``, and the
+    head sees only the positions that are read.
 
     Args:
         model: a causal language model in eval mode.
         blocks: its decoder blocks.
         layer: the block whose output is given.
-        input_ids: right-padded token ids, ``(n_rows, n_tokens)``.
-        hidden: output of block ``layer``, ``(n_rows, n_tokens, d_model)``.
-        positions: token positions to read, ``(n_rows, n_positions)``.
+        rows: the tokens.
+        before: from :func:`read_from_column`.
+        hidden: output of block ``layer`` from the aligned column on, ``(n_rows, n_tokens -
+            column, d_model)``.
+        positions: columns to read, at or after the aligned one, ``(n_rows, n_positions)``.
         returns_tuple: whether this architecture's blocks return a tuple.
 
     Returns:
         Logits in float32, ``(n_rows, n_positions, vocabulary)``.
     """
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device)[:, None]
+    index = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
 
     def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][rows, positions], *args[1:])
+        return (args[0][index, positions - rows.column], *args[1:])
 
     head = model.get_output_embeddings()
     with ExitStack() as stack:
@@ -101,8 +156,18 @@ def logits_from_block(
         for block in blocks[:layer]:
             stack.enter_context(_replaced(block, None, returns_tuple))
         stack.enter_context(_replaced(blocks[layer], hidden, returns_tuple))
-        logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+        arguments = rows.arguments(rows.column)
+        logits: Tensor = model(**arguments, past_key_values=_cache(before, layer)).logits
     return logits.float()
+
+
+def _cache(before: KeyValues, layer: int) -> DynamicCache:
+    """Rebuild a cache, which a forward pass changes; the first layer's tells the length."""
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(before):
+        if index == 0 or index > layer:
+            cache.update(keys, values, index)
+    return cache
 
 
 @contextmanager

@@ -23,11 +23,16 @@ from lightning_blue.architectures import (
 )
 from lightning_blue.contexts import LookupRows, context_templates, lookup_rows, target_prompts
 from lightning_blue.covariance import CovarianceSource, load_or_collect
-from lightning_blue.forward import logits_from_block, read_states
+from lightning_blue.forward import (
+    AlignedRows,
+    logits_from_block,
+    read_from_column,
+    read_states,
+)
 from lightning_blue.loading import load_language_model
 from lightning_blue.requests import EditRequest
 from lightning_blue.scoring import context_length, generate
-from lightning_blue.targets import TargetPrompts, Targets, TargetSearch, search_targets
+from lightning_blue.targets import Targets, TargetSearch, search_targets
 
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
@@ -140,16 +145,14 @@ class EditModule(LightningModule):
         Raises:
             NonFiniteError: naming the request whose loss was not finite.
         """
-        prompts = target_prompts(self.tokenizer, batch, self.templates, self.device)
-        width = int(prompts.input_ids[0].numel())
-        at_once = max(1, self.target.tokens_per_batch // width)
         found: list[Targets] = []
         with tqdm(
             total=len(batch), desc=f"targets, layer {layer}", leave=False, disable=None
         ) as bar:
-            for edits in torch.arange(len(batch), device=self.device).split(at_once):
-                found.append(self._search(prompts.select(edits), layer))
-                bar.update(len(edits))
+            for start in range(0, len(batch), at_once := self._edits_at_once(batch)):
+                some = batch[start : start + at_once]
+                found.append(self._search(some, layer))
+                bar.update(len(some))
         losses = torch.cat([one.losses for one in found])
         self._require_finite(batch, layer, losses)
         self.target_losses[layer] = losses
@@ -185,10 +188,12 @@ class EditModule(LightningModule):
         started = time.perf_counter()
         check_layers(list(critical), len(self.blocks))
         _ = self.templates
-        projections = {layer: self._projection(layer) for layer in sorted(written)}
-        self._covariances |= load_or_collect(
-            self.model, self.tokenizer, projections, self.covariance
-        )
+        missing = sorted(set(written) - set(self._covariances))
+        if missing:
+            projections = {layer: self._projection(layer) for layer in missing}
+            self._covariances |= load_or_collect(
+                self.model, self.tokenizer, projections, self.covariance
+            )
         self.preparation_seconds = time.perf_counter() - started
 
     @property
@@ -222,28 +227,38 @@ class EditModule(LightningModule):
         whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
         return [f"{' '.join(text.split())}." for text in whole]
 
-    def _search(self, prompts: TargetPrompts, layer: int) -> Targets:
-        shape = prompts.input_ids.shape
-        states = read_states(
-            self.model,
-            prompts.input_ids.flatten(0, 1),
-            outputs_of={"output": self.blocks[layer]},
-        )["output"]
+    def _edits_at_once(self, batch: Sequence[EditRequest]) -> int:
+        """Return how many edits fit into the token budget of the target search."""
+        prompts = target_prompts(self.tokenizer, batch, self.templates, self.device)
+        n_rows, n_tokens = prompts.input_ids.shape[1:]
+        return max(1, self.target.tokens_per_batch // (n_rows * (n_tokens - prompts.lookup)))
 
-        def logits_at(some: TargetPrompts, hidden: Tensor) -> Tensor:
+    def _search(self, batch: Sequence[EditRequest], layer: int) -> Targets:
+        prompts = target_prompts(self.tokenizer, batch, self.templates, self.device)
+        n, n_rows, _ = prompts.input_ids.shape
+        whole = AlignedRows(
+            prompts.input_ids.flatten(0, 1), prompts.starts.flatten(), prompts.lookup
+        )
+        hidden, before = read_from_column(self.model, self.blocks[layer], whole)
+
+        def logits_at(edits: Tensor, changed: Tensor) -> Tensor:
+            rows = (edits[:, None] * n_rows + torch.arange(n_rows, device=edits.device)).flatten()
             logits = logits_from_block(
                 self.model,
                 self.blocks,
                 layer,
-                some.input_ids.flatten(0, 1),
-                hidden.flatten(0, 1),
-                some.positions.flatten(0, 1),
+                AlignedRows(whole.input_ids[rows], whole.starts[rows], whole.column),
+                [(keys[rows], values[rows]) for keys, values in before],
+                changed.flatten(0, 1),
+                prompts.positions.flatten(0, 1)[rows],
                 returns_tuple=self.architecture.returns_tuple,
             )
-            return logits.unflatten(0, some.input_ids.shape[:2])
+            return logits.unflatten(0, (len(edits), n_rows))
 
         with torch.enable_grad():
-            return search_targets(prompts, states.view(*shape, -1), logits_at, self.target)
+            return search_targets(
+                hidden.unflatten(0, (n, n_rows)), prompts.labels, logits_at, self.target
+            )
 
     def _require_finite(self, batch: Sequence[EditRequest], layer: int, losses: Tensor) -> None:
         total = losses[..., 0]

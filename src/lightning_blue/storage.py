@@ -74,7 +74,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         building.chmod(0o755)
         if target.exists():
             target.replace(old)
-        building.replace(target)
+        try:
+            building.replace(target)
+        except OSError:
+            if old.exists():
+                old.replace(target)
+            raise
     finally:
         for leftover in (building, old):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -28,7 +28,8 @@ class TargetSearch:
         clamp: radius of the ball delta is kept in, in units of ``|h|``.
         kl_weight: factor of the KL term that keeps what the model says of the subject itself.
         stop_loss: an edit is done when its loss (nats) falls below this.
-        tokens_per_batch: padded tokens optimised at once; bounds memory.
+        tokens_per_batch: tokens optimised at once, from the lookup on, padding counted; bounds
+            memory.
     """
 
     steps: int = 25
@@ -49,21 +50,23 @@ class TargetSearch:
 class TargetPrompts(NamedTuple):
     """Tokenised prompts of n edits: for each, C rewriting prompts and, last, the KL prompt.
 
+    Rows are aligned at the subject's last token: it stands in the same column of all of them, with
+    padding on the left of the shorter prefixes and on the right of the shorter rests.
+
     Attributes:
-        input_ids: right padded, ``(n, C + 1, n_tokens)``.
-        lookups: index of the subject's last token, ``(n, C + 1)``.
-        positions: where logits are read, ``(n, C + 1, P)``; the KL prompt's first is its lookup.
+        input_ids: ``(n, C + 1, n_tokens)``.
+        starts: columns of padding on the left, ``(n, C + 1)``.
+        positions: columns where logits are read, ``(n, C + 1, P)``; the KL prompt's first is its
+            lookup.
         labels: target tokens there, ``IGNORED`` where there is none, ``(n, C + 1, P)``.
+        lookup: the column of the subject's last token.
     """
 
     input_ids: Tensor
-    lookups: Tensor
+    starts: Tensor
     positions: Tensor
     labels: Tensor
-
-    def select(self, edits: Tensor) -> TargetPrompts:
-        """Return the prompts of some of the edits."""
-        return TargetPrompts(*(field[edits] for field in self))
+    lookup: int
 
 
 class TargetLosses(NamedTuple):
@@ -94,11 +97,11 @@ class Targets(NamedTuple):
     losses: Tensor
 
 
-LogitsAt = Callable[[TargetPrompts, Tensor], Tensor]
+LogitsAt = Callable[[Tensor, Tensor], Tensor]
 
 
 def search_targets(
-    prompts: TargetPrompts, hidden: Tensor, logits_at: LogitsAt, search: TargetSearch
+    hidden: Tensor, labels: Tensor, logits_at: LogitsAt, search: TargetSearch
 ) -> Targets:
     """Minimise ``NLL(target) + kl_weight KL + weight_decay |delta| / |h|^2`` over delta.
 
@@ -106,18 +109,18 @@ def search_targets(
     al. 2022b). The NLL is the mean over a target's tokens and over the rewriting prompts.
 
     Args:
-        prompts: tokenised prompts of n edits.
-        hidden: the block's output for them, ``(n, C + 1, n_tokens, d_model)``.
-        logits_at: maps prompts and hidden states of some of the edits to logits at
-            ``prompts.positions``, ``(n, C + 1, P, vocabulary)``.
+        hidden: the block's output from the lookup on, ``(n, C + 1, n_tokens, d_model)``.
+        labels: see :class:`TargetPrompts`, ``(n, C + 1, P)``.
+        logits_at: maps indices of the edits that still run, ``(m,)``, and their changed hidden
+            states to logits at the prompts' positions, ``(m, C + 1, P, vocabulary)``.
         search: settings.
 
     Returns:
         Initial states, deltas and the course of the losses; everything float32.
     """
-    n = prompts.lookups.shape[0]
+    n = hidden.shape[0]
     edits = torch.arange(n, device=hidden.device)
-    initial = hidden[edits, 0, prompts.lookups[:, 0]].float()
+    initial = hidden[:, 0, 0].float()
     norms = initial.norm(dim=1)
     delta = torch.zeros_like(initial, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=search.learning_rate)
@@ -125,13 +128,12 @@ def search_targets(
     before: Tensor | None = None  # log-probabilities at the KL position without any delta
 
     for step in range(search.steps):
-        some = prompts.select(edits)
-        log_probs = logits_at(some, _add_delta(hidden[edits], some.lookups, delta[edits]))
+        log_probs = logits_at(edits, _add_delta(hidden[edits], delta[edits]))
         log_probs = F.log_softmax(log_probs, dim=-1)
         if before is None:
             before = log_probs[:, -1, 0].detach()
         terms = TargetLosses(
-            target_nll(log_probs[:, :-1], some.labels[:, :-1]),
+            target_nll(log_probs[:, :-1], labels[edits, :-1]),
             search.kl_weight * kl_divergence(log_probs[:, -1, 0], before[edits]),
             search.weight_decay * delta[edits].norm(dim=1) / norms[edits] ** 2,
         )
@@ -171,10 +173,10 @@ def kl_divergence(log_probs: Tensor, before: Tensor) -> Tensor:
     return (log_probs.exp() * (log_probs - before)).sum(-1)
 
 
-def _add_delta(hidden: Tensor, lookups: Tensor, delta: Tensor) -> Tensor:
-    """Add ``(n, d)`` to ``(n, rows, tokens, d)`` at each row's lookup."""
-    at_lookup = F.one_hot(lookups, hidden.shape[2])[..., None].to(hidden.dtype)
-    return hidden + at_lookup * delta[:, None, None, :].to(hidden.dtype)
+def _add_delta(hidden: Tensor, delta: Tensor) -> Tensor:
+    """Add ``(n, d)`` at the lookup, the first of the tokens of ``(n, rows, tokens, d)``."""
+    changed = (hidden[:, :, :1].float() + delta[:, None, None, :]).to(hidden.dtype)
+    return torch.cat((changed, hidden[:, :, 1:]), dim=2)
 
 
 def _step_some(optimizer: torch.optim.Optimizer, delta: Tensor, edits: Tensor) -> None:
