@@ -180,8 +180,11 @@ def test_shipped_files_come_from_the_committed_recipe(tmp_path):
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (ASSETS / file.name).read_bytes(), file.name
     config = json.loads((ASSETS / "model" / "config.json").read_text())
-    for name in ("n_layer", "n_embd", "n_inner", "n_head"):
-        assert config[name] == model[name]
+    assert config["model_type"] == "llama"
+    assert config["num_hidden_layers"] == model.n_layers
+    assert config["hidden_size"] == model.d_model
+    assert config["intermediate_size"] == model.d_in
+    assert config["num_attention_heads"] == model.n_heads
     recall = json.loads((ASSETS / "recall.json").read_text())
     assert recall["steps"] == recipe.trainer.max_steps
 

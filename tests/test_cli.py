@@ -83,7 +83,7 @@ def test_stats_writes_what_fit_then_reads(run, small_run, tmp_path, monkeypatch)
     assert code == 0, err
     (file,) = tmp_path.glob("*.safetensors")
     assert str(file) in out
-    monkeypatch.setattr("lightning_blue.covariance.collect_covariance", None)
+    monkeypatch.setattr("lightning_blue.editing.covariance.collect_covariance", None)
     assert run(cache)[0] == 0
 
 

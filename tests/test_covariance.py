@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import load_model
-from lightning_blue.architectures import blocks, down_projection, find_architecture
-from lightning_blue.covariance import (
+from lightning_blue.editing.architectures import blocks, down_projection, find_architecture
+from lightning_blue.editing.covariance import (
     CovarianceFile,
     CovarianceSource,
     collect_covariance,
@@ -72,7 +72,7 @@ def test_second_call_reads_the_file(language_model, corpus, tmp_path, monkeypatc
     model, tokenizer = language_model
     where = source(corpus, tmp_path)
     first = load_or_collect(model, tokenizer, projections(model), where)
-    monkeypatch.setattr("lightning_blue.covariance.collect_covariance", None)
+    monkeypatch.setattr("lightning_blue.editing.covariance.collect_covariance", None)
     again = load_or_collect(model, tokenizer, projections(model), where)
     assert torch.equal(first[1], again[1])
 

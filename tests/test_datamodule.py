@@ -84,10 +84,12 @@ def test_stop_is_the_default_and_names_what_is_wrong(tmp_path: Path) -> None:
     assert len(prepared(path, on_unusable="skip").requests) == 1
 
 
-def test_too_few_requests(tmp_path: Path) -> None:
+def test_too_few_requests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, [fact(i) for i in range(4)])
-    with pytest.raises(InputError, match=r"(?s)9 edits were asked for, 3 usable.*offset 1.*lower"):
-        prepared(path, edits=9, offset=1)
+    assert len(prepared(path, edits=9, offset=1).requests) == 3
+    assert "9 edits were asked for, 3 are there" in caplog.text
+    with pytest.raises(InputError, match=r"(?s)0 usable.*4 read, 0 unusable, offset 4.*lower"):
+        prepared(path, offset=4)
     path = write(tmp_path, [fact(0, target_new="")])
     with pytest.raises(InputError, match=r"(?s)0 usable requests.*1 read, 1 unusable"):
         prepared(path, on_unusable="skip")

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_blue.architectures import blocks, down_projection, find_architecture, weight_view
-from lightning_blue.forward import (
+from lightning_blue.editing.architectures import (
+    blocks,
+    down_projection,
+    find_architecture,
+    weight_view,
+)
+from lightning_blue.editing.forward import (
     AlignedRows,
     logits_from_block,
     read_from_column,

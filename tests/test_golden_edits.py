@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from blue_callbacks import ClosedFormUpdate, KeyMemory, whitening_factor
 from helpers import fit, load_model
-from lightning_blue.module import EditModule
+from lightning_blue.editing.module import EditModule
+from lightning_blue.editing.targets import TargetSearch
 from lightning_blue.requests import EditRequest
-from lightning_blue.targets import TargetSearch
 
 CASES = [
     (method, variant, model)

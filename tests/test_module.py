@@ -9,11 +9,11 @@ import torch
 
 from blue_callbacks import ClosedFormUpdate, NonFiniteError
 from helpers import fit
-from lightning_blue.architectures import Architecture, find_architecture
+from lightning_blue.editing.architectures import Architecture, find_architecture
+from lightning_blue.editing.module import EditModule
+from lightning_blue.editing.targets import TargetSearch
 from lightning_blue.errors import InputError
-from lightning_blue.module import EditModule
 from lightning_blue.scoring import score_targets
-from lightning_blue.targets import TargetSearch
 from test_targets import PREFIXES, REQUESTS
 
 

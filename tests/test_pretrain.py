@@ -95,10 +95,10 @@ class Learned:
         )
         self.module = PretrainModule(
             output=str(folder),
-            n_layer=2,
-            n_embd=64,
-            n_inner=256,
-            n_head=4,
+            n_layers=2,
+            d_model=64,
+            d_in=256,
+            n_heads=4,
             learning_rate=5e-3,
             warmup=20,
             decay=100,
@@ -336,7 +336,7 @@ def test_bad_numbers_are_refused(tmp_path):
     for arguments in ({"path": path, "facts": 4}, {"path": path, "facts": 0}, {"facts": 5}):
         with pytest.raises(InputError):
             FactCorpusModule(**arguments)
-    module = PretrainModule(output=str(tmp_path / "out"), n_layer=1, n_embd=8, n_inner=8, n_head=1)
+    module = PretrainModule(output=str(tmp_path / "out"), n_layers=1, d_model=8, d_in=8, n_heads=1)
     data = FactCorpusModule(path=path, vocab_size=300, length=32)
     with pytest.raises(InputError, match="number of steps"):
         trainer(-1).fit(module, datamodule=data)

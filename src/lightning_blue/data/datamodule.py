@@ -37,7 +37,7 @@ class EditDataModule(LightningDataModule):
         format: ``auto``, ``counterfact``, ``counterfact-flat``, ``zsre`` or ``facts``.
         split: the split of a dataset.
         batch_size: requests that are edited together.
-        edits: how many requests to edit, None for all that there are.
+        edits: how many requests to edit at most, None for all that there are.
         offset: how many usable requests to leave out before the first edit.
         controls: how many known facts that are not edited to watch for damage. They come after
             the edited requests, on other subjects.
@@ -90,7 +90,7 @@ class EditDataModule(LightningDataModule):
         With a tokenizer, tokens are checked as well (:func:`check_tokens`).
 
         Raises InputError if the source cannot be read, if it holds unusable requests and the
-        policy is to stop, or if they are too few.
+        policy is to stop, or if there is none.
         """
         usable, rejected = read_requests(self.path, self.format, self.split)
         total = len(usable) + len(rejected)
@@ -100,7 +100,7 @@ class EditDataModule(LightningDataModule):
         chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits)
         rejected += clashing
         apply_policy(rejected, total, self.on_unusable)
-        self._require_enough(len(chosen), total, len(rejected))
+        self._require_some(len(chosen), total, len(rejected))
         if rejected:
             log.warning("%d of %d requests are left out as unusable", len(rejected), total)
         self._requests, self._rejected = chosen, rejected
@@ -157,16 +157,16 @@ class EditDataModule(LightningDataModule):
             collate_fn=list,
         )
 
-    def _require_enough(self, found: int, total: int, rejected: int) -> None:
-        """Raise InputError if there is no request, or fewer than were asked for."""
-        if found >= (self.edits or 1):
-            return
-        wanted = f"{self.edits} edits were asked for, " if self.edits else ""
-        raise InputError(
-            f"{wanted}{found} usable requests are there",
-            where=f"{self.path}: {total} read, {rejected} unusable, offset {self.offset}",
-            mend="lower --data.edits or --data.offset, or give more data",
-        )
+    def _require_some(self, found: int, total: int, rejected: int) -> None:
+        """Raise InputError if there is no request; say so if there are fewer than asked for."""
+        if not found:
+            raise InputError(
+                "0 usable requests are there",
+                where=f"{self.path}: {total} read, {rejected} unusable, offset {self.offset}",
+                mend="lower --data.offset, or give more data",
+            )
+        if self.edits and found < self.edits:
+            log.warning("%d edits were asked for, %d are there", self.edits, found)
 
     def _find_controls(self, rest: list[EditRequest]) -> list[Probe]:
         """Pick the controls, and warn if there are fewer than were asked for."""

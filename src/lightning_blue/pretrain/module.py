@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_blue.errors import InputError
 from lightning_blue.pretrain.data import FactCorpusModule, Rows
@@ -58,17 +58,17 @@ def rate_at(step: int, *, warmup: int, decay: int, total: int) -> float:
 
 
 class PretrainModule(LightningModule):
-    """Trains a GPT-2 type model from scratch, with facts added as earlier ones are known.
+    """Trains a Llama type model from scratch, with facts added as earlier ones are known.
 
     The set of facts grows by ``grow`` whenever the smoothed loss of object tokens falls below
     ``grow_below``. At the end recall is measured and the model is written to ``output``.
 
     Args:
         output: folder to write; what stood there before is replaced.
-        n_layer: number of layers.
-        n_embd: width of the residual stream.
-        n_inner: width of the FFN; wide, because edits live there (edits / n_inner near 0.14).
-        n_head: number of attention heads.
+        n_layers: number of layers.
+        d_model: width of the residual stream.
+        d_in: width of the FFN; wide, because edits live there (edits / d_in near 0.14).
+        n_heads: number of attention heads.
         learning_rate: peak learning rate of AdamW.
         weight_decay: of weight matrices; biases and norms have none.
         warmup: steps of linear warm-up.
@@ -78,15 +78,15 @@ class PretrainModule(LightningModule):
         grow_below: object loss (nats per token) below which it grows.
     """
 
-    model: GPT2LMHeadModel
+    model: LlamaForCausalLM
 
     def __init__(
         self,
         output: str = "runs/pretrain",
-        n_layer: int = 6,
-        n_embd: int = 128,
-        n_inner: int = 2560,
-        n_head: int = 4,
+        n_layers: int = 6,
+        d_model: int = 128,
+        d_in: int = 1792,
+        n_heads: int = 4,
         learning_rate: float = 1.5e-3,
         weight_decay: float = 0.05,
         warmup: int = 150,
@@ -97,7 +97,7 @@ class PretrainModule(LightningModule):
     ) -> None:
         super().__init__()
         self.output = Path(output)
-        self.n_layer, self.n_embd, self.n_inner, self.n_head = n_layer, n_embd, n_inner, n_head
+        self.n_layers, self.d_model, self.d_in, self.n_heads = n_layers, d_model, d_in, n_heads
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.decay = warmup, decay
         self.other_weight = other_weight
@@ -119,23 +119,19 @@ class PretrainModule(LightningModule):
         if hasattr(self, "model"):
             return
         tokenizer = self.corpus.tokenizer
-        config = GPT2Config(
+        config = LlamaConfig(
             vocab_size=len(tokenizer),
-            n_positions=self.corpus.length,
-            n_embd=self.n_embd,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_inner=self.n_inner,
-            # Equal to GPT-2's "gelu_new", in one fused kernel.
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
+            max_position_embeddings=self.corpus.length,
+            hidden_size=self.d_model,
+            num_hidden_layers=self.n_layers,
+            num_attention_heads=self.n_heads,
+            intermediate_size=self.d_in,
+            tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        self.model = GPT2LMHeadModel(config)
+        self.model = LlamaForCausalLM(config)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a schedule per step.

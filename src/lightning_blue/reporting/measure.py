@@ -11,8 +11,8 @@ from lightning import Callback, Trainer
 
 from blue_callbacks import ClosedFormUpdate
 from lightning_blue.corpus import corpus_texts
+from lightning_blue.editing.module import EditModule
 from lightning_blue.evaluation import Evaluation, Metrics, control_recall, evaluate, flatten
-from lightning_blue.module import EditModule
 from lightning_blue.reporting.history import LossCurve, Measurement, RunHistory
 from lightning_blue.requests import EditRequest
 from lightning_blue.scoring import perplexity

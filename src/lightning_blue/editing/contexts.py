@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_blue.editing.targets import IGNORED, TargetPrompts
 from lightning_blue.requests import EditRequest
 from lightning_blue.subjects import Encoded, encode_with_subject, target_ids
-from lightning_blue.targets import IGNORED, TargetPrompts
 
 KL_PROMPT = "{} is a"
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks import EditStepOptimizer, NonFiniteError, apply_edit_batch
-from lightning_blue.architectures import (
+from lightning_blue.editing.architectures import (
     Architecture,
     blocks,
     check_layers,
@@ -21,18 +21,23 @@ from lightning_blue.architectures import (
     find_architecture,
     weight_view,
 )
-from lightning_blue.contexts import LookupRows, context_templates, lookup_rows, target_prompts
-from lightning_blue.covariance import CovarianceSource, load_or_collect
-from lightning_blue.forward import (
+from lightning_blue.editing.contexts import (
+    LookupRows,
+    context_templates,
+    lookup_rows,
+    target_prompts,
+)
+from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
+from lightning_blue.editing.forward import (
     AlignedRows,
     logits_from_block,
     read_from_column,
     read_states,
 )
+from lightning_blue.editing.targets import Targets, TargetSearch, search_targets
 from lightning_blue.loading import load_language_model
 from lightning_blue.requests import EditRequest
 from lightning_blue.scoring import context_length, generate
-from lightning_blue.targets import Targets, TargetSearch, search_targets
 
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_blue.architectures import weight_view
 from lightning_blue.corpus import corpus_fingerprint, corpus_texts
+from lightning_blue.editing.architectures import weight_view
+from lightning_blue.editing.forward import read_states
 from lightning_blue.errors import InputError
-from lightning_blue.forward import read_states
 from lightning_blue.scoring import context_length
 from lightning_blue.storage import whole_file, writing
 

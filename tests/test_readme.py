@@ -1,0 +1,101 @@
+"""The README is true: its commands parse, its example runs, its tree is the tree."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from conftest import ROOT
+from lightning_blue.__main__ import main
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if line.startswith("python -m lightning_blue")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    _, _, _, *args = shlex.split(command)
+    with pytest.raises(SystemExit) as stopped:
+        main([*args, "--print_config"])
+    assert stopped.value.code == 0
+
+
+def test_there_are_commands_to_check():
+    assert len(COMMANDS) >= 6
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {
+        word
+        for text in (README, (ROOT / "CONTRIBUTING.md").read_text())
+        for block in blocks("bash", text)
+        for word in re.findall(r"^make ([a-z]+)", block, flags=re.MULTILINE)
+    }
+    assert named
+    assert named <= targets
+
+
+def test_layout_tree_is_the_tree():
+    (tree,) = [block for block in blocks("") if "pyproject.toml" in block]
+    shown: set[str] = set()
+    folders: list[str] = []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name.rstrip("/")]
+        shown.add("/".join(folders) + ("/" if name.endswith("/") else ""))
+    for path in shown:
+        assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file(), path
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    code = [p for p in tracked if p.startswith(("src/", "callbacks/", "conf/")) or "/" not in p]
+    for path in code:
+        whole = [folder for folder in shown if folder.endswith("/") and path.startswith(folder)]
+        deepest = max(whole, key=len, default="")
+        opened = any(other != deepest and other.startswith(deepest) for other in shown)
+        assert path in shown or (deepest and not opened), f"{path} is not in the README's tree"
+
+
+def test_python_example_edits_a_model():
+    (code,) = [block for block in blocks("python") if "ClosedFormUpdate" in block]
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["trainer"].global_step == 1
+    assert scope["update"].remembered[0].shape[1] == 20
+
+
+def test_own_facts_work_as_shown(tmp_path, monkeypatch, capsys):
+    """The facts of the README, edited with its command and read with its plain transformers."""
+    monkeypatch.chdir(tmp_path)
+    (facts,) = blocks("json")
+    (tmp_path / "my_facts.jsonl").write_text(facts)
+    config = f"--config={ROOT / 'conf' / 'quickstart.yaml'}"
+    assert main(["fit", config, "--data.path", "my_facts.jsonl"]) == 0
+    capsys.readouterr()
+    (code,) = [block for block in blocks("python") if "AutoModelForCausalLM" in block]
+    exec(compile(code, "README.md", "exec"), {})
+    said = capsys.readouterr().out.strip()
+    first = json.loads(facts.splitlines()[0])
+    prompt = first["prompt"].replace("{}", first["subject"])
+    assert said == f"{prompt} {first['target_new']}"
+    lines = (tmp_path / "runs/quickstart/edits.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert line["after"]["continuation"].strip().startswith(line["target_new"])
