@@ -174,3 +174,20 @@ def test_run_files_that_name_each_other_are_refused(tmp_path, capsys):
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     assert main(["fit", f"--config={tmp_path / 'a.yaml'}"]) == 2
     assert "name each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions_edit_too(run, precision):
+    stronger = [
+        "--model.target.learning_rate=0.5",
+        "--model.target.clamp=4",
+        "--update.covariance_weight=1",
+    ]
+    code, out, err = run(f"--trainer.precision={precision}", "--run.export=false", *stronger)
+    assert code == 0, err
+    folder = Path(out.rpartition("report: ")[2].strip()).parent
+    edits = [json.loads(line) for line in (folder / "edits.jsonl").read_text().splitlines()]
+    found = [losses["loss"] for e in edits for losses in e["target_optimization"].values()]
+    assert max(found) < min(e["before"]["nll_new"] for e in edits) - 1
+    assert all(e["after"]["nll_new"] != e["before"]["nll_new"] for e in edits)
+    assert not (folder / "model").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass
 class Probe:
     """A prompt and the object that the unedited world puts after it."""
 
@@ -13,12 +13,13 @@ class Probe:
     answer: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class EditRequest:
     """One fact to write: t = (s, r, o) -> (s, r, o*).
 
     ``prompt`` holds exactly one ``{}`` where the subject belongs. Objects carry no leading space;
-    whoever tokenises them adds it. ``source`` says where the request was read (``facts.csv:12``)
+    whoever tokenises them adds it. Not frozen, because Lightning copies batches field by field
+    under some precisions. ``source`` says where the request was read (``facts.csv:12``)
     and stands in messages.
     """
 
