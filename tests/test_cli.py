@@ -169,6 +169,17 @@ def test_help_answers_without_importing_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_run_files_of_an_installed_package_are_found(tmp_path, monkeypatch, capsys):
+    packaged = tmp_path / "package" / "conf"
+    packaged.mkdir(parents=True)
+    (packaged / "own.yaml").write_text("update: {layers: [3]}\n")
+    monkeypatch.setattr("lightning_blue.configs.PACKAGED", packaged)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=conf/own.yaml", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["update"]["layers"] == [3]
+
+
 def test_run_files_that_name_each_other_are_refused(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")

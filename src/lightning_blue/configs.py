@@ -12,6 +12,8 @@ import yaml
 
 from lightning_blue.errors import InputError
 
+PACKAGED = Path(__file__).parent / "conf"  # of an installed wheel
+
 _UNKNOWN_KEYS = (
     re.compile(r"unrecognized arguments: -{0,2}(?P<key>[\w.]+)"),
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
@@ -31,11 +33,19 @@ def with_bases(args: Sequence[str]) -> list[str]:
         if arg in ("--config", "-c"):
             arg = f"--config={next(rest, '')}"
         if arg.startswith("--config="):
-            chain = _chain(Path(arg.removeprefix("--config=")), [])
+            chain = _chain(_located(Path(arg.removeprefix("--config="))), [])
             expanded += [f"--config={path}" for path in chain]
         else:
             expanded.append(arg)
     return [*expanded, "--base=null"]  # resolved here: what is printed stands on its own
+
+
+def _located(path: Path) -> Path:
+    """Return ``conf/NAME`` of the installed package where there is no such file here."""
+    packaged = PACKAGED / path.name
+    if not path.exists() and path.parent.name == PACKAGED.name and packaged.exists():
+        return packaged
+    return path
 
 
 def _chain(path: Path, above: list[Path]) -> list[Path]:
