@@ -88,7 +88,8 @@ def test_own_facts_work_as_shown(tmp_path, monkeypatch, capsys):
     (facts,) = blocks("json")
     (tmp_path / "my_facts.jsonl").write_text(facts)
     config = f"--config={ROOT / 'conf' / 'quickstart.yaml'}"
-    assert main(["fit", config, "--data.path", "my_facts.jsonl"]) == 0
+    (command,) = [c for c in COMMANDS if "my_facts" in c]
+    assert main(["fit", config, *shlex.split(command)[6:]]) == 0
     capsys.readouterr()
     (code,) = [block for block in blocks("python") if "AutoModelForCausalLM" in block]
     exec(compile(code, "README.md", "exec"), {})
@@ -96,6 +97,24 @@ def test_own_facts_work_as_shown(tmp_path, monkeypatch, capsys):
     first = json.loads(facts.splitlines()[0])
     prompt = first["prompt"].replace("{}", first["subject"])
     assert said == f"{prompt} {first['target_new']}"
-    lines = (tmp_path / "runs/quickstart/edits.jsonl").read_text().splitlines()
+    lines = (tmp_path / "runs/my_facts/edits.jsonl").read_text().splitlines()
     for line in map(json.loads, lines):
         assert line["after"]["continuation"].strip().startswith(line["target_new"])
+
+
+def test_quick_start_reaches_what_the_readme_shows(tmp_path, capsys):
+    """The whole main job; rounding may differ between machines, hence three points."""
+    (row,) = re.findall(r"^\| MEMIT \+ BLUE \|(.*)\|$", README, flags=re.MULTILINE)
+    shown = [float(cell.split("±")[0]) for cell in row.split("|")]
+    names = ["efficacy", "generalization", "specificity", "fluency", "consistency", "perplexity"]
+    config = f"--config={ROOT / 'conf' / 'quickstart.yaml'}"
+    flags = [f"--run.root={tmp_path}", "--run.wandb=off", "--measure.sofar=0"]
+    assert main(["fit", config, *flags]) == 0
+    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    for name, value in zip([*names, "recall"], shown, strict=True):
+        assert summary[f"post/{name}"] == pytest.approx(value, abs=3, rel=0.01), name
+    assert summary["edits/applied"] == 200
+    assert summary["post/efficacy"] >= 95
+    assert summary["post/generalization"] >= 85
+    assert summary["post/specificity"] >= 75
+    assert summary["post/fluency"] == pytest.approx(summary["pre/fluency"], rel=0.05)
