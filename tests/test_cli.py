@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 import yaml
 
 from conftest import ROOT
@@ -46,6 +47,7 @@ def fact(**changes: object) -> str:
 def test_what_a_run_leaves_behind(run):
     code, out, err = run("--run.wandb=offline", "--data.batch_size=1")
     assert code == 0, err
+    assert wandb.run is None  # nothing is left open for the next run of this process
     assert "efficacy" in out
     folder = Path(out.rpartition("report: ")[2].strip()).parent
     left = {path.name for path in folder.iterdir()}
@@ -198,7 +200,8 @@ def test_other_precisions_edit_too(run, precision):
     assert code == 0, err
     folder = Path(out.rpartition("report: ")[2].strip()).parent
     edits = [json.loads(line) for line in (folder / "edits.jsonl").read_text().splitlines()]
-    found = [losses["loss"] for e in edits for losses in e["target_optimization"].values()]
-    assert max(found) < min(e["before"]["nll_new"] for e in edits) - 1
-    assert all(e["after"]["nll_new"] != e["before"]["nll_new"] for e in edits)
+    for edit in edits:
+        found = [losses["loss"] for losses in edit["target_optimization"].values()]
+        assert max(found) < edit["before"]["nll_new"]
+        assert edit["after"]["nll_new"] != edit["before"]["nll_new"]
     assert not (folder / "model").exists()

@@ -355,7 +355,7 @@ def test_wandb_run(logger: WandbLogger, tmp_path: Path, capfd: pytest.CaptureFix
     assert {key: run.summary[key] for key in expected} == expected
 
     folder = Path(run.dir).parent
-    wandb.finish()
+    wandb_run.finish(loggers)
     assert folder.is_relative_to(tmp_path / "run")
     (table,) = folder.glob("files/media/table/edits*.table.json")
     content = json.loads(table.read_text())

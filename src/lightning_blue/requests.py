@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Probe:
     """A prompt and the object that the unedited world puts after it."""
 
@@ -13,14 +13,14 @@ class Probe:
     answer: str
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class EditRequest:
     """One fact to write: t = (s, r, o) -> (s, r, o*).
 
     ``prompt`` holds exactly one ``{}`` where the subject belongs. Objects carry no leading space;
-    whoever tokenises them adds it. Not frozen, because Lightning copies batches field by field
-    under some precisions. ``source`` says where the request was read (``facts.csv:12``)
-    and stands in messages.
+    whoever tokenises them adds it. ``source`` says where the request was read (``facts.csv:12``)
+    and stands in messages. Treat as frozen; it is not, because Lightning copies batches field by
+    field under some precisions.
     """
 
     case_id: str

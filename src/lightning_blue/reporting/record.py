@@ -86,6 +86,14 @@ class RunRecord(Callback):
         wandb_run.log_edits_table(trainer.loggers, history)
         wandb_run.log_summary(trainer.loggers, history)
 
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """End the W&B run."""
+        wandb_run.finish(trainer.loggers)
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """End the W&B run, marked as failed."""
+        wandb_run.finish(trainer.loggers, failed=True)
+
 
 def _history(trainer: Trainer) -> RunHistory:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

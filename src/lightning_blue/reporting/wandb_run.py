@@ -102,6 +102,12 @@ def log_summary(loggers: Iterable[Logger], history: RunHistory) -> None:
         run.summary.update(numbers)
 
 
+def finish(loggers: Iterable[Logger], *, failed: bool = False) -> None:
+    """End the runs, so that the next one in this process starts its own."""
+    for run in _runs(loggers):
+        run.finish(exit_code=int(failed))
+
+
 def _runs(loggers: Iterable[Logger]) -> list[wandb.Run]:
     return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
