@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blue_callbacks import KeyMemory, SingularCovarianceError, whitening_factor
+from blue_callbacks import KeyMemory, SingularCovarianceError, least_squares
 
 D_IN, D_OUT, WEIGHT = 40, 12, 7.0
 
@@ -24,7 +24,7 @@ def dense(c0, past, keys, residual):
 def test_dual_form_equals_dense_form_over_sequential_batches(sizes):
     generator = torch.Generator().manual_seed(0)
     c = covariance(generator)
-    memory = KeyMemory(whitening_factor(c, WEIGHT))
+    memory = KeyMemory(least_squares(c, WEIGHT))
     past = torch.empty(D_IN, 0, dtype=torch.float64)
     for n in sizes:
         keys = torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_update_is_stationary_for_the_least_squares_objective():
     c = covariance(generator)
     past, keys = torch.randn(2, D_IN, 6, generator=generator, dtype=torch.float64)
     residual = torch.randn(D_OUT, 6, generator=generator, dtype=torch.float64)
-    memory = KeyMemory(whitening_factor(c, WEIGHT))
+    memory = KeyMemory(least_squares(c, WEIGHT))
     memory.remember(past)
     delta = memory.update(residual, keys).requires_grad_()
     loss = (delta @ keys - residual).square().sum() + (delta @ past).square().sum()
@@ -57,8 +57,8 @@ def test_past_keys_are_disturbed_less_when_they_are_remembered():
     c = covariance(generator) * 1e-3
     past, keys = torch.randn(2, D_IN, 6, generator=generator, dtype=torch.float64)
     residual = torch.randn(D_OUT, 6, generator=generator, dtype=torch.float64)
-    without = KeyMemory(whitening_factor(c, WEIGHT)).update(residual, keys) @ past
-    memory = KeyMemory(whitening_factor(c, WEIGHT))
+    without = KeyMemory(least_squares(c, WEIGHT)).update(residual, keys) @ past
+    memory = KeyMemory(least_squares(c, WEIGHT))
     memory.remember(past)
     assert (memory.update(residual, keys) @ past).norm() < 0.2 * without.norm()
 
@@ -66,4 +66,4 @@ def test_past_keys_are_disturbed_less_when_they_are_remembered():
 def test_singular_covariance_is_refused_with_the_remedy():
     keys = torch.randn(D_IN, 3)
     with pytest.raises(SingularCovarianceError, match="more tokens"):
-        whitening_factor(keys @ keys.T, 1.0)
+        least_squares(keys @ keys.T, 1.0)

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 
-from blue_callbacks import ClosedFormUpdate, KeyMemory, whitening_factor
+from blue_callbacks import ClosedFormUpdate, KeyMemory, least_squares
 from helpers import fit, load_model
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.targets import TargetSearch
@@ -130,7 +130,7 @@ def test_closed_form_alone_equals_the_reference(shared, name):
     model, _ = load_model(shared / "golden/models" / name)
     module = EditModule(model, tokenizer, contexts=[])
     for layer in (1, 4):
-        memory = KeyMemory(whitening_factor(covariances[f"mom2.layer{layer}"], 15.0))
+        memory = KeyMemory(least_squares(covariances[f"mom2.layer{layer}"], 15.0))
         weight = module.editable_weight(layer).double()
         for b in ("b1", "b2"):
             weight = weight + memory.update(

@@ -1,58 +1,121 @@
 """The closed-form update in its dual form: one factorisation a run, then small systems.
 
-With ``C0 = weight * covariance = L L^T``, ``W_p = L^-1 K_p`` (past keys) and ``W = L^-1 K``
-(this batch), the update of Eq. 8
+The update of Eq. 8, ``Delta = R K^T (C0 + K_p K_p^T + K K^T)^-1``, is the same for every method up
+to ``C0``: the covariance times its weight, or infinity outside the null space that AlphaEdit keeps.
+A whitening map B with ``B^T B = C0^-1`` says it all. With ``W_p = B K_p`` (past keys) and ``W = B
+K`` (this batch),
 
-    Delta = R K^T (C0 + K_p K_p^T + K K^T)^-1
+    Delta = R S^-1 V^T B,   V = W - W_p (I + W_p^T W_p)^-1 W_p^T W,   S = I + W^T V
 
-equals ``R S^-1 V^T L^-1`` with ``V = W - W_p (I + W_p^T W_p)^-1 W_p^T W`` and the Schur complement
-``S = I + W^T V``. Only ``n x n`` systems are left, and their Cholesky factor grows by blocks.
+Only ``n x n`` systems are left, and their Cholesky factor grows by blocks.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 
 class SingularCovarianceError(ValueError):
     """A covariance has no factor: it was collected from too few inputs, or keys never vary."""
 
 
-def whitening_factor(covariance: Tensor, weight: float) -> Tensor:
-    """Factor ``weight * covariance`` once for the whole run.
+class Whitening:
+    """The map ``B = L^-1 U^T`` from keys to r coordinates.
+
+    Args:
+        factor: L, lower triangular, ``(r, r)``, float64; a number stands for its multiple of the
+            identity.
+        basis: U, orthonormal columns, ``(d_in, r)``, float64; None for the identity.
+    """
+
+    def __init__(self, factor: Tensor | float, basis: Tensor | None = None) -> None:
+        self.factor, self.basis = factor, basis
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """Return ``B keys``: ``(d_in, n)`` to ``(r, n)``, float64."""
+        reduced = keys.double() if self.basis is None else self.basis.T @ keys.double()
+        if isinstance(self.factor, float):
+            return reduced / self.factor
+        return solve_triangular(self.factor, reduced, upper=False)
+
+    def apply_transposed(self, coordinates: Tensor) -> Tensor:
+        """Return ``B^T coordinates``: ``(r, n)`` to ``(d_in, n)``."""
+        if isinstance(self.factor, float):
+            keys = coordinates / self.factor
+        else:
+            keys = solve_triangular(self.factor.T, coordinates, upper=True)
+        return keys if self.basis is None else self.basis @ keys
+
+    def folded(self, coordinates: Tensor) -> Whitening:
+        """Return the map that also whitens keys whose coordinates these are, ``(r, n)``."""
+        grown = torch.linalg.cholesky(_identity_plus(coordinates @ coordinates.T))
+        return Whitening(
+            self.factor @ grown if isinstance(self.factor, Tensor) else self.factor * grown,
+            self.basis,
+        )
+
+
+def least_squares(covariance: Tensor, weight: float) -> Whitening:
+    """Whiten with the covariance: old keys may change, at a price (MEMIT, Eq. 5 and 8).
 
     Args:
         covariance: second moment of keys over ordinary text, K0 K0^T per token, ``(d_in, d_in)``.
         weight: how much old knowledge counts against new keys (the paper's lambda).
 
-    Returns:
-        Lower triangular L in float64, ``(d_in, d_in)``, with ``L L^T = weight * covariance``.
-
     Raises:
         SingularCovarianceError: if the covariance is not positive definite, as happens when it
             was collected from fewer tokens than there are key dimensions.
     """
-    factor, info = torch.linalg.cholesky_ex(covariance.to(torch.float64) * weight)
+    factor, info = torch.linalg.cholesky_ex(covariance.double() * weight)
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
         raise SingularCovarianceError(
             f"the covariance ({covariance.shape[0]} key dimensions, weight {weight:g}) is not "
             "positive definite; collect it from more tokens, at least ten for each key dimension"
         )
-    return factor
+    return Whitening(factor)
+
+
+def null_space(
+    covariance: Tensor, ridge: float, threshold: float, energy: float | None = None
+) -> Whitening:
+    """Keep only directions that ordinary keys hardly use (AlphaEdit, Fang et al. 2025).
+
+    Args:
+        covariance: second moment of keys over ordinary text, ``(d_in, d_in)``.
+        ridge: of the least squares inside the null space, AlphaEdit's L2.
+        threshold: directions whose eigenvalue is below it are kept.
+        energy: instead of a threshold: keep as many of the least used directions as hold at most
+            this share of the covariance's trace.
+
+    Raises:
+        SingularCovarianceError: if no direction is left.
+    """
+    values, vectors = torch.linalg.eigh(covariance.double())
+    if energy is None:
+        kept = int((values < threshold).sum())
+    else:
+        kept = int((values.clamp(min=0).cumsum(0) <= energy * values.sum()).sum())
+    if kept == 0:
+        raise SingularCovarianceError(
+            f"the null space is empty: the least of {len(values)} eigenvalues is {values[0]:.3g}; "
+            "raise the threshold, or give a share of the energy instead"
+        )
+    return Whitening(ridge**0.5, vectors[:, :kept].contiguous())
 
 
 class KeyMemory:
     """The keys one layer must respect: ordinary text's and those of earlier edit batches.
 
     Args:
-        factor: from :func:`whitening_factor`, ``(d_in, d_in)``, float64.
+        whitening: from :func:`least_squares` or :func:`null_space`.
     """
 
-    def __init__(self, factor: Tensor) -> None:
-        self.factor = factor
-        self.past = factor.new_empty(factor.shape[0], 0)  # whitened past keys: (d_in, n)
-        self.cholesky = factor.new_empty(0, 0)  # of I + past^T past: (n, n), lower
+    def __init__(self, whitening: Whitening) -> None:
+        self.whitening = whitening
+        self.past: Tensor | None = None  # whitened past keys: (r, n)
+        self.cholesky = torch.empty(0, 0, dtype=torch.float64)  # of I + past^T past: (n, n), lower
 
     def update(self, residual: Tensor, keys: Tensor) -> Tensor:
         """Solve Eq. 8 (Eq. 5 while nothing was remembered) for one edit batch.
@@ -64,34 +127,37 @@ class KeyMemory:
         Returns:
             Delta, ``(d_out, d_in)``, float64.
         """
-        whitened = self._whiten(keys)
+        whitened = self.whitening.apply(keys)
         half = self._against_past(whitened)
-        corrected = whitened - self.past @ torch.linalg.solve_triangular(
-            self.cholesky.T, half, upper=True
-        )
         schur = torch.linalg.cholesky(_identity_plus(whitened.T @ whitened - half.T @ half))
         coefficients = torch.cholesky_solve(residual.to(schur).T, schur).T  # (d_out, n_edits)
-        return coefficients @ torch.linalg.solve_triangular(self.factor.T, corrected, upper=True).T
+        if self.past is not None:
+            whitened = whitened - self.past @ solve_triangular(self.cholesky.T, half, upper=True)
+        return coefficients @ self.whitening.apply_transposed(whitened).T
 
     def remember(self, keys: Tensor) -> None:
-        """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected."""
-        whitened = self._whiten(keys)
-        half = self._against_past(whitened)
-        corner = torch.linalg.cholesky(_identity_plus(whitened.T @ whitened - half.T @ half))
-        n_past, n_new = half.shape
-        grown = corner.new_zeros(n_past + n_new, n_past + n_new)
-        grown[:n_past, :n_past] = self.cholesky
-        grown[n_past:, :n_past] = half.T
-        grown[n_past:, n_past:] = corner
-        self.cholesky = grown
-        self.past = torch.cat((self.past, whitened), dim=1)
+        """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected.
 
-    def _whiten(self, keys: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(self.factor, keys.to(self.factor), upper=False)
+        Once they number half of the whitened dimensions they are folded into the whitening, so
+        that a batch costs the same however many came before.
+        """
+        new = self.whitening.apply(keys)
+        every = new if self.past is None else torch.cat((self.past, new), dim=1)
+        if 2 * every.shape[1] > every.shape[0]:
+            self.whitening, self.past = self.whitening.folded(every), None
+            self.cholesky = self.cholesky[:0, :0]
+            return
+        half = self._against_past(new)
+        corner = torch.linalg.cholesky(_identity_plus(new.T @ new - half.T @ half))
+        above = torch.cat((self.cholesky.to(half), torch.zeros_like(half)), dim=1)
+        self.cholesky = torch.cat((above, torch.cat((half.T, corner), dim=1)))
+        self.past = every
 
     def _against_past(self, whitened: Tensor) -> Tensor:
         """Block of the grown Cholesky factor between past and new keys, ``(n, n_edits)``."""
-        return torch.linalg.solve_triangular(self.cholesky, self.past.T @ whitened, upper=False)
+        if self.past is None:
+            return whitened[:0]
+        return solve_triangular(self.cholesky, self.past.T @ whitened, upper=False)
 
 
 def _identity_plus(matrix: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ def even(layers: Sequence[int]) -> list[PlanStep]:
     return [PlanStep(layer, last, 1 / (len(layers) - i)) for i, layer in enumerate(layers)]
 
 
+def square_root(layers: Sequence[int]) -> list[PlanStep]:
+    """Spread the last layer's residual, each layer taking ``1 / sqrt(layers left)`` (PMET)."""
+    last = layers[-1]
+    return [PlanStep(layer, last, (len(layers) - i) ** -0.5) for i, layer in enumerate(layers)]
+
+
 def boundary(layers: Sequence[int]) -> list[PlanStep]:
     """Give the first and the last critical layer a target of their own (BLUE, Sec. 4.3)."""
     return [PlanStep(layer, layer, 1.0) for layer in dict.fromkeys((layers[0], layers[-1]))]
@@ -47,6 +53,7 @@ Plan = Callable[[Sequence[int]], list[PlanStep]]
 
 PLANS: dict[str, Plan] = {
     "even": even,
+    "square_root": square_root,
     "boundary": boundary,
     "computed": computed,
     "first": first,

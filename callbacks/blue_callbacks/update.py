@@ -8,11 +8,15 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from blue_callbacks.closed_form import KeyMemory, whitening_factor
+from blue_callbacks.closed_form import KeyMemory, Whitening, least_squares, null_space
 from blue_callbacks.plans import PlanStep, plan_steps
 from blue_callbacks.protocol import EditableModule
+from blue_callbacks.transforms import FINISHES, rect
+
+NEARLY_ALL, NEARLY_NONE = 0.98, 0.02  # share of key dimensions in a null space worth a warning
 
 
 class NonFiniteError(RuntimeError):
@@ -28,32 +32,59 @@ class ClosedFormUpdate(Callback):
         Delta = R K1^T (lambda K0 K0^T + Kp Kp^T + K1 K1^T)^-1
 
     (Eq. 8; Eq. 5 without past keys), adds Delta to the weight, and goes on with the next step. If
-    anything fails, the weights are put back to what they were before the batch.
+    anything fails, the weights are put back to what they were before the batch. Weights in half
+    precision are accumulated in float32, so that small updates are not lost to rounding.
 
     Args:
         layers: critical layers, ascending. Without them the callback cannot be used for editing.
         plan: which layers are written with whose residual: ``boundary`` (BLUE), ``even`` (MEMIT),
-            ``computed``, ``first`` or ``last``.
-        covariance_weight: weight of ordinary text's keys against new ones (lambda).
+            ``square_root`` (PMET), ``computed``, ``first`` or ``last``.
+        covariance_weight: least squares: weight of ordinary text's keys against new ones (lambda).
         past_keys: whether keys of earlier batches are respected too (Eq. 8).
+        solver: ``least_squares`` weighs ordinary text's keys; ``null_space`` (AlphaEdit) does not
+            touch them at all.
+        threshold: null space: directions whose eigenvalue in the covariance is below it are kept.
+        energy: null space: instead of a threshold, the share of the covariance's trace that the
+            kept directions may hold.
+        ridge: null space: AlphaEdit's L2.
+        rect_keep: RECT: the share of entries of a batch's update to keep, 0.4 in its paper. None:
+            all of them. The batch's layers are solved on whole updates, and cut when all are done.
+        finish: what is done once, after the last batch: ``prune`` compresses the singular values
+            of the whole update; ``prune_official`` reproduces BLUE's published code.
     """
 
     def __init__(
         self,
         layers: Sequence[int],
-        plan: Literal["boundary", "even", "computed", "first", "last"] = "boundary",
+        plan: Literal["boundary", "even", "square_root", "computed", "first", "last"] = "boundary",
         covariance_weight: float = 15000.0,
         past_keys: bool = True,
+        solver: Literal["least_squares", "null_space"] = "least_squares",
+        threshold: float = 0.02,
+        energy: float | None = None,
+        ridge: float = 10.0,
+        rect_keep: float | None = None,
+        finish: Literal["prune", "prune_official"] | None = None,
     ) -> None:
-        if covariance_weight <= 0:
-            raise ValueError(f"covariance_weight must be positive, not {covariance_weight:g}")
+        for name, value in (("covariance_weight", covariance_weight), ("ridge", ridge)):
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, not {value:g}")
+        for name, share in (("energy", energy), ("rect_keep", rect_keep)):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name} is a share, above 0 and at most 1, not {share:g}")
         self.layers = list(layers)
         self.plan = plan
+        self.solver = solver
         self.covariance_weight = covariance_weight
         self.past_keys = past_keys
+        self.threshold, self.energy, self.ridge = threshold, energy, ridge
+        self.rect_keep = rect_keep
+        self.finish = finish
         self.steps = plan_steps(plan, self.layers)
         self.remembered: dict[int, Tensor] = {}  # layer -> keys of earlier batches, (d_in, n)
+        self.original: dict[int, Tensor] = {}  # layer -> unedited weight, kept only to finish
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
+        self._precise: dict[int, Tensor] = {}  # layer -> float32 version of a half-precision weight
         self._memory: dict[int, KeyMemory] = {}
 
     @property
@@ -66,21 +97,37 @@ class ClosedFormUpdate(Callback):
         prepare = getattr(pl_module, "prepare", None)
         if prepare is not None:
             prepare(self.layers, self.written_layers)
+        module = cast(EditableModule, pl_module)
         with torch.no_grad():
             for layer in self.written_layers:
-                self._memory_of(cast(EditableModule, pl_module), layer)
+                self._memory_of(module, layer)
+                if self.finish is not None and layer not in self.original:
+                    self.original[layer] = self._weight(module, layer).clone()
 
     def on_edit_batch(self, trainer: Trainer, module: EditableModule, batch: Any) -> None:
         """Walk the plan over one edit batch, then remember its keys."""
-        with self._restored_on_error(module):
+        with self._restored_on_error(module) as before:
             targets: dict[int, Tensor] = {}
             for step in self.steps:
                 if step.target_layer not in targets:
                     targets[step.target_layer] = module.edit_targets(batch, step.target_layer)
                 self._write(module, batch, step, targets[step.target_layer])
+            if self.rect_keep is not None:
+                for layer, weight in before.items():
+                    delta = rect(weight, self._weight(module, layer) - weight, self.rect_keep)
+                    self._set_weight(module, layer, weight + delta)
             if self.past_keys:
                 for layer in self.written_layers:
                     self._remember(module, batch, layer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the whole update, where the method does."""
+        module = cast(EditableModule, pl_module)
+        for layer, original in self.original.items():
+            edited = self._weight(module, layer)
+            finished = FINISHES[self.finish or "prune"](original.to(edited), edited)
+            with torch.no_grad():
+                self._set_weight(module, layer, finished)
 
     def _write(self, module: EditableModule, batch: Any, step: PlanStep, target: Tensor) -> None:
         keys = module.edit_keys(batch, step.layer)  # (d_in, n)
@@ -88,13 +135,7 @@ class ClosedFormUpdate(Callback):
         _require_finite(module, batch, step.layer, keys=keys, residual=residual)
         with torch.autocast(keys.device.type, enabled=False):
             delta = self._memory_of(module, step.layer).update(residual, keys)
-        weight = module.editable_weight(step.layer)
-        edited = (weight.to(delta) + delta).to(weight.dtype)
-        if not bool(torch.isfinite(edited).all()):
-            raise NonFiniteError(
-                f"the update of layer {step.layer} is not finite in {weight.dtype}"
-            )
-        weight.copy_(edited)
+        self._set_weight(module, step.layer, self._weight(module, step.layer).double() + delta)
         self.norms[f"layer{step.layer}/delta_norm"] = float(delta.norm())
         self.norms[f"layer{step.layer}/residual_norm"] = float(residual.norm(dim=0).mean())
 
@@ -109,29 +150,71 @@ class ClosedFormUpdate(Callback):
         """Return the layer's memory, built on first use and after a restart."""
         if layer not in self._memory:
             covariance = module.key_covariance(layer).to(module.editable_weight(layer).device)
-            memory = KeyMemory(whitening_factor(covariance, self.covariance_weight))
+            memory = KeyMemory(self._whitening(covariance, layer))
             if layer in self.remembered:
-                memory.remember(self.remembered[layer])
+                memory.remember(self.remembered[layer].to(covariance.device))
             self._memory[layer] = memory
         return self._memory[layer]
 
+    def _whitening(self, covariance: Tensor, layer: int) -> Whitening:
+        if self.solver == "least_squares":
+            return least_squares(covariance, self.covariance_weight)
+        whitening = null_space(covariance, self.ridge, self.threshold, self.energy)
+        kept, every = cast(Tensor, whitening.basis).shape[1], covariance.shape[0]
+        self.norms[f"layer{layer}/null_space"] = kept
+        said = f"layer {layer}: the null space keeps {kept} of {every} key dimensions"
+        if not NEARLY_NONE < kept / every < NEARLY_ALL:
+            rank_zero_warn(f"{said}; choose another update.threshold, or give update.energy")
+        else:
+            rank_zero_info(said)
+        return whitening
+
+    def _weight(self, module: EditableModule, layer: int) -> Tensor:
+        """Return the layer's weight in float32 or better, ``(d_out, d_in)``."""
+        weight = module.editable_weight(layer)
+        if weight.dtype in (torch.float32, torch.float64):
+            return weight
+        if layer not in self._precise:
+            self._precise[layer] = weight.float()
+        return self._precise[layer]
+
+    def _set_weight(self, module: EditableModule, layer: int, edited: Tensor) -> None:
+        weight = module.editable_weight(layer)
+        if not bool(torch.isfinite(edited.to(weight.dtype)).all()):
+            raise NonFiniteError(f"the update of layer {layer} is not finite in {weight.dtype}")
+        self._weight(module, layer).copy_(edited)
+        weight.copy_(edited)
+
     @contextmanager
-    def _restored_on_error(self, module: EditableModule) -> Iterator[None]:
-        before = {layer: module.editable_weight(layer).clone() for layer in self.written_layers}
+    def _restored_on_error(self, module: EditableModule) -> Iterator[dict[int, Tensor]]:
+        """Give the weights as they are now, and put them back if anything goes wrong."""
+        before = {layer: self._weight(module, layer).clone() for layer in self.written_layers}
         try:
-            yield
+            yield before
         except BaseException:
             for layer, weight in before.items():
+                self._weight(module, layer).copy_(weight)
                 module.editable_weight(layer).copy_(weight)
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the keys of earlier batches, float32, ``(d_in, n)`` for each written layer."""
-        return {"past_keys": {str(layer): keys for layer, keys in self.remembered.items()}}
+        """Return what earlier batches left, by layer.
+
+        ``past_keys`` are ``(d_in, n)`` in float32; ``precise`` holds the float32 version of weights
+        in half precision, ``original`` the unedited weights that the end of the run needs.
+        """
+        kept = {"past_keys": self.remembered, "precise": self._precise, "original": self.original}
+        return {
+            name: {str(layer): tensor for layer, tensor in tensors.items()}
+            for name, tensors in kept.items()
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the keys of earlier batches."""
-        self.remembered = {int(layer): keys for layer, keys in state_dict["past_keys"].items()}
+        """Take over what earlier batches left."""
+        self.remembered, self._precise, self.original = (
+            {int(layer): tensor for layer, tensor in state_dict[name].items()}
+            for name in ("past_keys", "precise", "original")
+        )
         self._memory = {}
 
 
