@@ -18,6 +18,9 @@ quickstart: setup  ## set up, then edit 200 facts of the model in the package
 test: setup  ## set up, then run the tests
 	$(BIN)/python -m pytest
 
+bench: setup  ## time the package against a textbook implementation
+	$(BIN)/python -m benchmarks
+
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,5 +31,5 @@ types: setup  ## mypy
 clean:  ## remove the environment, runs and caches
 	rm -rf .venv runs stats .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup quickstart test lint types clean
+.PHONY: help setup quickstart test bench lint types clean
 .DEFAULT_GOAL := help

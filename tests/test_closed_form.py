@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blue_callbacks import KeyMemory, SingularCovarianceError, least_squares
+from blue_callbacks import KeyMemory, SingularCovarianceError, least_squares, null_space
 
 D_IN, D_OUT, WEIGHT = 40, 12, 7.0
 
@@ -15,12 +15,17 @@ def covariance(generator: torch.Generator) -> torch.Tensor:
     return keys @ keys.T / 500
 
 
+def delta_of(memory: KeyMemory, residual: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    left, right = memory.update(residual, keys)
+    return left @ right
+
+
 def dense(c0, past, keys, residual):
     """Eq. 8 as it is printed."""
     return residual @ keys.T @ torch.linalg.inv(c0 + past @ past.T + keys @ keys.T)
 
 
-@pytest.mark.parametrize("sizes", [(5,), (5, 3, 7), (1, 1), (30, 30)])
+@pytest.mark.parametrize("sizes", [(5,), (5, 3, 7), (1, 1), (30, 30), (3,) * 14])
 def test_dual_form_equals_dense_form_over_sequential_batches(sizes):
     generator = torch.Generator().manual_seed(0)
     c = covariance(generator)
@@ -30,7 +35,7 @@ def test_dual_form_equals_dense_form_over_sequential_batches(sizes):
         keys = torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
         residual = torch.randn(D_OUT, n, generator=generator, dtype=torch.float64)
         reference = dense(WEIGHT * c, past, keys, residual)
-        torch.testing.assert_close(memory.update(residual, keys), reference, rtol=0, atol=1e-12)
+        torch.testing.assert_close(delta_of(memory, residual, keys), reference, rtol=0, atol=1e-12)
         remembered = keys + 0.1 * torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
         memory.remember(remembered)
         past = torch.cat((past, remembered), dim=1)
@@ -44,7 +49,7 @@ def test_update_is_stationary_for_the_least_squares_objective():
     residual = torch.randn(D_OUT, 6, generator=generator, dtype=torch.float64)
     memory = KeyMemory(least_squares(c, WEIGHT))
     memory.remember(past)
-    delta = memory.update(residual, keys).requires_grad_()
+    delta = delta_of(memory, residual, keys).requires_grad_()
     loss = (delta @ keys - residual).square().sum() + (delta @ past).square().sum()
     loss = loss + WEIGHT * torch.einsum("oi,ij,oj->", delta, c, delta)
     (gradient,) = torch.autograd.grad(loss, delta)
@@ -57,13 +62,55 @@ def test_past_keys_are_disturbed_less_when_they_are_remembered():
     c = covariance(generator) * 1e-3
     past, keys = torch.randn(2, D_IN, 6, generator=generator, dtype=torch.float64)
     residual = torch.randn(D_OUT, 6, generator=generator, dtype=torch.float64)
-    without = KeyMemory(least_squares(c, WEIGHT)).update(residual, keys) @ past
+    without = delta_of(KeyMemory(least_squares(c, WEIGHT)), residual, keys) @ past
     memory = KeyMemory(least_squares(c, WEIGHT))
     memory.remember(past)
-    assert (memory.update(residual, keys) @ past).norm() < 0.2 * without.norm()
+    assert (delta_of(memory, residual, keys) @ past).norm() < 0.2 * without.norm()
 
 
 def test_singular_covariance_is_refused_with_the_remedy():
     keys = torch.randn(D_IN, 3)
     with pytest.raises(SingularCovarianceError, match="more tokens"):
         least_squares(keys @ keys.T, 1.0)
+
+
+def low_rank_covariance(generator: torch.Generator) -> torch.Tensor:
+    """Ordinary keys that hardly use 15 of the 40 dimensions."""
+    mixing = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=generator, dtype=torch.float64)).Q
+    spread = torch.cat((torch.ones(25), torch.full((15,), 1e-3))).double()
+    keys = mixing @ (spread[:, None] * torch.randn(D_IN, 900, generator=generator).double())
+    return keys @ keys.T / 900
+
+
+@pytest.mark.parametrize("sizes", [(4, 3, 2), (9, 9)])
+def test_null_space_equals_alphaedit_as_it_is_printed(sizes):
+    """(P (K K^T + Kp Kp^T) + a I)^-1 P K R^T, and ordinary keys keep their values."""
+    generator = torch.Generator().manual_seed(3)
+    c = low_rank_covariance(generator)
+    values, vectors = torch.linalg.eigh(c)
+    kept = vectors[:, values < 1e-2]
+    assert kept.shape[1] == 15
+    projector, ridge = kept @ kept.T, 0.7
+    memory = KeyMemory(null_space(c, ridge, threshold=1e-2))
+    past = torch.zeros(D_IN, D_IN, dtype=torch.float64)
+    for n in sizes:
+        keys = torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
+        residual = torch.randn(D_OUT, n, generator=generator, dtype=torch.float64)
+        system = projector @ (keys @ keys.T + past) + ridge * torch.eye(D_IN, dtype=torch.float64)
+        reference = torch.linalg.solve(system, projector @ keys @ residual.T).T
+        delta = delta_of(memory, residual, keys)
+        torch.testing.assert_close(delta, reference, rtol=0, atol=1e-10)
+        ordinary = vectors[:, values >= 1e-2]
+        assert (delta @ ordinary).norm() < 1e-8 * delta.norm()
+        memory.remember(keys)
+        past = past + keys @ keys.T
+
+
+def test_energy_keeps_the_least_used_directions():
+    values = torch.tensor([6.0, 2.0, 1.0, 0.5, 0.5], dtype=torch.float64)
+    whitening = null_space(torch.diag(values), 4.0, threshold=99.0, energy=0.21)
+    assert whitening.basis is not None
+    used = whitening.basis.abs().sum(1).nonzero().flatten().tolist()
+    assert used == [2, 3, 4]  # 1 + 0.5 + 0.5 of 10 are 20%
+    with pytest.raises(SingularCovarianceError, match="null space is empty"):
+        null_space(torch.diag(values), 1.0, threshold=0.1)

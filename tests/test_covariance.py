@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 
 import pytest
 import torch
@@ -10,12 +12,15 @@ from safetensors.torch import load_file
 
 from helpers import load_model
 from lightning_blue.editing.architectures import blocks, down_projection, find_architecture
+from lightning_blue.editing.convergence import UpdateChange, solved_keys
 from lightning_blue.editing.covariance import (
     CovarianceFile,
     CovarianceSource,
     collect_covariance,
+    covariance_file,
     load_or_collect,
     pack,
+    read_keys,
 )
 from lightning_blue.errors import InputError
 
@@ -141,3 +146,82 @@ def test_equals_the_reference_on_its_texts(shared, name):
     for layer in layers:
         reference = golden[f"mom2.layer{layer}"]
         assert (ours[layer] - reference).norm() / reference.norm() < 1e-4
+
+
+def test_sums_are_as_exact_as_in_float64(language_model):
+    """Many tokens in small batches: float32 sums would be off by more."""
+    model, tokenizer = language_model
+    sequences = list(pack(tokenizer, [TEXT] * 20, 16))
+    n = 16 * (len(sequences) - 1)
+    ours, _ = collect_covariance(model, projections(model), sequences, n, batch_tokens=16)
+    for layer, keys in read_keys(model, projections(model), sequences[:-1]).items():
+        expected = (keys.double().T @ keys.double() / n).float()
+        torch.testing.assert_close(ours[layer], expected, rtol=2e-6, atol=1e-8)
+        assert torch.equal(ours[layer], ours[layer].T)
+
+
+def test_the_solution_is_that_of_equation_5():
+    torch.manual_seed(0)
+    keys = torch.randn(12, 3, dtype=torch.float64)
+    moment = torch.randn(12, 40, dtype=torch.float64)
+    covariance = moment @ moment.T / 40
+    dense = torch.linalg.inv(7.0 * covariance + keys @ keys.T) @ keys
+    torch.testing.assert_close(solved_keys(covariance, keys, 7.0), dense)
+    assert solved_keys(torch.zeros(12, 12), keys, 7.0).isnan().all()
+
+
+def test_the_last_doubling_tells_what_is_left():
+    """Known keys: the change from n / 2 to n is near the distance at n to unlimited tokens."""
+    torch.manual_seed(0)
+    d_in, n = 16, 4000
+    mix = torch.randn(d_in, d_in, dtype=torch.float64)
+    probe = {0: mix @ torch.randn(d_in, 8, dtype=torch.float64)}
+    truth = solved_keys(mix @ mix.T, probe[0], 100.0)
+    changes, distances = [], []
+    for _ in range(30):
+        keys = mix @ torch.randn(d_in, n, dtype=torch.float64)
+        change = UpdateChange(probe, 100.0)
+        for tokens in (n // 2, n):
+            change(tokens, {0: keys[:, :tokens] @ keys[:, :tokens].T / tokens})
+        ((tokens, share),) = change.changes[0]
+        assert tokens == n
+        changes.append(share)
+        solved = solved_keys(keys @ keys.T / n, probe[0], 100.0)
+        distances.append(float((solved - truth).norm() / truth.norm()))
+    assert statistics.mean(changes) == pytest.approx(statistics.mean(distances), rel=0.15)
+
+
+def test_a_singular_half_is_an_infinite_change():
+    change = UpdateChange({0: torch.ones(2, 1)}, 1.0)
+    change(1, {0: torch.zeros(2, 2)})
+    change(2, {0: torch.eye(2)})
+    assert change.changes[0] == [(2, math.inf)]
+
+
+def test_the_file_says_how_far_the_update_moved(language_model, corpus, tmp_path):
+    model, tokenizer = language_model
+    where = source(corpus, tmp_path, tokens_per_dim=4, batch_tokens=64)
+    covariances = load_or_collect(model, tokenizer, projections(model, [1]), where, weight=50)
+    load_or_collect(model, tokenizer, projections(model, [3]), where, weight=50)
+    changes = covariance_file(model, tokenizer, where).changes([0, 1, 2, 3])
+    assert set(changes) == {1, 3}
+    assert [tokens for tokens, _ in changes[1]] == [192, 384]
+
+    sequences = list(pack(tokenizer, [TEXT], 16))
+    held_out, rest = sequences[:2], sequences[2:]
+    keys = read_keys(model, projections(model, [1]), held_out)[1].T
+    half, _ = collect_covariance(model, projections(model, [1]), rest, 192)
+    whole, _ = collect_covariance(model, projections(model, [1]), rest, 384)
+    torch.testing.assert_close(covariances[1], whole[1])
+    before, after = (solved_keys(c[1], keys, 50) for c in (half, whole))
+    expected = float((after - before).norm() / after.norm())
+    assert changes[1][-1].share == pytest.approx(expected, rel=1e-3)
+
+
+def test_without_a_report_all_text_is_used(gpt2, corpus, tmp_path):
+    where = source(corpus, tmp_path, report_change=False)
+    covariance = load_or_collect(*gpt2, projections(gpt2.model, [1]), where)
+    sequences = pack(gpt2.tokenizer, [TEXT], 16)
+    expected, _ = collect_covariance(gpt2.model, projections(gpt2.model, [1]), sequences, 192)
+    torch.testing.assert_close(covariance[1], expected[1])
+    assert covariance_file(*gpt2, where).changes([1]) == {}

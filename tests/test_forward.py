@@ -12,9 +12,11 @@ from lightning_blue.editing.architectures import (
     weight_view,
 )
 from lightning_blue.editing.forward import (
+    PLAIN,
     AlignedRows,
-    logits_from_block,
-    read_from_column,
+    Savings,
+    freeze,
+    logits_with,
     read_states,
 )
 
@@ -62,36 +64,64 @@ def aligned(ids: torch.Tensor) -> AlignedRows:
     return AlignedRows(rows, torch.tensor([0, 2, 3]), 4)
 
 
-def test_logits_from_a_block_equal_the_whole_forward_pass(language_model, ids):
+READS = (torch.tensor([0, 0, 1, 2, 2]), torch.tensor([4, 8, 5, 7, 4]))  # rows and columns
+SAVINGS = [
+    Savings(),
+    Savings(skip_blocks=False),
+    Savings(reuse_prefix=False),
+    Savings(read_few=False),
+    PLAIN,
+]
+
+
+@pytest.mark.parametrize("savings", SAVINGS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_logits_equal_the_whole_forward_pass(language_model, ids, inside, savings):
+    """With 0.1 added behind a block, or behind its down projection, at the aligned column."""
     model = language_model.model
     row = find_architecture(model)
     layers = blocks(model, row)
     rows = aligned(ids)
-    positions = torch.tensor([[4, 8], [5, 5], [7, 4]])
-    for layer in range(len(layers)):
-        hidden, before = read_from_column(model, layers[layer], rows)
-        changed = hidden + 0.1
+    for layer, block in enumerate(layers):
+        site = down_projection(block, row) if inside else block
+        frozen = freeze(model, layers, layer - inside, rows, [site], savings)
+        delta = torch.full((3, 32), 0.1)
         with torch.no_grad():
-            ours = logits_from_block(model, layers, layer, rows, before, changed, positions)
+            ours = logits_with(model, layers, frozen, [(site, delta)], READS, savings=savings)
             for i, (length, start) in enumerate([(9, 0), (7, 2), (6, 3)]):
-                reference = whole_pass(model, layers[layer], ids[i, :length], 4 - start)
-                torch.testing.assert_close(
-                    ours[i], reference[positions[i] - start], rtol=1e-4, atol=1e-5
-                )
+                before, logits = whole_pass(model, site, ids[i, :length], 4 - start)
+                mine = READS[0] == i
+                reference = logits[READS[1][mine] - start]
+                torch.testing.assert_close(ours[mine], reference, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(frozen.outputs[0][i], before, rtol=1e-4, atol=1e-5)
 
 
-def whole_pass(model, block, ids, first):
-    """All tokens of one row through all layers, with 0.1 added behind the block from a token on."""
+def test_rows_can_be_selected(language_model, ids):
+    model = language_model.model
+    layers = blocks(model, find_architecture(model))
+    frozen = freeze(model, layers, 1, aligned(ids))
+    with torch.no_grad():
+        every = logits_with(model, layers, frozen, [], READS)
+        index = torch.tensor([2, 0])
+        reads = (torch.tensor([0, 1]), torch.tensor([7, 8]))
+        some = logits_with(model, layers, frozen.select(index), [], reads)
+    torch.testing.assert_close(some, every[[3, 1]], rtol=1e-4, atol=1e-5)
+
+
+def whole_pass(model, module, ids, at):
+    """All tokens of one row through all layers, with 0.1 added to a module's output at a token."""
+    before = []
 
     def add(_module, _args, out):
         hidden = (out[0] if isinstance(out, tuple) else out).clone()
-        hidden[:, first:] += 0.1
+        before.append(hidden[0, at].clone())
+        hidden[:, at] += 0.1
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
-    hook = block.register_forward_hook(add)
+    hook = module.register_forward_hook(add)
     logits = model(ids[None]).logits[0]
     hook.remove()
-    return logits
+    return before[0], logits
 
 
 def test_blocks_compute_again_afterwards_bitwise(language_model, ids):
@@ -100,9 +130,8 @@ def test_blocks_compute_again_afterwards_bitwise(language_model, ids):
     rows = aligned(ids)
     with torch.no_grad():
         reference = model(ids).logits
-        hidden, before = read_from_column(model, layers[2], rows)
-        column = torch.full((3, 1), 4)
-        logits_from_block(model, layers, 2, rows, before, hidden, column)
+        frozen = freeze(model, layers, 2, rows)
+        logits_with(model, layers, frozen, [(layers[2], torch.ones(3, 32))], READS)
         read_states(model, ids, outputs_of={"out": layers[0]})
         assert torch.equal(model(ids).logits, reference)
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 
 from conftest import LanguageModel
+from lightning_blue import batching, generation, prefix_tree
+from lightning_blue.batching import batches
 from lightning_blue.errors import InputError
+from lightning_blue.generation import generate, growing_cache, next_token, prompt_noise
 from lightning_blue.scoring import (
     Row,
-    batches,
-    generate,
-    next_token,
     perplexity,
-    prompt_noise,
     score_rows,
     score_targets,
 )
@@ -260,3 +260,88 @@ def test_batches_respect_the_budget_and_lose_nothing() -> None:
     for group in groups[1:]:
         assert len(group) * max(lengths[index] for index in group) <= 24
     assert len(groups) == 4
+
+
+def test_each_distinct_prefix_is_computed_once(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    forward = gpt2.model.transformer.forward
+
+    def count(*args: Any, **options: Any) -> Any:
+        computed.append(options["attention_mask"].diagonal(dim1=-2, dim2=-1).numel())
+        return forward(*args, **options)
+
+    prompts = [*PROMPTS[:1], PROMPTS[0] + " and", *PROMPTS[:1]]
+    targets = ["French", "Rome", "Rome"]
+    ids = [
+        gpt2.tokenizer(p)["input_ids"] + gpt2.tokenizer(f" {t}")["input_ids"][:-1]
+        for p, t in zip(prompts, targets, strict=True)
+    ]
+    monkeypatch.setattr(gpt2.model.transformer, "forward", count)
+    score_targets(*gpt2, prompts, targets)
+    _, tokens = computed  # the first forward pass tries out the mask
+    assert tokens == len({tuple(row[:n]) for row in ids for n in range(1, len(row) + 1)})
+
+
+def test_the_logits_of_a_batch_are_bounded(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = score_targets(*gpt2, PROMPTS * 4, TARGETS * 4)
+    read: list[int] = []
+    hook = gpt2.model.lm_head.register_forward_hook(lambda _m, _a, out: read.append(out.shape[1]))
+    monkeypatch.setattr(prefix_tree, "ROW_WIDTH", 8)
+    monkeypatch.setattr(batching, "_LOGITS", 10 * len(gpt2.tokenizer))
+    try:
+        bounded = score_targets(*gpt2, PROMPTS * 4, TARGETS * 4)
+    finally:
+        hook.remove()
+    assert 1 < max(read) <= 10
+    assert [score.nll for score in bounded] == pytest.approx([score.nll for score in expected])
+
+
+def in_float64(lm: LanguageModel) -> LanguageModel:
+    return LanguageModel(copy.deepcopy(lm.model).double(), lm.tokenizer)
+
+
+def test_padding_and_duplicates_leave_sampled_texts_as_they_are(
+    language_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = in_float64(language_model)
+    sizes: list[tuple[int, ...]] = []
+    sample = generation._sample
+
+    def spy(model: Any, prompts: Any, *rest: Any) -> torch.Tensor:
+        sizes.append(tuple(map(len, prompts)))
+        return sample(model, prompts, *rest)
+
+    alone = [generate(*exact, [prompt], max_length=60)[0] for prompt in PROMPTS]
+    monkeypatch.setattr(generation, "_sample", spy)
+    assert generate(*exact, PROMPTS, max_length=60) == alone
+    (together,) = sizes
+    assert len(together) == len(set(PROMPTS)) == len(PROMPTS) - 1
+    assert len(set(together)) > 1
+
+
+def test_where_padding_would_matter_prompts_of_one_length_go_together(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=len(gpt2.tokenizer), hidden_size=32, n_layer=2, n_head=2, initializer_range=0.2
+    )
+    bloom = in_float64(LanguageModel(BloomForCausalLM(config).eval(), gpt2.tokenizer))
+    texts = generate(*bloom, PROMPTS, max_new_tokens=9, top_k=1)
+    assert texts == [greedy(bloom, prompt, 9) for prompt in PROMPTS]
+
+
+def test_the_cache_holds_what_a_growing_one_would(language_model: LanguageModel) -> None:
+    model = language_model.model
+    ids = torch.arange(20).reshape(2, 10)
+    ours, usual = growing_cache(model, 10), DynamicCache(config=model.config)
+    for piece in ids.split([4, 1, 5], dim=1):
+        with torch.no_grad():
+            logits = [model(piece, past_key_values=c).logits for c in (ours, usual)]
+        torch.testing.assert_close(*logits)
+    assert ours.get_seq_length() == usual.get_seq_length() == 10
+    assert ours.layers[0].keys.untyped_storage().nbytes() == usual.layers[0].keys.nbytes

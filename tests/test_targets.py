@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.targets import TargetSearch, kl_divergence, target_nll
+from lightning_blue.editing.targets import TargetSearch, kl_divergence
 from lightning_blue.requests import EditRequest
 
 REQUESTS = [
@@ -119,14 +119,6 @@ def test_delta_stays_in_its_ball(gpt2):
     delta = module.edit_targets(REQUESTS, 1) - initial
     ratio = delta.norm(dim=0) / initial.norm(dim=0)
     torch.testing.assert_close(ratio, torch.full((3,), 0.3), rtol=1e-4, atol=0)
-
-
-def test_nll_averages_over_tokens_then_prompts():
-    log_probs = torch.log(torch.tensor([[[[0.5, 0.5], [0.25, 0.75]], [[0.1, 0.9], [0.5, 0.5]]]]))
-    labels = torch.tensor([[[0, 1], [1, -100]]])
-    expected = (-(torch.log(torch.tensor(0.5)) + torch.log(torch.tensor(0.75))) / 2) / 2
-    expected = expected - torch.log(torch.tensor(0.9)) / 2
-    torch.testing.assert_close(target_nll(log_probs, labels), expected[None])
 
 
 def test_kl_is_of_now_against_before():

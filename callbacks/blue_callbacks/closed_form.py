@@ -116,8 +116,9 @@ class KeyMemory:
         self.whitening = whitening
         self.past: Tensor | None = None  # whitened past keys: (r, n)
         self.cholesky = torch.empty(0, 0, dtype=torch.float64)  # of I + past^T past: (n, n), lower
+        self._waiting: list[Tensor] = []  # keys to remember, whitened with the next batch's
 
-    def update(self, residual: Tensor, keys: Tensor) -> Tensor:
+    def update(self, residual: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Solve Eq. 8 (Eq. 5 while nothing was remembered) for one edit batch.
 
         Args:
@@ -125,33 +126,42 @@ class KeyMemory:
             keys: keys of this batch, K1, ``(d_in, n_edits)``.
 
         Returns:
-            Delta, ``(d_out, d_in)``, float64.
+            Factors of Delta in float64, ``(d_out, n_edits)`` and ``(n_edits, d_in)``.
         """
-        whitened = self.whitening.apply(keys)
+        waiting = sum(one.shape[1] for one in self._waiting)
+        whitened = self.whitening.apply(torch.cat([*self._waiting, keys], dim=1))
+        if waiting:
+            folded = self._absorb(whitened[:, :waiting])
+            whitened = self.whitening.apply(keys) if folded else whitened[:, waiting:]
+            self._waiting = []
         half = self._against_past(whitened)
         schur = torch.linalg.cholesky(_identity_plus(whitened.T @ whitened - half.T @ half))
-        coefficients = torch.cholesky_solve(residual.to(schur).T, schur).T  # (d_out, n_edits)
+        coefficients = torch.cholesky_solve(residual.to(schur).T, schur).T
         if self.past is not None:
             whitened = whitened - self.past @ solve_triangular(self.cholesky.T, half, upper=True)
-        return coefficients @ self.whitening.apply_transposed(whitened).T
+        return coefficients, self.whitening.apply_transposed(whitened).T
 
     def remember(self, keys: Tensor) -> None:
-        """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected.
+        """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected."""
+        self._waiting.append(keys)
+
+    def _absorb(self, new: Tensor) -> bool:
+        """Take in whitened keys, ``(r, n)``; say whether the whitening changed.
 
         Once they number half of the whitened dimensions they are folded into the whitening, so
         that a batch costs the same however many came before.
         """
-        new = self.whitening.apply(keys)
         every = new if self.past is None else torch.cat((self.past, new), dim=1)
         if 2 * every.shape[1] > every.shape[0]:
             self.whitening, self.past = self.whitening.folded(every), None
             self.cholesky = self.cholesky[:0, :0]
-            return
+            return True
         half = self._against_past(new)
         corner = torch.linalg.cholesky(_identity_plus(new.T @ new - half.T @ half))
         above = torch.cat((self.cholesky.to(half), torch.zeros_like(half)), dim=1)
         self.cholesky = torch.cat((above, torch.cat((half.T, corner), dim=1)))
         self.past = every
+        return False
 
     def _against_past(self, whitened: Tensor) -> Tensor:
         """Block of the grown Cholesky factor between past and new keys, ``(n, n_edits)``."""

@@ -21,7 +21,7 @@ def rect(weight: Tensor, delta: Tensor, keep: float) -> Tensor:
         delta with all entries below the ``1 - keep`` quantile of ``|delta / weight|`` set to zero.
     """
     change = (delta / (weight + 1e-8)).abs()
-    rank = math.ceil((1 - keep) * (change.numel() - 1)) + 1
+    rank = math.floor((1 - keep) * (change.numel() - 1)) + 1
     return torch.where(change >= change.flatten().kthvalue(rank).values, delta, 0)
 
 

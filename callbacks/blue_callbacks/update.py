@@ -134,15 +134,17 @@ class ClosedFormUpdate(Callback):
         residual = step.share * (target - module.edit_outputs(batch, step.target_layer))
         _require_finite(module, batch, step.layer, keys=keys, residual=residual)
         with torch.autocast(keys.device.type, enabled=False):
-            delta = self._memory_of(module, step.layer).update(residual, keys)
-        self._set_weight(module, step.layer, self._weight(module, step.layer).double() + delta)
-        self.norms[f"layer{step.layer}/delta_norm"] = float(delta.norm())
+            left, right = self._memory_of(module, step.layer).update(residual, keys)
+            weight = self._weight(module, step.layer)
+            weight.addmm_(left.to(weight), right.to(weight))
+        self._publish(module, step.layer, weight)
+        squared = ((left.T @ left) * (right @ right.T)).sum()
+        self.norms[f"layer{step.layer}/delta_norm"] = float(squared.clamp(min=0).sqrt())
         self.norms[f"layer{step.layer}/residual_norm"] = float(residual.norm(dim=0).mean())
 
     def _remember(self, module: EditableModule, batch: Any, layer: int) -> None:
-        keys = module.edit_keys(batch, layer).detach().float()
-        with torch.autocast(keys.device.type, enabled=False):
-            self._memory_of(module, layer).remember(keys)
+        keys = module.edit_keys(batch, layer).detach()
+        self._memory_of(module, layer).remember(keys)
         earlier = self.remembered.get(layer, keys[:, :0])
         self.remembered[layer] = torch.cat((earlier.to(keys), keys), dim=1)
 
@@ -179,11 +181,16 @@ class ClosedFormUpdate(Callback):
         return self._precise[layer]
 
     def _set_weight(self, module: EditableModule, layer: int, edited: Tensor) -> None:
-        weight = module.editable_weight(layer)
-        if not bool(torch.isfinite(edited.to(weight.dtype)).all()):
-            raise NonFiniteError(f"the update of layer {layer} is not finite in {weight.dtype}")
-        self._weight(module, layer).copy_(edited)
-        weight.copy_(edited)
+        weight = self._weight(module, layer).copy_(edited)
+        self._publish(module, layer, weight)
+
+    def _publish(self, module: EditableModule, layer: int, weight: Tensor) -> None:
+        """Let the model see a weight that was changed, if it is finite in the model's precision."""
+        seen = module.editable_weight(layer)
+        if seen.dtype != weight.dtype:
+            seen.copy_(weight)
+        if not bool(torch.isfinite(seen.sum(dtype=weight.dtype))):
+            raise NonFiniteError(f"the update of layer {layer} is not finite in {seen.dtype}")
 
     @contextmanager
     def _restored_on_error(self, module: EditableModule) -> Iterator[dict[int, Tensor]]:
@@ -200,7 +207,7 @@ class ClosedFormUpdate(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what earlier batches left, by layer.
 
-        ``past_keys`` are ``(d_in, n)`` in float32; ``precise`` holds the float32 version of weights
+        ``past_keys`` are ``(d_in, n)``; ``precise`` holds the float32 version of weights
         in half precision, ``original`` the unedited weights that the end of the run needs.
         """
         kept = {"past_keys": self.remembered, "precise": self._precise, "original": self.original}

@@ -1,4 +1,4 @@
-"""Architectures as rows of data: where a model keeps its blocks and down projections."""
+"""Architectures as rows of data: where a model keeps its blocks and projections."""
 
 from __future__ import annotations
 
@@ -18,22 +18,34 @@ class Architecture:
     Args:
         block: a decoder block, with ``{}`` for its index, e.g. ``model.layers.{}``.
         down_projection: the FFN's last linear map, inside the block, e.g. ``mlp.down_proj``.
-        returns_tuple: whether a block returns a tuple instead of a tensor.
+        attention_output: the attention's last linear map, inside the block, e.g.
+            ``self_attn.o_proj``; only PMET needs it.
+        norm_after_ffn: whether a norm stands between the down projection and the residual stream,
+            so that the block's output is not linear in the weight.
     """
 
     block: str
     down_projection: str
-    returns_tuple: bool = False
+    attention_output: str | None = None
+    norm_after_ffn: bool = False
 
 
-_LLAMA = Architecture("model.layers.{}", "mlp.down_proj")
+_LLAMA = Architecture("model.layers.{}", "mlp.down_proj", "self_attn.o_proj")
+_GEMMA = Architecture("model.layers.{}", "mlp.down_proj", "self_attn.o_proj", norm_after_ffn=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture("transformer.h.{}", "mlp.c_proj"),
-    "gptj": Architecture("transformer.h.{}", "mlp.fc_out", returns_tuple=True),
+    "gpt2": Architecture("transformer.h.{}", "mlp.c_proj", "attn.c_proj"),
+    "gptj": Architecture("transformer.h.{}", "mlp.fc_out", "attn.out_proj"),
+    "gpt_neox": Architecture("gpt_neox.layers.{}", "mlp.dense_4h_to_h", "attention.dense"),
+    "opt": Architecture("model.decoder.layers.{}", "fc2", "self_attn.out_proj"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi": Architecture("model.layers.{}", "mlp.fc2", "self_attn.dense"),
+    "phi3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
 }
 
 
@@ -52,7 +64,9 @@ def find_architecture(model: PreTrainedModel, named: Architecture | None = None)
             mend="name its modules, e.g. --model.architecture.block='model.layers.{}' "
             "--model.architecture.down_projection=mlp.down_proj",
         )
-    for name in (row.block.format(0), f"{row.block.format(0)}.{row.down_projection}"):
+    first = row.block.format(0)
+    inside = filter(None, (row.down_projection, row.attention_output))
+    for name in (first, *(f"{first}.{part}" for part in inside)):
         try:
             model.get_submodule(name)
         except AttributeError:
@@ -64,6 +78,27 @@ def find_architecture(model: PreTrainedModel, named: Architecture | None = None)
     return row
 
 
+def check_site(site: str, architecture: Architecture) -> None:
+    """Refuse a target site that this architecture cannot have.
+
+    Raises:
+        InputError: with the reason.
+    """
+    if site == "block" and architecture.norm_after_ffn:
+        raise InputError(
+            "a norm follows the FFN's down projection in this architecture, so that the block's "
+            "output is not linear in its weight and no closed form reaches a target there",
+            where="model.target.site",
+            mend="take the down projection's own output: --model.target.site=ffn",
+        )
+    if site == "attention_and_ffn" and architecture.attention_output is None:
+        raise InputError(
+            "PMET's target site needs the name of the attention's output projection",
+            where="model.architecture",
+            mend="give it, e.g. --model.architecture.attention_output=self_attn.o_proj",
+        )
+
+
 def blocks(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
     """Return the decoder blocks in order."""
     container = model.get_submodule(architecture.block.rsplit(".{}", 1)[0])
@@ -73,6 +108,14 @@ def blocks(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module
 def down_projection(block: nn.Module, architecture: Architecture) -> nn.Module:
     """Return a block's FFN down projection."""
     return block.get_submodule(architecture.down_projection)
+
+
+def site_modules(site: str, block: nn.Module, architecture: Architecture) -> list[nn.Module]:
+    """Return the modules whose outputs a target is made of; what the weight writes is the last."""
+    projection = down_projection(block, architecture)
+    if site == "attention_and_ffn":
+        return [block.get_submodule(architecture.attention_output or ""), projection]
+    return [block if site == "block" else projection]
 
 
 def weight_view(projection: nn.Module) -> Tensor:

@@ -9,11 +9,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_blue.editing.targets import IGNORED, TargetPrompts
+from lightning_blue.editing.forward import AlignedRows
 from lightning_blue.requests import EditRequest
-from lightning_blue.subjects import Encoded, encode_with_subject, target_ids
+from lightning_blue.subjects import Encoded, encode_targets, encode_with_subject
 
 KL_PROMPT = "{} is a"
+
+
+class EditPrompts(NamedTuple):
+    """What one edit's target search reads.
+
+    Attributes:
+        rewriting: the request in every context, the bare one first, followed by the target's
+            tokens but the last.
+        target: ids of the new object.
+        subject: "{subject} is a", cut after the subject: what is said next must stay as it is.
+    """
+
+    rewriting: list[Encoded]
+    target: list[int]
+    subject: Encoded
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest prompt from the subject's last token on."""
+        return max(len(row.ids) - row.lookup for row in self.rewriting)
 
 
 class LookupRows(NamedTuple):
@@ -53,46 +73,38 @@ def lookup_rows(
     device: torch.device,
 ) -> LookupRows:
     """Tokenise requests in contexts up to the subject: nothing after it changes its key."""
-    rows = [e for group in _encode(tokenizer, requests, templates) for e in group]
+    groups = _encode(tokenizer, requests, templates)
+    rows = [row for group in groups for row in group]
     lookups = torch.tensor([row.lookup for row in rows], device=device)
     return LookupRows(_pad([row.ids[: row.lookup + 1] for row in rows], device), lookups)
 
 
-def target_prompts(
+def edit_prompts(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     templates: Sequence[str],
-    device: torch.device,
-) -> TargetPrompts:
+) -> list[EditPrompts]:
     """Tokenise the rewriting prompts, each followed by its target but the last token, and KL's."""
-    targets = [target_ids(tokenizer, r.target_new) for r in requests]
-    width = max(map(len, targets))
-    kl = encode_with_subject(tokenizer, [KL_PROMPT] * len(requests), [r.subject for r in requests])
-    rows: list[Encoded] = []
-    reads: list[list[int]] = []  # where logits are read, counted from the lookup
-    labels: list[list[int]] = []
+    targets = encode_targets(tokenizer, [r.target_new for r in requests])
+    subjects = [r.subject for r in requests]
+    kl = encode_with_subject(tokenizer, [KL_PROMPT] * len(requests), subjects)
     groups = _encode(tokenizer, requests, templates)
-    for group, target, kl_row in zip(groups, targets, kl, strict=True):
-        blank = width - len(target)
-        for row in group:
-            first = len(row.ids) - 1 - row.lookup
-            rows.append(Encoded(row.ids + target[:-1], row.lookup))
-            reads.append([*range(first, first + len(target)), *[first] * blank])
-            labels.append([*target, *[IGNORED] * blank])
-        rows.append(kl_row)
-        reads.append([0] * width)
-        labels.append([IGNORED] * width)
-    lookup = max(row.lookup for row in rows)
-    starts = [lookup - row.lookup for row in rows]
+    return [
+        EditPrompts(
+            [Encoded(row.ids + target[:-1], row.lookup) for row in group],
+            target,
+            Encoded(kl_row.ids[: kl_row.lookup + 1], kl_row.lookup),
+        )
+        for group, target, kl_row in zip(groups, targets, kl, strict=True)
+    ]
+
+
+def align(rows: Sequence[Encoded], device: torch.device) -> AlignedRows:
+    """Put the rows' lookups into one column."""
+    column = max(row.lookup for row in rows)
+    starts = [column - row.lookup for row in rows]
     ids = [[0] * start + row.ids for start, row in zip(starts, rows, strict=True)]
-    shape = (len(requests), len(templates) + 1, -1)
-    return TargetPrompts(
-        _pad(ids, device).view(shape),
-        torch.tensor(starts, device=device).view(shape[:2]),
-        torch.tensor(reads, device=device).view(shape) + lookup,
-        torch.tensor(labels, device=device).view(shape),
-        lookup,
-    )
+    return AlignedRows(_pad(ids, device), torch.tensor(starts, device=device), column)
 
 
 def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -1,14 +1,16 @@
-"""Run part of a model: up to a module, or from a block's output onward."""
+"""Run part of a model: up to a module, or only what a change at one column can reach."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 
 class _Reached(Exception):
@@ -18,6 +20,11 @@ class _Reached(Exception):
 def hidden_of(output: Any) -> Tensor:
     """Return the hidden states of a block's output, which is a tensor or a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def precise(states: Tensor) -> Tensor:
+    """Return states in float32, or in float64 if that is what they are."""
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def read_states(
@@ -87,86 +94,159 @@ class AlignedRows(NamedTuple):
         }
 
 
-KeyValues = list[tuple[Tensor, Tensor]]  # by layer: attention's keys and values
+@dataclass(frozen=True)
+class Savings:
+    """What repeated passes leave out; the numbers are the same without any of it.
 
-
-def read_from_column(
-    model: PreTrainedModel, block: nn.Module, rows: AlignedRows
-) -> tuple[Tensor, KeyValues]:
-    """Run the rows once; keep what later passes from the aligned column on can start from.
-
-    Returns:
-        The block's output from the column on, ``(n_rows, n_tokens - column, d_model)``, and the
-        attention's keys and values of every layer before it.
+    Args:
+        skip_blocks: start from the stored output of the last block that never changes.
+        reuse_prefix: compute no column before the aligned one; its keys and values are stored.
+        read_few: run the head only at positions that are read.
     """
-    outputs: list[Tensor] = []
-    hook = block.register_forward_hook(lambda _m, _args, out: outputs.append(hidden_of(out)))
-    try:
-        with torch.no_grad():
-            run = model.base_model(**rows.arguments(0), use_cache=True)
-    finally:
-        hook.remove()
-    before = slice(0, rows.column)
-    kept = [
-        (layer.keys[:, :, before].clone(), layer.values[:, :, before].clone())
-        for layer in run.past_key_values.layers
-    ]
-    return outputs[0][:, rows.column :].clone(), kept
+
+    skip_blocks: bool = True
+    reuse_prefix: bool = True
+    read_few: bool = True
 
 
-def logits_from_block(
+PLAIN = Savings(skip_blocks=False, reuse_prefix=False, read_few=False)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Rows, and all that passes over them have in common.
+
+    Attributes:
+        rows: the tokens.
+        first: the first column that a pass computes.
+        start: the last block that a pass skips; -1 where it skips none.
+        hidden: that block's output from the first column on, ``(n_rows, n_columns, d_model)``.
+        before: by layer, the attention's keys and values of the columns before the first.
+        outputs: of the watched modules at the aligned column, each ``(n_rows, d)``.
+        returns_tuple: whether this architecture's blocks return a tuple.
+    """
+
+    rows: AlignedRows
+    first: int
+    start: int
+    hidden: Tensor | None
+    before: list[tuple[Tensor, ...]]
+    outputs: list[Tensor]
+    returns_tuple: bool
+
+    def select(self, index: Tensor) -> Frozen:
+        """Keep some of the rows."""
+        ids, starts, column = self.rows
+        return replace(
+            self,
+            rows=AlignedRows(ids[index], starts[index], column),
+            hidden=None if self.hidden is None else self.hidden[index],
+            before=[(keys[index], values[index]) for keys, values in self.before],
+            outputs=[output[index] for output in self.outputs],
+        )
+
+
+def freeze(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
-    layer: int,
+    start: int,
     rows: AlignedRows,
-    before: KeyValues,
-    hidden: Tensor,
-    positions: Tensor,
-    *,
-    returns_tuple: bool = False,
-) -> Tensor:
-    """Run the model from a block's output onward and read logits at few positions.
-
-    The model's own code runs, masks, rotary embeddings, final norm and head included. The blocks
-    up to ``layer`` are skipped, columns before the alignment are taken from ``before``, and the
-    head sees only the positions that are read.
+    watched: Sequence[nn.Module] = (),
+    savings: Savings = Savings(),
+) -> Frozen:
+    """Run the rows once; keep what later passes can start from.
 
     Args:
         model: a causal language model in eval mode.
         blocks: its decoder blocks.
-        layer: the block whose output is given.
+        start: the last block whose output never changes; -1 if there is none.
         rows: the tokens.
-        before: from :func:`read_from_column`.
-        hidden: output of block ``layer`` from the aligned column on, ``(n_rows, n_tokens -
-            column, d_model)``.
-        positions: columns to read, at or after the aligned one, ``(n_rows, n_positions)``.
-        returns_tuple: whether this architecture's blocks return a tuple.
+        watched: modules whose outputs at the aligned column are wanted.
+        savings: what later passes shall leave out.
+    """
+    first = rows.column if savings.reuse_prefix else 0
+    start = start if savings.skip_blocks else -1
+    outputs: dict[int, Tensor] = {}
+    tuples: list[bool] = []
+    shape = rows.input_ids.shape
+
+    def keep(index: int, output: Any) -> None:
+        outputs[index] = hidden_of(output).detach().reshape(*shape, -1)
+
+    modules = [*watched, *([blocks[start]] if start >= 0 else [])]
+    with ExitStack() as stack:
+        hook = blocks[0].register_forward_hook(
+            lambda _m, _a, out: tuples.append(isinstance(out, tuple))
+        )
+        stack.callback(hook.remove)
+        for index, module in enumerate(modules):
+            hook = module.register_forward_hook(lambda _m, _a, out, i=index: keep(i, out))
+            stack.callback(hook.remove)
+        with torch.no_grad():
+            cache = DynamicCache()
+            model.base_model(**rows.arguments(0), past_key_values=cache, use_cache=True)
+    kept = [
+        tuple(t[:, :, :first].clone() for t in (cast(Tensor, c.keys), cast(Tensor, c.values)))
+        for c in cast("list[CacheLayerMixin]", cache.layers)
+    ]
+    hidden = outputs[len(watched)][:, first:].clone() if start >= 0 else None
+    watched_now = [precise(outputs[i][:, rows.column]) for i in range(len(watched))]
+    return Frozen(rows, first, start, hidden, kept if first else [], watched_now, tuples[0])
+
+
+def logits_with(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    frozen: Frozen,
+    added: Sequence[tuple[nn.Module, Tensor]],
+    reads: tuple[Tensor, Tensor],
+    last: int | None = None,
+    savings: Savings = Savings(),
+) -> Tensor:
+    """Run the rows with something added to modules' outputs; read logits at few positions.
+
+    The model's own code runs, masks, rotary embeddings, final norm and head included.
+
+    Args:
+        model: a causal language model in eval mode.
+        blocks: its decoder blocks.
+        frozen: from :func:`freeze`.
+        added: modules, and what is added to their outputs at the aligned column, ``(n_rows, d)``.
+        reads: rows and columns whose logits are wanted, each ``(n_reads,)``; columns at or after
+            the aligned one.
+        last: the block whose output goes to the final norm and head; None: the model's last.
+        savings: what to leave out.
 
     Returns:
-        Logits in float32, ``(n_rows, n_positions, vocabulary)``.
+        Logits in float32 or better, ``(n_reads, vocabulary)``.
     """
-    index = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
-
-    def gather(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][index, positions - rows.column], *args[1:])
-
-    head = model.get_output_embeddings()
+    row, column = reads[0], reads[1] - frozen.first
+    at = frozen.rows.column - frozen.first
+    skipped = [*blocks[: frozen.start + 1], *([] if last is None else blocks[last + 1 :])]
     with ExitStack() as stack:
-        stack.callback(head.register_forward_pre_hook(gather).remove)
-        for block in blocks[:layer]:
-            stack.enter_context(_replaced(block, None, returns_tuple))
-        stack.enter_context(_replaced(blocks[layer], hidden, returns_tuple))
-        arguments = rows.arguments(rows.column)
-        logits: Tensor = model(**arguments, past_key_values=_cache(before, layer)).logits
-    return logits.float()
+        if savings.read_few:
+            head = model.get_output_embeddings()
+            hook = head.register_forward_pre_hook(lambda _m, args: (args[0][row, column],))
+            stack.callback(hook.remove)
+        for block in skipped:
+            given = frozen.hidden if block is blocks[frozen.start] and frozen.start >= 0 else None
+            stack.enter_context(_replaced(block, given, frozen.returns_tuple))
+        for module, delta in added:
+            stack.enter_context(_added(module, delta, at))
+        arguments = frozen.rows.arguments(frozen.first)
+        cache = _cache(frozen.before, frozen.start)
+        logits: Tensor = model(**arguments, past_key_values=cache, use_cache=bool(cache)).logits
+    return precise(logits if savings.read_few else logits[row, column])
 
 
-def _cache(before: KeyValues, layer: int) -> DynamicCache:
-    """Rebuild a cache, which a forward pass changes; the first layer's tells the length."""
+def _cache(before: Sequence[tuple[Tensor, ...]], start: int) -> DynamicCache | None:
+    """Rebuild a cache, which a forward pass changes; skipped layers only tell the length."""
+    if not before:
+        return None
     cache = DynamicCache()
     for index, (keys, values) in enumerate(before):
-        if index == 0 or index > layer:
-            cache.update(keys, values, index)
+        some = slice(0, 1) if index <= start else slice(None)
+        cache.update(keys[some], values[some], index)
     return cache
 
 
@@ -183,3 +263,22 @@ def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterat
         yield
     finally:
         del block.forward
+
+
+@contextmanager
+def _added(module: nn.Module, delta: Tensor, column: int) -> Iterator[None]:
+    """Add ``(n_rows, d)`` to a module's output at a column."""
+
+    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+        whole = hidden_of(output)
+        rows = whole.reshape(len(delta), -1, whole.shape[-1])  # OPT's FFN works on flat tokens
+        changed = (precise(rows[:, column]) + delta).to(whole.dtype)
+        parts = (rows[:, :column], changed[:, None], rows[:, column + 1 :])
+        result = torch.cat(parts, dim=1).reshape(whole.shape)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    hook = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,28 +19,29 @@ from lightning_blue.editing.architectures import (
     Architecture,
     blocks,
     check_layers,
+    check_site,
     down_projection,
     find_architecture,
+    site_modules,
     weight_view,
 )
 from lightning_blue.editing.contexts import (
+    EditPrompts,
     LookupRows,
     context_templates,
+    edit_prompts,
     lookup_rows,
-    target_prompts,
 )
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
-from lightning_blue.editing.forward import (
-    AlignedRows,
-    logits_from_block,
-    read_from_column,
-    read_states,
-)
+from lightning_blue.editing.forward import Savings, precise, read_states
+from lightning_blue.editing.readings import PromptReader, micro_batches
 from lightning_blue.editing.targets import Targets, TargetSearch, search_targets
+from lightning_blue.errors import InputError
 from lightning_blue.loading import load_language_model
 from lightning_blue.requests import EditRequest
 from lightning_blue.scoring import context_length, generate
 
+MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
 
 
@@ -83,11 +86,15 @@ class EditModule(LightningModule):
         self.covariance = covariance
         self.architecture = find_architecture(model, architecture)
         self.seed = seed
+        check_site(target.site, self.architecture)
+        self.savings = Savings()
         self.blocks = blocks(model, self.architecture)  # a plain list: already in self.model
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
+        self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
         self.preparation_seconds = 0.0
         self._covariances: dict[int, Tensor] = {}
         self._templates: list[str] | None = None
+        self._named: set[str] = set()  # subjects that several requests of a batch were about
 
     # Lightning
 
@@ -138,30 +145,43 @@ class EditModule(LightningModule):
 
     @torch.no_grad()
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
-        """Return the hidden state behind the block at the bare lookup, ``(d_model, n)``."""
+        """Return the output at the target site at the bare lookup, ``(d_model, n)``."""
         rows = self._lookup_rows(batch, ["{}"])
-        module = {"output": self.blocks[layer]}
+        module = {"output": self._written_module(layer)}
         states = read_states(self.model, rows.input_ids, outputs_of=module)["output"]
         return _at(states, rows).T
 
     def edit_targets(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
-        """Optimise the hidden states that make the model say the new objects, ``(d_model, n)``.
+        """Optimise the site's outputs that make the model say the new objects, ``(d_model, n)``.
 
         Raises:
             NonFiniteError: naming the request whose loss was not finite.
         """
+        if self.target.loss_layer is not None and self.target.loss_layer < layer:
+            raise InputError(
+                f"loss_layer {self.target.loss_layer} lies below the target layer {layer}, where "
+                "no delta can change the loss",
+                where="model.target.loss_layer",
+                mend="choose a higher layer, or null for the last one",
+            )
+        prompts = edit_prompts(self.tokenizer, batch, self.templates)
+        owner = self._owners(batch)
+        groups = self._micro_batches(prompts, owner, layer)
         found: list[Targets] = []
         with tqdm(
             total=len(batch), desc=f"targets, layer {layer}", leave=False, disable=None
         ) as bar:
-            for start in range(0, len(batch), at_once := self._edits_at_once(batch)):
-                some = batch[start : start + at_once]
-                found.append(self._search(some, layer))
+            for some in groups:
+                found.append(
+                    self._search([prompts[i] for i in some], [owner[i] for i in some], layer)
+                )
                 bar.update(len(some))
-        losses = torch.cat([one.losses for one in found])
+        order = torch.tensor([i for some in groups for i in some], device=self.device).argsort()
+        losses = torch.cat([one.losses for one in found])[order]
         self._require_finite(batch, layer, losses)
         self.target_losses[layer] = losses
-        return torch.cat([one.initial + one.delta for one in found]).T
+        self.target_values[layer] = values = torch.cat([one.values for one in found], 1)[:, order]
+        return values[-1].T
 
     def edit_name(self, batch: Sequence[EditRequest], column: int) -> str:
         """Name an edit of the batch in a message."""
@@ -217,6 +237,9 @@ class EditModule(LightningModule):
     def _projection(self, layer: int) -> torch.nn.Module:
         return down_projection(self.blocks[layer], self.architecture)
 
+    def _written_module(self, layer: int) -> torch.nn.Module:
+        return site_modules(self.target.site, self.blocks[layer], self.architecture)[-1]
+
     def _lookup_rows(self, batch: Sequence[EditRequest], templates: Sequence[str]) -> LookupRows:
         return lookup_rows(self.tokenizer, batch, templates, self.device)
 
@@ -232,38 +255,68 @@ class EditModule(LightningModule):
         whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
         return [f"{' '.join(text.split())}." for text in whole]
 
-    def _edits_at_once(self, batch: Sequence[EditRequest]) -> int:
-        """Return how many edits fit into the token budget of the target search."""
-        prompts = target_prompts(self.tokenizer, batch, self.templates, self.device)
-        n_rows, n_tokens = prompts.input_ids.shape[1:]
-        return max(1, self.target.tokens_per_batch // (n_rows * (n_tokens - prompts.lookup)))
+    def _owners(self, batch: Sequence[EditRequest]) -> list[int]:
+        """Return which target each edit belongs to; name edits that ought to share one."""
+        together: dict[str, list[int]] = {}
+        for index, request in enumerate(batch):
+            together.setdefault(request.subject, []).append(index)
+        if self.target.share_subjects:
+            owner = {i: group[0] for group in together.values() for i in group}
+            return [owner[i] for i in range(len(batch))]
+        for subject, group in together.items():
+            if len(group) > 1 and subject not in self._named:
+                self._named.add(subject)
+                names = ", ".join(batch[i].case_id for i in group)
+                rank_zero_warn(
+                    f"requests {names} of one batch are about {subject!r}, and one key cannot "
+                    "hold several targets; --model.target.share_subjects=true gives them one"
+                )
+        return list(range(len(batch)))
 
-    def _search(self, batch: Sequence[EditRequest], layer: int) -> Targets:
-        prompts = target_prompts(self.tokenizer, batch, self.templates, self.device)
-        n, n_rows, _ = prompts.input_ids.shape
-        whole = AlignedRows(
-            prompts.input_ids.flatten(0, 1), prompts.starts.flatten(), prompts.lookup
+    def _micro_batches(
+        self, prompts: Sequence[EditPrompts], owner: Sequence[int], layer: int
+    ) -> list[list[int]]:
+        """Group the edits of a batch; those that share a target stay together."""
+        items: dict[int, list[int]] = {}
+        for index, name in enumerate(owner):
+            items.setdefault(name, []).append(index)
+        members = list(items.values())
+        groups = micro_batches(
+            [max(prompts[i].length for i in item) for item in members],
+            [len(item) * len(self.templates) for item in members],
+            self._tokens_at_once(layer),
         )
-        hidden, before = read_from_column(self.model, self.blocks[layer], whole)
+        return [[i for item in group for i in members[item]] for group in groups]
 
-        def logits_at(edits: Tensor, changed: Tensor) -> Tensor:
-            rows = (edits[:, None] * n_rows + torch.arange(n_rows, device=edits.device)).flatten()
-            logits = logits_from_block(
-                self.model,
-                self.blocks,
-                layer,
-                AlignedRows(whole.input_ids[rows], whole.starts[rows], whole.column),
-                [(keys[rows], values[rows]) for keys, values in before],
-                changed.flatten(0, 1),
-                prompts.positions.flatten(0, 1)[rows],
-                returns_tuple=self.architecture.returns_tuple,
-            )
-            return logits.unflatten(0, (len(edits), n_rows))
+    def _reader(self, prompts: Sequence[EditPrompts], layer: int) -> PromptReader:
+        sites = site_modules(self.target.site, self.blocks[layer], self.architecture)
+        return PromptReader(
+            self.model,
+            self.blocks,
+            layer,
+            sites,
+            self.target.site != "block",
+            prompts,
+            self.target.loss_layer,
+            self.savings,
+        )
 
+    def _search(self, prompts: Sequence[EditPrompts], owner: list[int], layer: int) -> Targets:
+        reader = self._reader(prompts, layer)
+        names = torch.tensor(owner, device=self.device)
         with torch.enable_grad():
             return search_targets(
-                hidden.unflatten(0, (n, n_rows)), prompts.labels, logits_at, self.target
+                reader.initial, reader, self.target, names.unique(return_inverse=True)[1]
             )
+
+    def _tokens_at_once(self, layer: int) -> int:
+        """Return how many tokens the target search may hold at once."""
+        if self.target.tokens_per_batch is not None:
+            return self.target.tokens_per_batch
+        d_model, d_in = self.editable_weight(layer).shape
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        floats = (len(self.blocks) - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
+        return max(MIN_TOKENS, min(MAX_TOKENS, free_memory(self.device) // (2 * 4 * floats)))
 
     def _require_finite(self, batch: Sequence[EditRequest], layer: int, losses: Tensor) -> None:
         total = losses[..., 0]
@@ -294,7 +347,16 @@ def edit_module(
     return EditModule(model, tokenizer, **settings)
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not hasattr(os, "sysconf"):
+        return 4 * 2**30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _at(states: Tensor, rows: LookupRows) -> Tensor:
-    """Pick the state at each row's lookup: ``(n_rows, n_tokens, d)`` to ``(n_rows, d)`` float32."""
+    """Pick the state at each row's lookup: ``(n_rows, n_tokens, d)`` to ``(n_rows, d)``."""
     index = torch.arange(states.shape[0], device=states.device)
-    return states[index, rows.lookups].float()
+    return precise(states[index, rows.lookups])

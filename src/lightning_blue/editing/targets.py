@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # label of a position that carries no target token
+PMET_KL, PMET_FACTOR = 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,20 @@ class TargetSearch:
         clamp: radius of the ball delta is kept in, in units of ``|h|``.
         kl_weight: factor of the KL term that keeps what the model says of the subject itself.
         stop_loss: an edit is done when its loss (nats) falls below this.
-        tokens_per_batch: tokens optimised at once, from the lookup on, padding counted; bounds
-            memory.
+        site: what a target is the output of: the ``block``, the ``ffn`` (its down projection), or
+            ``attention_and_ffn`` (PMET: two deltas optimised together, the second is written).
+        early_stop: when an edit is done besides: ``most_probable``, once its target's tokens are
+            the most probable ones in all prompts (ENCORE, arXiv 2502.01636); ``pmet``, once they
+            are and the KL divergence is below 0.01 (while it is not, the next step's NLL counts a
+            tenth).
+        keep_norm: rescale each target to the norm of the state it replaces (NAS, arXiv
+            2602.02543).
+        share_subjects: let requests of a batch with the same subject share one target
+            (MEMIT-Merge, arXiv 2502.07322).
+        loss_layer: the block whose output is read for the NLL, through the final norm and the
+            head. None: the last.
+        tokens_per_batch: tokens optimised at once, from the lookup on, padding counted. None: as
+            many as fit into the memory there is.
     """
 
     steps: int = 25
@@ -38,131 +49,105 @@ class TargetSearch:
     clamp: float = 0.75
     kl_weight: float = 0.0625
     stop_loss: float = 0.05
-    tokens_per_batch: int = 8192
+    site: Literal["block", "ffn", "attention_and_ffn"] = "block"
+    early_stop: Literal["most_probable", "pmet"] | None = None
+    keep_norm: bool = False
+    share_subjects: bool = False
+    loss_layer: int | None = None
+    tokens_per_batch: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("steps", "learning_rate", "clamp", "tokens_per_batch")
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"target.{name} must be positive, not {getattr(self, name)}")
+        for name in ("steps", "learning_rate", "clamp", "tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"target.{name} must be positive, not {value}")
 
 
-class TargetPrompts(NamedTuple):
-    """Tokenised prompts of n edits: for each, C rewriting prompts and, last, the KL prompt.
-
-    Rows are aligned at the subject's last token: it stands in the same column of all of them, with
-    padding on the left of the shorter prefixes and on the right of the shorter rests.
+class Readings(NamedTuple):
+    """What one step reads of m edits.
 
     Attributes:
-        input_ids: ``(n, C + 1, n_tokens)``.
-        starts: columns of padding on the left, ``(n, C + 1)``.
-        positions: columns where logits are read, ``(n, C + 1, P)``; the KL prompt's first is its
-            lookup.
-        labels: target tokens there, ``IGNORED`` where there is none, ``(n, C + 1, P)``.
-        lookup: the column of the subject's last token.
+        nll: of the target, nats, the mean over its tokens and over the rewriting prompts, ``(m,)``.
+        most_probable: whether all its tokens are the most probable ones in all prompts, ``(m,)``.
+        subject: log-probabilities behind the subject prompt, ``(m, vocabulary)``.
     """
 
-    input_ids: Tensor
-    starts: Tensor
-    positions: Tensor
-    labels: Tensor
-    lookup: int
-
-
-class TargetLosses(NamedTuple):
-    """Terms of the loss for each edit, nats, weights applied, each ``(n,)``."""
-
     nll: Tensor
-    kl: Tensor
-    weight_decay: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Sum of the terms, ``(n,)``."""
-        return self.nll + self.kl + self.weight_decay
+    most_probable: Tensor
+    subject: Tensor
 
 
 class Targets(NamedTuple):
     """What the search found.
 
     Attributes:
-        initial: hidden state at the lookup of the bare prompt, h, ``(n, d_model)``.
-        delta: what was added to it, ``(n, d_model)``; the target is their sum.
-        losses: total, nll, kl, weight decay before each update, NaN once an edit is done,
-            ``(n, steps, 4)``.
+        values: the targets at each site, ``(n_sites, n, d_model)``.
+        losses: total, nll, kl, weight decay before each update, weights applied, nats, NaN once an
+            edit is done, ``(n, steps, 4)``.
     """
 
-    initial: Tensor
-    delta: Tensor
+    values: Tensor
     losses: Tensor
 
 
-LogitsAt = Callable[[Tensor, Tensor], Tensor]
+Read = Callable[[Tensor, Tensor], Readings]
 
 
 def search_targets(
-    hidden: Tensor, labels: Tensor, logits_at: LogitsAt, search: TargetSearch
+    initial: Tensor, read: Read, search: TargetSearch, owner: Tensor | None = None
 ) -> Targets:
     """Minimise ``NLL(target) + kl_weight KL + weight_decay |delta| / |h|^2`` over delta.
 
-    delta is added to the block's output at the lookup of every prompt (MEMIT, Sec. 4.3 of Meng et
-    al. 2022b). The NLL is the mean over a target's tokens and over the rewriting prompts.
+    delta is added to the sites' outputs at the lookup of every prompt (MEMIT, Sec. 4.3 of Meng et
+    al. 2022b). With several sites each has its own ball, and the weight decays add up (PMET).
 
     Args:
-        hidden: the block's output from the lookup on, ``(n, C + 1, n_tokens, d_model)``.
-        labels: see :class:`TargetPrompts`, ``(n, C + 1, P)``.
-        logits_at: maps indices of the edits that still run, ``(m,)``, and their changed hidden
-            states to logits at the prompts' positions, ``(m, C + 1, P, vocabulary)``.
+        initial: the sites' outputs at the lookup of the bare prompt, h, ``(n_sites, n, d_model)``,
+            float32 or float64.
+        read: maps indices of the edits that still run, ``(m,)``, and their deltas,
+            ``(n_sites, m, d_model)``, to what the model then says.
         search: settings.
+        owner: which target each edit belongs to, from 0, ``(n,)``. Edits that share one have the
+            mean of their states for h and the mean of their losses. None: each has its own.
 
     Returns:
-        Initial states, deltas and the course of the losses; everything float32.
+        Targets and the course of the losses, in the type of the initial states.
     """
-    n = hidden.shape[0]
-    edits = torch.arange(n, device=hidden.device)
-    initial = hidden[:, 0, 0].float()
-    norms = initial.norm(dim=1)
-    delta = torch.zeros_like(initial, requires_grad=True)
+    every = torch.arange(initial.shape[1], device=initial.device)
+    owner = every if owner is None else owner
+    start = _mean_by(owner, initial.transpose(0, 1)).transpose(0, 1)
+    norms = start.norm(dim=-1)  # (n_sites, n_targets)
+    delta = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=search.learning_rate)
-    losses = initial.new_full((n, search.steps, 4), torch.nan)
-    before: Tensor | None = None  # log-probabilities at the KL position without any delta
+    losses = initial.new_full((len(every), search.steps, 4), torch.nan)
+    factor = torch.ones_like(norms[0])  # of the NLL, by target
+    edits, before = every, None
 
     for step in range(search.steps):
-        log_probs = logits_at(edits, _add_delta(hidden[edits], delta[edits]))
-        log_probs = F.log_softmax(log_probs, dim=-1)
-        if before is None:
-            before = log_probs[:, -1, 0].detach()
-        terms = TargetLosses(
-            target_nll(log_probs[:, :-1], labels[edits, :-1]),
-            search.kl_weight * kl_divergence(log_probs[:, -1, 0], before[edits]),
-            search.weight_decay * delta[edits].norm(dim=1) / norms[edits] ** 2,
-        )
-        losses[edits, step] = torch.stack((terms.total, *terms), dim=1).detach()
-        running = terms.total.detach() >= search.stop_loss
-        running |= ~torch.isfinite(terms.total.detach())
+        now = read(edits, delta[:, owner[edits]])
+        before = now.subject.detach() if before is None else before
+        active, mine = owner[edits].unique(return_inverse=True)
+        kl = _mean_by(mine, kl_divergence(now.subject, before[edits]))
+        decay = (delta[:, active].norm(dim=-1) / norms[:, active] ** 2).sum(0)
+        nll = factor[active] * _mean_by(mine, now.nll)
+        terms = torch.stack((nll, search.kl_weight * kl, search.weight_decay * decay), dim=1)
+        total = terms.sum(1)
+        losses[edits, step] = torch.cat((total[:, None], terms), dim=1).detach()[mine]
+
+        hit = _mean_by(mine, now.most_probable.float()) == 1
+        running = _still_running(search, total.detach(), hit, kl.detach())
+        if search.early_stop == "pmet":
+            factor[active] = torch.where(hit, PMET_FACTOR, 1.0).to(factor)
         if step == search.steps - 1 or not bool(running.any()):
             break
-        (delta.grad,) = torch.autograd.grad(terms.total[running].sum(), [delta])
-        edits = edits[running]
-        _step_some(optimizer, delta, edits)
+        (delta.grad,) = torch.autograd.grad(total[running].sum(), [delta])
+        _step_some(optimizer, delta, active[running])
         _clamp(delta, search.clamp * norms)
-    return Targets(initial, delta.detach(), losses)
-
-
-def target_nll(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the target: over its tokens, then over the prompts.
-
-    Args:
-        log_probs: ``(n, C, P, vocabulary)``, nats.
-        labels: ``(n, C, P)`` with ``IGNORED`` where there is no target token.
-
-    Returns:
-        ``(n,)``, nats per token.
-    """
-    present = labels != IGNORED
-    picked = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    per_prompt = -(picked * present).sum(-1) / present.sum(-1)
-    return per_prompt.mean(-1)
+        edits = edits[running[mine]]
+    values = start + delta.detach()
+    if search.keep_norm:
+        values = values * (norms / values.norm(dim=-1))[..., None]
+    return Targets(values[:, owner], losses)
 
 
 def kl_divergence(log_probs: Tensor, before: Tensor) -> Tensor:
@@ -173,24 +158,36 @@ def kl_divergence(log_probs: Tensor, before: Tensor) -> Tensor:
     return (log_probs.exp() * (log_probs - before)).sum(-1)
 
 
-def _add_delta(hidden: Tensor, delta: Tensor) -> Tensor:
-    """Add ``(n, d)`` at the lookup, the first of the tokens of ``(n, rows, tokens, d)``."""
-    changed = (hidden[:, :, :1].float() + delta[:, None, None, :]).to(hidden.dtype)
-    return torch.cat((changed, hidden[:, :, 1:]), dim=2)
+def _still_running(search: TargetSearch, total: Tensor, hit: Tensor, kl: Tensor) -> Tensor:
+    """Return which targets need another step, ``(n,)``; a loss that is not finite keeps running."""
+    done = total < search.stop_loss
+    if search.early_stop == "most_probable":
+        done |= hit
+    elif search.early_stop == "pmet":
+        done |= hit & (kl < PMET_KL)
+    return ~done | ~torch.isfinite(total)
 
 
-def _step_some(optimizer: torch.optim.Optimizer, delta: Tensor, edits: Tensor) -> None:
-    """Let Adam move only the edits that still run; the others keep their delta."""
+def _mean_by(owner: Tensor, values: Tensor) -> Tensor:
+    """Average ``(m, ...)`` over the entries of each owner, ``(n_owners, ...)``."""
+    n = int(owner.max()) + 1
+    count = torch.bincount(owner, minlength=n).to(values)
+    total = values.new_zeros(n, *values.shape[1:]).index_add(0, owner, values)
+    return total / count.view(-1, *[1] * (values.ndim - 1))
+
+
+def _step_some(optimizer: torch.optim.Optimizer, delta: Tensor, targets: Tensor) -> None:
+    """Let Adam move only the targets that still run; the others keep their delta."""
     kept = delta.detach().clone()
     optimizer.step()
     with torch.no_grad():
-        kept[edits] = delta[edits]
+        kept[:, targets] = delta[:, targets]
         delta.copy_(kept)
 
 
 def _clamp(delta: Tensor, radius: Tensor) -> None:
-    """Project each edit's delta into its ball, in place; Adam's state is left alone."""
+    """Project each delta into its ball, in place; Adam's state is left alone."""
     with torch.no_grad():
-        norms = delta.norm(dim=1)
+        norms = delta.norm(dim=-1)
         shrink = torch.where(norms > radius, radius / norms, torch.ones_like(norms))
-        delta.mul_(shrink[:, None])
+        delta.mul_(shrink[..., None])

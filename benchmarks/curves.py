@@ -1,0 +1,56 @@
+"""Part ``curves``: the target search against edits in a batch, prompt length, depth and width."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.delta import run_delta
+from benchmarks.results import Row
+from benchmarks.timing import Clock
+from benchmarks.workload import CONTEXTS, load_workload
+
+POINTS: dict[str, list[int]] = {
+    "edits in a batch": [1, 5, 20, 100],
+    "words before the prompt": [0, 10, 20, 40],
+    "depth": [6, 12, 24],
+    "width": [256, 512, 768, 1024],
+}
+SMOKE: dict[str, list[int]] = {
+    "edits in a batch": [1, 3],
+    "words before the prompt": [0, 10],
+    "depth": [3, 4],
+    "width": [32, 64],
+}
+SIZES = {"depth": "n_layers", "width": "d_model"}
+
+
+def run_curves(args: Namespace, clock: Clock) -> list[Row]:
+    """Vary one size at a time; both ways at every point, at the first of the layers."""
+    return [_point(axis, value, args, clock) for axis, value in _points(args.preset == "smoke")]
+
+
+def _points(smoke: bool) -> Iterator[tuple[str, int]]:
+    for axis, values in (SMOKE if smoke else POINTS).items():
+        for value in values:
+            yield axis, value
+
+
+def _point(axis: str, value: int, args: Namespace, clock: Clock) -> Row:
+    sizes: dict[str, Any] = {"n_layers": args.depth, "d_model": args.width}
+    edits = min(args.edits, 20)
+    if axis in SIZES:
+        sizes[SIZES[axis]] = value
+    elif axis == "edits in a batch":
+        edits = value
+    workload = load_workload(args.shape, edits, device=args.device, **sizes)
+    if axis == "words before the prompt":
+        words = (" ".join(CONTEXTS) * 2).split()[:value]
+        before = " ".join([*words, ""])
+        longer = [replace(r, prompt=before + r.prompt) for r in workload.requests]
+        workload = workload._replace(requests=longer)
+    settings = {"edits": edits, "layers": args.layers[:1], "repeats": 1, "textbook_edits": 1}
+    row = run_delta(workload, Namespace(**{**vars(args), **settings}), clock)[0]
+    return replace(row, part="curves", case=f"{axis}: {value}")

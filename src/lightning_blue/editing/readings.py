@@ -1,0 +1,172 @@
+"""What the target search reads from the model at every step, computed with as little as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_blue.editing.contexts import EditPrompts, align
+from lightning_blue.editing.forward import Frozen, Savings, freeze, logits_with
+from lightning_blue.editing.targets import Readings
+from lightning_blue.subjects import Encoded
+
+PASS_PRICE = 128  # tokens whose computation costs as much as one more pass, about
+
+
+class Reads(NamedTuple):
+    """Positions whose logits are wanted, one entry each; ``labels`` are the tokens to say there."""
+
+    rows: Tensor
+    columns: Tensor
+    labels: Tensor
+
+    def select(self, kept_rows: Tensor, n_rows: int) -> Reads:
+        """Keep the positions in some rows, and number these rows anew."""
+        number = torch.full((n_rows,), -1, device=kept_rows.device)
+        number[kept_rows] = torch.arange(len(kept_rows), device=kept_rows.device)
+        kept = number[self.rows] >= 0
+        return Reads(number[self.rows[kept]], self.columns[kept], self.labels[kept])
+
+
+class PromptReader:
+    """Reads targets' probabilities in all rewriting prompts, and what is said of the subjects.
+
+    Two passes a step: one over the rewriting prompts from the lookup on, one over the lookups of
+    the subject prompts. Edits that are done leave both.
+
+    Args:
+        model: a causal language model in eval mode.
+        blocks: its decoder blocks.
+        layer: the target layer.
+        sites: modules whose outputs a delta is added to.
+        inside: whether the sites lie inside the block, so that the block itself must run.
+        prompts: of the n edits.
+        loss_layer: the block whose output is read for the target; None: the last.
+        savings: what the passes leave out.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[nn.Module],
+        layer: int,
+        sites: Sequence[nn.Module],
+        inside: bool,
+        prompts: Sequence[EditPrompts],
+        loss_layer: int | None = None,
+        savings: Savings = Savings(),  # noqa: B008  (frozen)
+    ) -> None:
+        self.model, self.blocks, self.sites = model, blocks, sites
+        self.loss_layer, self.savings = loss_layer, savings
+        self.n_contexts = len(prompts[0].rewriting)
+        start = layer - 1 if inside else layer
+
+        def frozen(rows: list[Encoded]) -> Frozen:
+            aligned = align(rows, model.device)
+            return freeze(model, blocks, start, aligned, sites, savings)
+
+        self.rewriting = frozen([row for prompt in prompts for row in prompt.rewriting])
+        self.subject = frozen([prompt.subject for prompt in prompts])
+        self.reads = _reads(prompts, self.rewriting.rows.column, model.device)
+        outputs = torch.stack(self.rewriting.outputs)
+        self.initial = outputs[:, :: self.n_contexts]  # at the bare prompts, (n_sites, n, d)
+        self._all = (self.rewriting, self.subject, self.reads)
+        self._running = len(prompts)
+
+    def __call__(self, edits: Tensor, delta: Tensor) -> Readings:
+        """Read with delta added.
+
+        Args:
+            edits: indices of the edits that still run, ``(m,)``; only ever fewer of them.
+            delta: what is added to their sites' outputs, ``(n_sites, m, d)``.
+        """
+        if len(edits) < self._running:
+            self._keep(edits)
+        spread = delta.repeat_interleave(self.n_contexts, dim=1)
+        logits = self._logits(
+            self.rewriting, spread, (self.reads.rows, self.reads.columns), self.loss_layer
+        )
+        index = torch.arange(len(edits), device=edits.device)
+        column = torch.full_like(index, self.subject.rows.column)
+        said = self._logits(self.subject, delta, (index, column), None)
+        nll, most_probable = self._judge(logits, len(edits))
+        return Readings(nll, most_probable, F.log_softmax(said, dim=-1))
+
+    def _logits(
+        self,
+        frozen: Frozen,
+        delta: Tensor,
+        reads: tuple[Tensor, Tensor],
+        last: int | None,
+    ) -> Tensor:
+        added = list(zip(self.sites, delta, strict=True))
+        return logits_with(self.model, self.blocks, frozen, added, reads, last, self.savings)
+
+    def _judge(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Average nats over a target's tokens and over contexts, ``(n,)``, and find the hits."""
+        rows, _, labels = self.reads
+        nats = F.cross_entropy(logits, labels, reduction="none")
+        zero = nats.new_zeros(n * self.n_contexts)
+        per_row = zero.index_add(0, rows, nats) / zero.index_add(0, rows, torch.ones_like(nats))
+        missed = zero.index_add(0, rows, (logits.detach().argmax(-1) != labels).to(nats))
+        return (
+            per_row.view(n, self.n_contexts).mean(1),
+            missed.view(n, self.n_contexts).sum(1) == 0,
+        )
+
+    def _keep(self, edits: Tensor) -> None:
+        """Drop the rows of edits that are done."""
+        rewriting, subject, reads = self._all
+        contexts = torch.arange(self.n_contexts, device=edits.device)
+        rows = (edits[:, None] * self.n_contexts + contexts).flatten()
+        self.rewriting, self.subject = rewriting.select(rows), subject.select(edits)
+        self.reads = reads.select(rows, len(rewriting.rows.starts))
+        self._running = len(edits)
+
+
+def _reads(prompts: Sequence[EditPrompts], column: int, device: torch.device) -> Reads:
+    """Return where each target token is predicted: at the position before it."""
+    entries = []
+    rows = ((row, prompt.target) for prompt in prompts for row in prompt.rewriting)
+    for index, (row, target) in enumerate(rows):
+        first = column + len(row.ids) - row.lookup - len(target)
+        entries += [(index, first + i, token) for i, token in enumerate(target)]
+    return Reads(*torch.tensor(entries, device=device).T)
+
+
+def micro_batches(
+    lengths: Sequence[int], rows: Sequence[int], tokens_at_once: int
+) -> list[list[int]]:
+    """Split items into micro-batches of similar length, so that little is padding.
+
+    Args:
+        lengths: tokens of each item's longest prompt.
+        rows: prompts of each item.
+        tokens_at_once: tokens in a micro-batch, padding counted; a larger item stands alone.
+
+    Returns:
+        Indices of the items, by micro-batch; the split whose padded tokens, with the price of a
+        pass for each micro-batch, are fewest.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    cost, begins = [0.0], []  # of the first k items: tokens, and where their last group begins
+    for end in range(1, len(order) + 1):
+        width, height = lengths[order[end - 1]], 0
+        best = (float("inf"), end - 1)
+        for begin in range(end - 1, -1, -1):
+            height += rows[order[begin]]
+            if begin < end - 1 and height * width > tokens_at_once:
+                break
+            best = min(best, (cost[begin] + height * width + PASS_PRICE, begin))
+        cost.append(best[0])
+        begins.append(best[1])
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[begins[end - 1] : end])
+        end = begins[end - 1]
+    return groups[::-1]
