@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from blue_callbacks.closed_form import KeyMemory, Whitening, least_squares, null_space
@@ -84,6 +84,7 @@ class ClosedFormUpdate(Callback):
         self.remembered: dict[int, Tensor] = {}  # layer -> keys of earlier batches, (d_in, n)
         self.original: dict[int, Tensor] = {}  # layer -> unedited weight, kept only to finish
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
+        self.notes: list[str] = []  # what a user should be told of the method's set-up
         self._precise: dict[int, Tensor] = {}  # layer -> float32 version of a half-precision weight
         self._memory: dict[int, KeyMemory] = {}
 
@@ -167,8 +168,7 @@ class ClosedFormUpdate(Callback):
         said = f"layer {layer}: the null space keeps {kept} of {every} key dimensions"
         if not NEARLY_NONE < kept / every < NEARLY_ALL:
             rank_zero_warn(f"{said}; choose another update.threshold, or give update.energy")
-        else:
-            rank_zero_info(said)
+        self.notes.append(said)
         return whitening
 
     def _weight(self, module: EditableModule, layer: int) -> Tensor:

@@ -123,7 +123,8 @@ def fit(args: Sequence[str]) -> None:
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     record = _only(cli.trainer, RunRecord)
     history = _only(cli.trainer, MeasureEdits).history
-    sys.stdout.write(f"\n{score_table(history)}\n\nreport: {record.report}\n")
+    notes = "".join(f"{note}\n" for note in _only(cli.trainer, ClosedFormUpdate).notes)
+    sys.stdout.write(f"\n{score_table(history)}\n\n{notes}report: {record.report}\n")
 
 
 def stats(args: Sequence[str]) -> None:
@@ -149,8 +150,9 @@ def _only(trainer: Trainer, kind: type) -> Any:
 
 def _settings(config: Any) -> dict[str, Any]:
     """Pick what the reader of a report wants to know."""
-    keys = ["model.name_or_path", "data.path", "data.batch_size"]
-    keys += [f"update.{key}" for key in ("plan", "layers", "covariance_weight", "past_keys")]
+    keys = ["model.name_or_path", "model.target.site", "data.path", "data.batch_size"]
+    keys += [f"update.{key}" for key in ("plan", "layers", "solver", "past_keys")]
+    keys += [f"update.{key}" for key in ("covariance_weight", "rect_keep", "finish")]
     names = {"model.name_or_path": "model", "data.path": "data"}
     return {names.get(key, key.rpartition(".")[2]): config[key] for key in keys}
 
