@@ -97,7 +97,7 @@ class ClosedFormUpdate(Callback):
         """Take the covariances from the unedited model, all of them before the first write."""
         prepare = getattr(pl_module, "prepare", None)
         if prepare is not None:
-            prepare(self.layers, self.written_layers)
+            prepare(self.layers, self.written_layers, self.covariance_weight)
         module = cast(EditableModule, pl_module)
         with torch.no_grad():
             for layer in self.written_layers:

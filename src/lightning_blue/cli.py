@@ -132,9 +132,14 @@ def stats(args: Sequence[str]) -> None:
     cli = EditCLI(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
     update = _only(cli.trainer, ClosedFormUpdate)
     module = cli.model.to(cli.trainer.strategy.root_device)
-    module.prepare(update.layers, update.written_layers)
-    path = covariance_file(module.model, module.tokenizer, module.covariance).path
-    sys.stdout.write(f"covariance of layers {update.written_layers}: {path}\n")
+    module.prepare(update.layers, update.written_layers, update.covariance_weight)
+    file = covariance_file(module.model, module.tokenizer, module.covariance)
+    sys.stdout.write(f"covariance of layers {update.written_layers}: {file.path}\n")
+    for layer, changes in file.changes(update.written_layers).items():
+        tokens, share = changes[-1]
+        sys.stdout.write(
+            f"layer {layer}: from half the tokens to {tokens:,}, an update moved by {share:.0%}\n"
+        )
 
 
 def pretrain(args: Sequence[str]) -> None:

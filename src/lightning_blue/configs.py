@@ -1,4 +1,4 @@
-"""Run files: a file names its ``base`` and says only what differs; typos get a suggestion."""
+"""Run files: a file names what it builds on and says only what differs; typos get a suggestion."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ _UNKNOWN_KEYS = (
 def with_bases(args: Sequence[str]) -> list[str]:
     """Put a ``--config`` for each file's bases before it, the farthest base first.
 
+    ``base`` is a file, relative to the one that names it, or a list of them; later ones override
+    earlier ones.
+
     Raises:
         InputError: for a file that is missing or is no YAML mapping, or bases that go in circles.
     """
@@ -41,22 +44,37 @@ def with_bases(args: Sequence[str]) -> list[str]:
 
 
 def _located(path: Path) -> Path:
-    """Return ``conf/NAME`` of the installed package where there is no such file here."""
-    packaged = PACKAGED / path.name
-    if not path.exists() and path.parent.name == PACKAGED.name and packaged.exists():
-        return packaged
-    return path
+    """Return ``conf/...`` of the installed package where there is no such file here."""
+    parts = path.parts
+    if path.exists() or PACKAGED.name not in parts[:-1]:
+        return path
+    last = max(i for i, part in enumerate(parts[:-1]) if part == PACKAGED.name)
+    packaged = PACKAGED.joinpath(*parts[last + 1 :])
+    return packaged if packaged.exists() else path
 
 
 def _chain(path: Path, above: list[Path]) -> list[Path]:
-    """Return a file's bases, the farthest first, and the file itself."""
-    if path in above:
+    """Return a file's bases, each with its own before it, and the file itself."""
+    if path.resolve() in (other.resolve() for other in above):
         circle = " -> ".join(str(p) for p in [*above, path])
         raise InputError(f"run files name each other as base: {circle}", where=str(path))
-    base = _read(path).get("base")
-    if base is None:
-        return [path]
-    return [*_chain(path.parent / str(base), [*above, path]), path]
+    chain: list[Path] = []
+    for base in _bases(path):
+        chain += _chain(_located(path.parent / base), [*above, path])
+    return [*chain, path]
+
+
+def _bases(path: Path) -> list[str]:
+    """Return what a file names as its base or bases, the one that counts least first."""
+    named = _read(path).get("base")
+    bases = named if isinstance(named, list) else [named] if named is not None else []
+    if not all(isinstance(base, str) for base in bases):
+        raise InputError(
+            f"base is {named!r}; it must be a run file or a list of run files",
+            where=str(path),
+            mend="write it as base: FILE, or base: [FILE, FILE]",
+        )
+    return bases
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_blue import scoring
+from lightning_blue import generation, scoring
 from lightning_blue.errors import InputError
 from lightning_blue.metrics import (
     Consistency,
@@ -307,7 +307,7 @@ def _write(
 ) -> list[tuple[int, str]]:
     """Continue all generation prompts; return each whole text with its request."""
     prompts = [(i, p) for i, request in enumerate(requests) for p in request.generation_prompts]
-    continuations = scoring.generate(
+    continuations = generation.generate(
         model,
         tokenizer,
         [prompt for _, prompt in prompts],
@@ -327,7 +327,7 @@ def _continue(
     """Return the model's greedy continuation of each request's prompt."""
     if not tokens:
         return [""] * len(requests)
-    return scoring.generate(
+    return generation.generate(
         model,
         tokenizer,
         [request.text for request in requests],

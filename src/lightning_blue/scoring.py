@@ -1,23 +1,39 @@
-"""What a language model makes of texts: probabilities of targets, perplexity, generation."""
+"""What a language model makes of texts: probabilities of targets, and perplexity."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.batching import (
+    batches,
+    check_prompts,
+    context_length,
+    inference,
+    row_weights,
+)
 from lightning_blue.errors import InputError
+from lightning_blue.generation import generate, prompt_noise
 from lightning_blue.metrics import Perplexity, numbers
+from lightning_blue.prefix_tree import PackedRow, forest_arguments, merge_prefixes, row_width
 from lightning_blue.subjects import encode_targets
+
+__all__ = [
+    "Row",
+    "TargetScore",
+    "context_length",
+    "generate",
+    "perplexity",
+    "prompt_noise",
+    "score_rows",
+    "score_targets",
+]
 
 WINDOW = 512
 
@@ -39,11 +55,6 @@ class Row(NamedTuple):
 
     ids: list[int]
     start: int
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Return how many tokens the model can read at once, where its config says so."""
-    return getattr(model.config, "max_position_embeddings", None)
 
 
 @torch.no_grad()
@@ -78,50 +89,103 @@ def score_targets(
         Row(prompt + target, len(prompt))
         for prompt, target in zip(encoded, encode_targets(tokenizer, targets), strict=True)
     ]
-    _check_lengths(model, prompts, rows)
+    check_prompts(model, prompts, [row.start for row in rows], [len(row.ids) for row in rows])
     return [
         TargetScore(float(nll.mean()), tuple(correct.tolist()))
-        for nll, correct in score_rows(model, rows, tokens_per_batch, progress)
+        for nll, correct in score_rows(model, rows, tokens_per_batch, progress, share_prefixes=True)
     ]
 
 
+@torch.no_grad()
 def score_rows(
-    model: PreTrainedModel, rows: Sequence[Row], tokens_per_batch: int, progress: str | None = None
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    tokens_per_batch: int,
+    progress: str | None = None,
+    *,
+    share_prefixes: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return nats (float32) and top-1 flags of each row's scored tokens, on the CPU, in order."""
+    """Return nats and top-1 flags of each row's scored tokens, on the CPU, in order.
+
+    Nats are in float32, or in the model's precision where that is higher. Of equal rows one is
+    computed; with ``share_prefixes``, of all common beginnings.
+    """
+    sequences = [row.ids[:-1] for row in rows]  # what follows the last token is not read
     scores: dict[int, tuple[Tensor, Tensor]] = {}
     with (
         inference(model),
         tqdm(total=len(rows), desc=progress, disable=progress is None or None, leave=False) as bar,
     ):
-        for batch in batches([len(row.ids) for row in rows], tokens_per_batch):
-            scores.update(zip(batch, _score_batch(model, [rows[i] for i in batch]), strict=True))
-            bar.update(len(batch))
+        width = row_width(model, max(map(len, sequences), default=0)) if share_prefixes else 0
+        packed = merge_prefixes(sequences, width)
+        reads = [
+            len({column for i in row.paths for column in _read_columns(row, rows, i)})
+            for row in packed
+        ]
+        lengths = [len(row.ids) for row in packed]
+        weights = row_weights(model, lengths, reads, tokens_per_batch)
+        for batch in batches(weights, tokens_per_batch):
+            found = _score_batch(model, [packed[index] for index in batch], rows, masked=width > 0)
+            scores.update(found)
+            bar.update(len(found))
     return [scores[index] for index in range(len(rows))]
 
 
-def _score_batch(model: PreTrainedModel, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
-    ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        mask[index, : len(row.ids)] = 1
-    counts = [len(row.ids) - row.start for row in rows]
-    # A token is predicted at the position before it.
-    positions = torch.cat([torch.arange(row.start, len(row.ids)) - 1 for row in rows])
-    row_index = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts))
-    labels = ids[row_index, positions + 1].to(model.device)
-    kept, kept_index = positions.unique(return_inverse=True)  # the head runs on these only
-    logits = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        logits_to_keep=kept.to(model.device),
-        use_cache=False,
-    ).logits
-    chosen = logits[row_index.to(model.device), kept_index.to(model.device)].float()
-    nll = cross_entropy(chosen, labels, reduction="none").cpu()
-    correct = (chosen.argmax(-1) == labels).cpu()
-    return list(zip(nll.split(counts), correct.split(counts), strict=True))
+def _read_columns(packed: PackedRow, rows: Sequence[Row], index: int) -> list[int]:
+    """Return the columns that predict the scored tokens of a row: each stands before its token."""
+    return packed.paths[index][rows[index].start - 1 :]
+
+
+def _score_batch(
+    model: PreTrainedModel, batch: Sequence[PackedRow], rows: Sequence[Row], *, masked: bool
+) -> dict[int, tuple[Tensor, Tensor]]:
+    arguments = forest_arguments(model, batch) if masked else _padded(model, batch)
+    width = arguments["input_ids"].shape[1]
+    members = [(number, index) for number, packed in enumerate(batch) for index in packed.paths]
+    positions = [
+        number * width + column
+        for number, index in members
+        for column in _read_columns(batch[number], rows, index)
+    ]
+    labels = [token for _, index in members for token in rows[index].ids[rows[index].start :]]
+    kept, which = torch.tensor(positions, device=model.device).unique(return_inverse=True)
+    logits = logits_at(model, arguments, kept)
+    target = torch.tensor(labels, device=model.device)
+    nll = -logits.log_softmax(-1)[which, target]
+    correct = logits.argmax(-1)[which] == target
+    counts = [len(rows[index].ids) - rows[index].start for _, index in members]
+    pairs = zip(nll.cpu().split(counts), correct.cpu().split(counts), strict=True)
+    return dict(zip([index for _, index in members], pairs, strict=True))
+
+
+def _padded(model: PreTrainedModel, rows: Sequence[PackedRow]) -> dict[str, Tensor]:
+    width = max(len(row.ids) for row in rows)
+    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
+    mask = torch.arange(width) < torch.tensor([len(row.ids) for row in rows])[:, None]
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+
+
+def logits_at(model: PreTrainedModel, arguments: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """Run a model, and its head on few positions.
+
+    Args:
+        model: a causal language model in eval mode.
+        arguments: of its forward pass; ``input_ids`` is ``(n_rows, n_tokens)``.
+        positions: indices into the flattened tokens; (n,).
+
+    Returns:
+        Logits in float32, or in the model's precision where that is higher; (n, vocabulary).
+    """
+
+    def gather(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1)[positions][None], *args[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(gather)
+    try:
+        logits = model(**arguments, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -181,170 +245,3 @@ def _windows(ids: list[int], start_ids: list[int], length: int) -> list[Row]:
             for begin in range(0, len(ids), step)
         ]
     return [Row(ids[begin : begin + length], 1) for begin in range(0, len(ids) - 1, length - 1)]
-
-
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_length: int = 100,
-    max_new_tokens: int | None = None,
-    top_k: int = 5,
-    seed: int = 0,
-    stop_at_end: bool = False,
-    tokens_per_batch: int = 8192,
-    progress: str | None = None,
-) -> list[str]:
-    """Continue each prompt by sampling among the most probable tokens.
-
-    A prompt's random numbers depend on the prompt and the seed alone: batching, order and device
-    do not matter, texts before and after an edit are comparable, and no global generator is used.
-
-    Args:
-        model: a causal language model on any device, in any dtype.
-        tokenizer: its tokenizer; a pad token is not needed.
-        prompts: n texts.
-        max_length: tokens of a text including its prompt, as in ROME's evaluation.
-        max_new_tokens: where given, the number of new tokens instead of the total.
-        top_k: how many tokens to sample from; 1 is greedy.
-        seed: of the sampling.
-        stop_at_end: cut each text at its first end-of-text token. ROME's evaluation goes on, so
-            that all texts are equally long.
-        tokens_per_batch: tokens generated together, prompts included.
-        progress: the label of a progress bar; none is shown without it.
-
-    Returns:
-        The continuations without their prompts. Both end at the model's context length.
-
-    Raises:
-        InputError: if a prompt is empty or does not fit the model's context.
-    """
-    encoded = tokenizer(list(prompts))["input_ids"] if prompts else []
-    _check_lengths(model, prompts, [Row(ids, len(ids)) for ids in encoded])
-    totals = [_total_length(model, len(ids), max_length, max_new_tokens) for ids in encoded]
-    continued: dict[int, list[int]] = {}
-    with (
-        inference(model),
-        tqdm(
-            total=len(encoded), desc=progress, disable=progress is None or None, leave=False
-        ) as bar,
-    ):
-        for batch in _equally_long(encoded, totals, tokens_per_batch):
-            steps = totals[batch[0]] - len(encoded[batch[0]])
-            uniform = torch.stack([prompt_noise(prompts[i], seed, steps) for i in batch])
-            new = _sample(model, torch.tensor([encoded[i] for i in batch]), uniform, top_k)
-            continued.update(zip(batch, new.tolist(), strict=True))
-            bar.update(len(batch))
-    end = tokenizer.eos_token_id if stop_at_end else None
-    return [_continuation(tokenizer, ids, continued[i], end) for i, ids in enumerate(encoded)]
-
-
-def _total_length(
-    model: PreTrainedModel, prompt: int, max_length: int, max_new_tokens: int | None
-) -> int:
-    """Return how many tokens a text may have, given the number of its prompt's tokens."""
-    total = max_length if max_new_tokens is None else prompt + max_new_tokens
-    return max(prompt, min(total, context_length(model) or total))
-
-
-def _equally_long(
-    encoded: Sequence[list[int]], totals: Sequence[int], tokens_per_batch: int
-) -> Iterator[list[int]]:
-    """Group the indices of prompts of one length.
-
-    They need no padding, so that a batch gives what each prompt alone gives.
-    """
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    for _, group in groupby(order, key=lambda index: len(encoded[index])):
-        members = list(group)
-        for batch in batches([totals[index] for index in members], tokens_per_batch):
-            yield [members[position] for position in batch]
-
-
-def prompt_noise(prompt: str, seed: int, steps: int) -> Tensor:
-    """Return the uniform numbers from [0, 1) that a prompt's sampling uses; (steps,)."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{prompt}".encode()))
-    return torch.rand(steps, generator=generator)
-
-
-def _sample(model: PreTrainedModel, ids: Tensor, uniform: Tensor, top_k: int) -> Tensor:
-    """Extend equally long prompts (n, t) by one token for each column of ``uniform`` (n, steps)."""
-    tokens = ids.to(model.device)
-    new, cache = [tokens[:, :0]], None
-    for draw in uniform.to(model.device).T:
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens, cache = next_token(output.logits[:, -1], draw, top_k), output.past_key_values
-        new.append(tokens)
-    return torch.cat(new, 1)
-
-
-def next_token(logits: Tensor, uniform: Tensor, top_k: int) -> Tensor:
-    """Sample from the ``top_k`` most probable tokens by inverting their distribution function.
-
-    Args:
-        logits: (n, vocabulary)
-        uniform: one number from [0, 1) per row; (n,)
-        top_k: number of candidates; 1 is greedy.
-
-    Returns:
-        Token ids; (n, 1).
-    """
-    values, candidates = logits.float().topk(min(top_k, logits.shape[-1]))
-    reached = values.softmax(-1).cumsum(-1) < uniform[:, None]
-    return candidates.gather(1, reached[:, :-1].sum(1, keepdim=True))
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], new: list[int], end: int | None
-) -> str:
-    """Decode new tokens in the place where they stand, which keeps their leading space."""
-    if end in new:
-        new = new[: new.index(end)]
-    texts = (
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for ids in (prompt, prompt + new)
-    )
-    before, whole = texts
-    return str(whole)[len(before) :]
-
-
-def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Group the indices of sequences so that a padded group stays within ``tokens_per_batch``.
-
-    Longest first: memory that does not suffice shows at once. A longer sequence stands alone.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-@contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Switch dropout off, and restore the model's mode afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _check_lengths(model: PreTrainedModel, prompts: Sequence[str], rows: Sequence[Row]) -> None:
-    limit = context_length(model)
-    for prompt, row in zip(prompts, rows, strict=True):
-        if row.start == 0:
-            raise InputError("a prompt is empty", mend="give every prompt some text")
-        if limit is not None and len(row.ids) > limit:
-            raise InputError(
-                f"a prompt takes {len(row.ids)} tokens, its target included; "
-                f"the model's context holds {limit}",
-                where=repr(prompt[:80]),
-                mend="shorten the prompt, or leave it out",
-            )

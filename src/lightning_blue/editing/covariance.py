@@ -2,7 +2,8 @@
 
 K0 K0^T of Eq. 4 is estimated as the mean of k k^T over tokens. Ten tokens for each key dimension
 are enough ("Efficient Knowledge Editing via Minimal Precomputation"); the paper's 100,000 documents
-remain a setting.
+remain a setting. Texts follow each other in the rows without padding and without a border, as in
+the model's own training: a token sees the end of the text before its own.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,16 +26,21 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.batching import context_length, inference
 from lightning_blue.corpus import corpus_fingerprint, corpus_texts
 from lightning_blue.editing.architectures import weight_view
+from lightning_blue.editing.convergence import Change, UpdateChange
 from lightning_blue.editing.forward import read_states
 from lightning_blue.errors import InputError
-from lightning_blue.scoring import context_length
 from lightning_blue.storage import whole_file, writing
 
 log = logging.getLogger(__name__)
 
 _SAMPLED_VALUES = 4096  # of each weight, for the fingerprint of a model
+_BLOCKS = 4  # of columns, in which the upper triangle of a product is formed
+_PROBE_SEQUENCES = 2
+_PROBE_KEYS = 128
+_CHANGE = "layer{}.change"  # in a file's metadata
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,8 @@ class CovarianceSource:
         batch_tokens: tokens in a forward pass.
         cache: folder of the cached files.
         path: one given file instead of the cache; refused if it was made from anything else.
+        report_change: whether to hold out a little text, and to keep with the file by what share
+            the update on its keys moves each time that the tokens double.
     """
 
     corpus: str = "almanac"
@@ -56,6 +67,7 @@ class CovarianceSource:
     batch_tokens: int = 8192
     cache: str = "stats"
     path: str | None = None
+    report_change: bool = True
 
 
 def collect_covariance(
@@ -64,6 +76,7 @@ def collect_covariance(
     sequences: Iterable[Sequence[int]],
     n_tokens: int,
     batch_tokens: int = 8192,
+    on_doubling: Callable[[int, Mapping[int, Tensor]], None] | None = None,
 ) -> tuple[dict[int, Tensor], int]:
     """Average k k^T over the tokens of packed sequences, for all layers in one pass.
 
@@ -71,30 +84,59 @@ def collect_covariance(
     layer that is wanted.
 
     Args:
-        model: a causal language model in eval mode.
+        model: a causal language model.
         projections: layer -> the down projection whose input is the key.
         sequences: token ids, all of one length but the last.
         n_tokens: how many tokens to use.
         batch_tokens: tokens in a forward pass.
+        on_doubling: called with the tokens so far and the covariances from them, after about a
+            quarter, a half and all of the tokens.
 
     Returns:
         layer -> ``(d_in, d_in)`` float32, and the number of tokens that were there.
     """
-    modules = {str(layer): module for layer, module in projections.items()}
     sums: dict[int, Tensor] = {}
-    seen = 0
-    batches = _batches(sequences, n_tokens, batch_tokens)
-    with tqdm(total=n_tokens, desc="covariance", unit="token", leave=False, disable=None) as bar:
-        for batch in batches:
-            input_ids = torch.tensor(batch, device=model.device)
-            states = read_states(model, input_ids, inputs_of=modules)
+    seen, marks = 0, [n_tokens // 4, n_tokens // 2, n_tokens] if on_doubling else []
+    with (
+        inference(model),
+        tqdm(total=n_tokens, desc="covariance", unit="token", leave=False, disable=None) as bar,
+    ):
+        for batch in _batches(sequences, n_tokens, batch_tokens):
+            keys = read_keys(model, projections, batch)
+            count = sum(map(len, batch))
             for layer in projections:
-                keys = states[str(layer)].flatten(0, 1).float()  # (n_tokens, d_in)
-                product = (keys.T @ keys).double()
-                sums[layer] = sums[layer] + product if layer in sums else product
-            seen += input_ids.numel()
-            bar.update(input_ids.numel())
-    return {layer: (total / seen).float() for layer, total in sums.items()}, seen
+                _add_product(sums, layer, keys.pop(layer))
+            seen += count
+            bar.update(count)
+            if on_doubling and marks and seen >= marks[0]:
+                marks = [mark for mark in marks if mark > seen]
+                on_doubling(seen, _means(sums, seen))
+    return _means(sums, seen), seen
+
+
+def read_keys(
+    model: PreTrainedModel, projections: Mapping[int, nn.Module], batch: Sequence[Sequence[int]]
+) -> dict[int, Tensor]:
+    """Return layer -> keys of all tokens of equally long sequences, ``(n_tokens, d_in)``."""
+    modules = {str(layer): module for layer, module in projections.items()}
+    states = read_states(model, torch.tensor(batch, device=model.device), inputs_of=modules)
+    return {layer: states[str(layer)].flatten(0, 1).float() for layer in projections}
+
+
+def _add_product(sums: dict[int, Tensor], layer: int, keys: Tensor) -> None:
+    """Add K^T K of keys (n_tokens, d_in); it is symmetric, so that its upper triangle is enough."""
+    d_in = keys.shape[1]
+    total = sums.setdefault(layer, keys.new_zeros(d_in, d_in, dtype=torch.float64))
+    edges = [d_in * block // _BLOCKS for block in range(_BLOCKS + 1)]
+    with torch.autocast(keys.device.type, enabled=False):
+        for first, last in pairwise(edges):
+            total[first:last, first:] += keys[:, first:last].T @ keys[:, first:]
+
+
+def _means(sums: Mapping[int, Tensor], seen: int) -> dict[int, Tensor]:
+    """Divide, and mirror the upper triangles; layer -> ``(d_in, d_in)`` float32."""
+    upper = {layer: (total / seen).float() for layer, total in sums.items()}
+    return {layer: mean.triu() + mean.triu(1).T for layer, mean in upper.items()}
 
 
 def _batches(
@@ -152,13 +194,31 @@ class CovarianceFile:
         Raises:
             InputError: if the file was computed from something else, or is no such file.
         """
+        with self._opened() as file:
+            names = set(file.keys()) if file else set()
+            return {n: file.get_tensor(f"layer{n}") for n in layers if f"layer{n}" in names}
+
+    def changes(self, layers: Sequence[int]) -> dict[int, list[Change]]:
+        """Return how far the update still moved, for those of the layers of which it is known.
+
+        Raises:
+            InputError: as `read` does.
+        """
+        with self._opened() as file:
+            notes = (file.metadata() or {}) if file else {}
+        found = {layer: json.loads(notes.get(_CHANGE.format(layer), "[]")) for layer in layers}
+        return {layer: [Change(*c) for c in changes] for layer, changes in found.items() if changes}
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """Open and verify the file; None if there is none."""
         if not self.path.exists():
-            return {}
+            yield None
+            return
         try:
             with safe_open(self.path, framework="pt") as file:
                 self._verify(file.metadata() or {})
-                names = set(file.keys())
-                return {n: file.get_tensor(f"layer{n}") for n in layers if f"layer{n}" in names}
+                yield file
         except InputError:
             raise
         except Exception as error:
@@ -179,15 +239,24 @@ class CovarianceFile:
                     "covariance.path empty to have it computed",
                 )
 
-    def write(self, covariances: Mapping[int, Tensor]) -> None:
+    def write(
+        self,
+        covariances: Mapping[int, Tensor],
+        changes: Mapping[int, Sequence[Change]] = MappingProxyType({}),
+    ) -> None:
         """Write the file atomically.
+
+        Args:
+            covariances: layer -> ``(d_in, d_in)``.
+            changes: layer -> how far the update moved as the tokens doubled.
 
         Raises:
             InputError: if the disk is full or the folder cannot be written.
         """
         tensors = {f"layer{layer}": c.cpu().contiguous() for layer, c in covariances.items()}
+        notes = {_CHANGE.format(layer): json.dumps(change) for layer, change in changes.items()}
         with writing(self.path), whole_file(self.path) as partial:
-            save_file(tensors, partial, metadata=self.identity)
+            save_file(tensors, partial, metadata={**self.identity, **notes})
 
 
 def covariance_file(
@@ -209,8 +278,16 @@ def load_or_collect(
     tokenizer: PreTrainedTokenizerBase,
     projections: Mapping[int, nn.Module],
     source: CovarianceSource,
+    weight: float = 15_000,
 ) -> dict[int, Tensor]:
     """Return layer -> covariance ``(d_in, d_in)``, computing what no file holds.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        projections: layer -> the down projection whose input is the key.
+        source: the text, and the file.
+        weight: lambda of Eq. 5, for the reported change of the update; the paper's by default.
 
     Raises:
         InputError: if a given file belongs to something else, or the corpus is too short.
@@ -225,22 +302,55 @@ def load_or_collect(
             mend="leave covariance.path empty to have them computed",
         )
     if missing:
-        d_in = weight_view(next(iter(missing.values()))).shape[1]
-        wanted = round(source.tokens_per_dim * d_in)
-        texts = corpus_texts(source.corpus, source.split)
-        sequences = pack(tokenizer, texts, _sequence_length(model, source))
-        new, seen = collect_covariance(model, missing, sequences, wanted, source.batch_tokens)
-        if seen < wanted:
-            raise InputError(
-                f"the corpus holds {seen:,} tokens; {wanted:,} are wanted "
-                f"({source.tokens_per_dim:g} for each of {d_in:,} key dimensions)",
-                where=source.corpus,
-                mend="give a longer text, or lower --covariance.tokens_per_dim",
-            )
+        new, change = _collect(model, tokenizer, missing, source, weight)
         found |= new
-        file.write({**file.read(range(model.config.num_hidden_layers)), **new})
-        log.info("covariance of layers %s from %d tokens: %s", list(new), seen, file.path)
+        every = range(model.config.num_hidden_layers)
+        file.write({**file.read(every), **new}, {**file.changes(every), **change})
+        log.info("covariance of layers %s: %s", list(new), file.path)
     return {layer: found[layer] for layer in projections}
+
+
+def _collect(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    projections: Mapping[int, nn.Module],
+    source: CovarianceSource,
+    weight: float,
+) -> tuple[dict[int, Tensor], dict[int, list[Change]]]:
+    """Collect covariances, and how far the update still moved as the tokens doubled."""
+    d_in = weight_view(next(iter(projections.values()))).shape[1]
+    wanted = round(source.tokens_per_dim * d_in)
+    length = _sequence_length(model, source)
+    sequences = pack(tokenizer, corpus_texts(source.corpus, source.split), length)
+    batch_tokens, change = source.batch_tokens, None
+    if source.report_change:
+        probe = list(islice(sequences, _PROBE_SEQUENCES))
+        change = UpdateChange(_probe_keys(model, projections, probe), weight)
+        batch_tokens = min(batch_tokens, max(length, wanted // 8))  # to find the half of few tokens
+    new, seen = collect_covariance(model, projections, sequences, wanted, batch_tokens, change)
+    if seen < wanted:
+        raise InputError(
+            f"the corpus holds {seen:,} tokens; {wanted:,} are wanted "
+            f"({source.tokens_per_dim:g} for each of {d_in:,} key dimensions)",
+            where=source.corpus,
+            mend="give a longer text, or lower --covariance.tokens_per_dim",
+        )
+    if change is None:
+        return new, {}
+    for layer, changes in change.changes.items():
+        said = ", ".join(f"{share:.1%} up to {tokens:,}" for tokens, share in changes)
+        log.info("layer %d: as the tokens doubled, the update moved by %s", layer, said)
+    return new, change.changes
+
+
+def _probe_keys(
+    model: PreTrainedModel, projections: Mapping[int, nn.Module], probe: Sequence[Sequence[int]]
+) -> dict[int, Tensor]:
+    """Return keys of tokens that are spread evenly over the held-out text, ``(d_in, n)``."""
+    whole = [sequence for sequence in probe if len(sequence) == len(probe[0])]
+    with inference(model):
+        keys = read_keys(model, projections, whole)
+    return {layer: rows[:: max(1, len(rows) // _PROBE_KEYS)].T for layer, rows in keys.items()}
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -183,15 +183,15 @@ def freeze(
             hook = module.register_forward_hook(lambda _m, _a, out, i=index: keep(i, out))
             stack.callback(hook.remove)
         with torch.no_grad():
-            cache = DynamicCache()
-            model.base_model(**rows.arguments(0), past_key_values=cache, use_cache=True)
+            cache = DynamicCache() if first else None
+            model.base_model(**rows.arguments(0), past_key_values=cache, use_cache=bool(first))
     kept = [
         tuple(t[:, :, :first].clone() for t in (cast(Tensor, c.keys), cast(Tensor, c.values)))
-        for c in cast("list[CacheLayerMixin]", cache.layers)
+        for c in cast("list[CacheLayerMixin]", cache.layers if cache is not None else [])
     ]
     hidden = outputs[len(watched)][:, first:].clone() if start >= 0 else None
     watched_now = [precise(outputs[i][:, rows.column]) for i in range(len(watched))]
-    return Frozen(rows, first, start, hidden, kept if first else [], watched_now, tuples[0])
+    return Frozen(rows, first, start, hidden, kept, watched_now, tuples[0])
 
 
 def logits_with(
@@ -258,11 +258,14 @@ def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterat
         result = hidden_states if output is None else output
         return (result,) if as_tuple else result
 
+    own = vars(block).get("forward")  # accelerate puts one there
     block.forward = stand_in
     try:
         yield
     finally:
         del block.forward
+        if own is not None:
+            block.forward = own
 
 
 @contextmanager

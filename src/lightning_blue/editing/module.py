@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks import EditStepOptimizer, NonFiniteError, apply_edit_batch
+from lightning_blue.batching import context_length
 from lightning_blue.editing.architectures import (
     Architecture,
     blocks,
@@ -37,9 +38,9 @@ from lightning_blue.editing.forward import Savings, precise, read_states
 from lightning_blue.editing.readings import PromptReader, micro_batches
 from lightning_blue.editing.targets import Targets, TargetSearch, search_targets
 from lightning_blue.errors import InputError
+from lightning_blue.generation import generate
 from lightning_blue.loading import load_language_model
 from lightning_blue.requests import EditRequest
-from lightning_blue.scoring import context_length, generate
 
 MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -200,12 +201,15 @@ class EditModule(LightningModule):
             self._templates = context_templates(prefixes)
         return self._templates
 
-    def prepare(self, critical: Sequence[int], written: Sequence[int]) -> None:
+    def prepare(
+        self, critical: Sequence[int], written: Sequence[int], weight: float = 15_000.0
+    ) -> None:
         """Load or collect what must come from the unedited model: contexts and covariances.
 
         Args:
             critical: all critical layers of the method, to be checked against the model.
             written: the layers whose covariance is needed.
+            weight: of the covariance in the update, for the report on whether its text was enough.
 
         Raises:
             InputError: if the model has no such layer, or a covariance file is another model's.
@@ -217,7 +221,7 @@ class EditModule(LightningModule):
         if missing:
             projections = {layer: self._projection(layer) for layer in missing}
             self._covariances |= load_or_collect(
-                self.model, self.tokenizer, projections, self.covariance
+                self.model, self.tokenizer, projections, self.covariance, weight
             )
         self.preparation_seconds = time.perf_counter() - started
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_blue.editing.contexts import EditPrompts, align
-from lightning_blue.editing.forward import Frozen, Savings, freeze, logits_with
+from lightning_blue.editing.forward import PLAIN, Frozen, Savings, freeze, logits_with
 from lightning_blue.editing.targets import Readings
 from lightning_blue.subjects import Encoded
 
@@ -87,15 +88,19 @@ class PromptReader:
         """
         if len(edits) < self._running:
             self._keep(edits)
+        logits, said = self.logits(delta)
+        nll, most_probable = self._judge(logits, len(edits))
+        return Readings(nll, most_probable, F.log_softmax(said, dim=-1))
+
+    def logits(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits where the targets' tokens are said and behind the subject prompts."""
         spread = delta.repeat_interleave(self.n_contexts, dim=1)
         logits = self._logits(
             self.rewriting, spread, (self.reads.rows, self.reads.columns), self.loss_layer
         )
-        index = torch.arange(len(edits), device=edits.device)
+        index = torch.arange(delta.shape[1], device=delta.device)
         column = torch.full_like(index, self.subject.rows.column)
-        said = self._logits(self.subject, delta, (index, column), None)
-        nll, most_probable = self._judge(logits, len(edits))
-        return Readings(nll, most_probable, F.log_softmax(said, dim=-1))
+        return logits, self._logits(self.subject, delta, (index, column), None)
 
     def _logits(
         self,
@@ -127,6 +132,37 @@ class PromptReader:
         self.rewriting, self.subject = rewriting.select(rows), subject.select(edits)
         self.reads = reads.select(rows, len(rewriting.rows.starts))
         self._running = len(edits)
+
+
+@torch.no_grad()
+def usable_savings(reader: Callable[[Savings], PromptReader], tolerance: float = 1e-3) -> Savings:
+    """Return all savings if they leave a model's logits as they are, and warn and return none else.
+
+    A block may depend on more than its attention's keys and values, on how many columns there are
+    for one.
+
+    Args:
+        reader: makes a reader of a few edits with the savings it is given.
+        tolerance: how much logits may differ, the norm of the difference over the norm.
+    """
+
+    def unedited(savings: Savings) -> Tensor:
+        one = reader(savings)
+        return torch.cat(one.logits(torch.zeros_like(one.initial)))
+
+    plain = unedited(PLAIN)
+    try:
+        change = float((unedited(Savings()) - plain).norm() / plain.norm())
+        reason = f"would change its logits by {change:.1%}"
+    except Exception as error:  # whatever a foreign block says to being run in part
+        change, reason = float("inf"), f"fails ({type(error).__name__}: {error})"
+    if change <= tolerance or not bool(plain.isfinite().all()):
+        return Savings()
+    rank_zero_warn(
+        f"running only parts of this model {reason}; the target search runs all of it over whole "
+        "prompts instead, which takes several times as long"
+    )
+    return PLAIN
 
 
 def _reads(prompts: Sequence[EditPrompts], column: int, device: torch.device) -> Reads:

@@ -1,0 +1,74 @@
+"""How far an estimate of the covariance still moves the update, so that enough text is enough.
+
+With twice the tokens the estimate's variance halves. Between n / 2 and n tokens the update moves
+about as far as it still is, at n, from the update under unlimited text: what the last doubling
+changed says what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Change(NamedTuple):
+    """By what share the update moved when the tokens grew to ``tokens`` from about half."""
+
+    tokens: int
+    share: float
+
+
+def solved_keys(covariance: Tensor, keys: Tensor, weight: float) -> Tensor:
+    """Return (weight C + K K^T)^-1 K, whose transpose Eq. 5 multiplies by the residuals.
+
+    Args:
+        covariance: C; (d_in, d_in).
+        keys: K; (d_in, n).
+        weight: lambda of Eq. 5.
+
+    Returns:
+        ``(d_in, n)`` in float64; not a number where so few tokens leave C singular.
+    """
+    keys = keys.double()
+    factor, failed = torch.linalg.cholesky_ex(weight * covariance.double())
+    if failed:
+        return torch.full_like(keys, torch.nan)
+    whitened = torch.cholesky_solve(keys, factor)
+    inner = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ whitened
+    return torch.linalg.solve(inner, whitened, left=False)
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """Return ||after - before|| / ||after||, infinite where ``before`` is not a number.
+
+    For `solved_keys` this is the expected change of the update under residuals of any direction.
+    """
+    change = float((after - before).norm() / after.norm())
+    return change if change == change else float("inf")
+
+
+class UpdateChange:
+    """The change of the update on probe keys, each time the tokens have doubled.
+
+    Args:
+        keys: layer -> keys that the covariance is not computed from; (d_in, n).
+        weight: lambda of Eq. 5.
+    """
+
+    def __init__(self, keys: Mapping[int, Tensor], weight: float) -> None:
+        self.keys = keys
+        self.weight = weight
+        self.changes: dict[int, list[Change]] = {layer: [] for layer in keys}
+        self._solved: dict[int, Tensor] = {}
+
+    def __call__(self, tokens: int, covariances: Mapping[int, Tensor]) -> None:
+        """Compare the update under these covariances with the one before."""
+        for layer, covariance in covariances.items():
+            solved = solved_keys(covariance, self.keys[layer], self.weight)
+            if layer in self._solved:
+                share = relative_change(self._solved[layer], solved)
+                self.changes[layer].append(Change(tokens, share))
+            self._solved[layer] = solved
