@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +26,49 @@ from conftest import ROOT, byte_level_tokenizer
 from lightning_blue.__main__ import main
 
 CONF = ROOT / "conf"
-PAPER = sorted(path.name for path in CONF.glob("*_memit*.yaml"))
+ROWS = CONF / "methods"
 
-# Critical layers, v learning rate, gradient steps and lambda of the paper's Table of settings.
-PUBLISHED = {
-    "gpt2xl": ([13, 14, 15, 16, 17], 0.5, 20, 20_000),
-    "gptj": ([3, 4, 5, 6, 7, 8], 0.5, 25, 15_000),
-    "llama3": ([4, 5, 6, 7, 8], 0.1, 25, 15_000),
+# Of each model: critical layers, learning rate and steps of the target search, lambda (the paper's
+# table of settings), and AlphaEdit's ridge with BLUE.
+MODELS = {
+    "gpt2xl": ("openai-community/gpt2-xl", [13, 14, 15, 16, 17], 0.5, 20, 20_000, 80),
+    "gptj": ("EleutherAI/gpt-j-6b", [3, 4, 5, 6, 7, 8], 0.5, 25, 15_000, 95),
+    "llama3": ("meta-llama/Meta-Llama-3-8B", [4, 5, 6, 7, 8], 0.1, 25, 15_000, 1),
 }
+
+# Of each method: what makes it, beside what all of them share.
+SHARED = {
+    "update.plan": "even",  # classic; BLUE's is boundary
+    "update.solver": "least_squares",
+    "update.past_keys": True,
+    "update.threshold": 0.02,
+    "update.energy": None,
+    "update.ridge": 10,
+    "update.rect_keep": None,
+    "update.finish": None,
+    "model.target.site": "block",
+    "model.target.early_stop": None,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "memit": {},
+    "rect": {"update.rect_keep": 0.4, "update.past_keys": False},
+    "prune": {"update.finish": "prune", "update.past_keys": False},
+    "alphaedit": {"update.solver": "null_space", "update.threshold": 0.02, "update.ridge": 10},
+    "pmet": {
+        "update.plan": "square_root",
+        "model.target.site": "attention_and_ffn",
+        "model.target.early_stop": "pmet",
+    },
+}
+PAPER = ("memit", "rect", "prune", "alphaedit", "pmet")  # with run files for every model
+
+RUNS = {
+    f"{model}_{method}{ending}.yaml": (model, method, ending == "_blue")
+    for model in MODELS
+    for method in PAPER
+    for ending in ("", "_blue")
+}
+OTHERS = {"quickstart.yaml", "pretrain_almanac.yaml", "pretrain_counterfact.yaml"}
 
 FACTS = [
     {
@@ -47,6 +86,90 @@ FACTS = [
         "target_true": "Beirut",
     },
 ]
+
+
+def expected(model: str, method: str, blue: bool) -> dict[str, Any]:
+    """The row of the tables above, by key of the configuration."""
+    name, layers, learning_rate, steps, covariance_weight, ridge = MODELS[model]
+    row = SHARED | METHODS[method]
+    if blue:
+        row |= {"update.plan": "boundary"} | (
+            {"update.ridge": ridge} if method == "alphaedit" else {}
+        )
+    return row | {
+        "model.name_or_path": name,
+        "model.target.learning_rate": learning_rate,
+        "model.target.steps": steps,
+        "model.target.clamp": 0.75,
+        "model.target.kl_weight": 0.0625,
+        "model.target.weight_decay": 0.5,
+        "data.edits": 2000,
+        "data.batch_size": 100,
+        "update.layers": layers,
+        "update.covariance_weight": covariance_weight,
+        "run.name": f"{model}_{method}_{row['update.plan']}",
+    }
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict)
+        leaves |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return leaves
+
+
+@cache
+def resolved(*args: str) -> dict[str, Any]:
+    """What the parser makes of run files and flags; nothing is loaded."""
+    printed = io.StringIO()
+    files = [f"--config={CONF / a}" if a.endswith(".yaml") else a for a in args]
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        main(["fit", *files, "--print_config"])
+    assert stopped.value.code == 0
+    return flat(yaml.safe_load(printed.getvalue()))
+
+
+def test_every_run_file_is_in_the_tables():
+    rows = {f"methods/{method}.yaml" for method in METHODS}
+    there = {str(path.relative_to(CONF)) for path in CONF.glob("**/*.yaml")}
+    assert there == {*RUNS, *OTHERS, *rows}
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_resolves_to_its_row(file):
+    config, row = resolved(file), expected(*RUNS[file])
+    assert {key: config[key] for key in row} == row
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_differs_from_the_llama3_file_in_its_row_only(file):
+    config, first = resolved(file), resolved("llama3_memit_blue.yaml")
+    assert {key for key in config if config[key] != first[key]} <= set(expected(*RUNS[file]))
+
+
+@pytest.mark.parametrize("file", sorted(set(RUNS) - {"llama3_memit_blue.yaml"}))
+def test_says_only_what_differs_from_its_bases(file):
+    own = yaml.safe_load((CONF / file).read_text())
+    bases = own.pop("base")
+    before = resolved(*([bases] if isinstance(bases, str) else bases))
+    copied = [key for key, value in flat(own).items() if before[key] == value]
+    assert not copied, f"{copied} are what {bases} say already"
+
+
+@pytest.mark.parametrize(
+    ("method", "plan"),
+    [(method, "boundary") for method in METHODS]
+    + [("rect", plan) for plan in ("even", "square_root", "computed", "first", "last")],
+)
+def test_one_flag_switches_the_quick_start(method, plan):
+    before = resolved("quickstart.yaml")
+    after = resolved("quickstart.yaml", f"methods/{method}.yaml", f"--update.plan={plan}")
+    row = flat(yaml.safe_load((ROWS / f"{method}.yaml").read_text())) | {"update.plan": plan}
+    assert after == before | row
+    wanted = SHARED | METHODS[method] | {"update.plan": plan}
+    assert {key: after[key] for key in wanted} == wanted
 
 
 def random_model(name: str) -> PreTrainedModel:
@@ -70,7 +193,7 @@ def small_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small_run")
     (folder / "facts.json").write_text(json.dumps(FACTS))
     (folder / "text.txt").write_text("The river runs through the town of Basel. " * 40)
-    for name in PUBLISHED:
+    for name in MODELS:
         random_model(name).save_pretrained(folder / name)
         byte_level_tokenizer(bos=name == "llama3").save_pretrained(folder / name)
     return folder
@@ -87,40 +210,35 @@ def flags(folder: Path, name: str) -> list[str]:
         "--data.edits=2",
         "--data.controls=0",
         "--measure.text=null",
+        "--measure.generate=false",
         f"--run.root={folder / 'runs'}",
         "--run.wandb=off",
         "--trainer.accelerator=cpu",
     ]
 
 
-@pytest.mark.parametrize("file", PAPER)
-def test_runs_one_batch_with_the_published_settings(file, small_run, capsys):
-    name = file.partition("_")[0]
-    assert main(["fit", f"--config={CONF / file}", *flags(small_run, name)]) == 0
+@pytest.mark.parametrize(
+    "file", [f for f, (m, k, _) in RUNS.items() if m == "llama3" or k == "memit"]
+)
+def test_edits_one_batch(file, small_run, capsys):
+    model, method, blue = RUNS[file]
+    changed = {"model.name_or_path", "data.edits"}
+    args = flags(small_run, model)
+    if method == "alphaedit":  # so small a model has no eigenvalue below the threshold
+        args.append("--update.energy=0.05")
+        changed.add("update.energy")
+    assert main(["fit", f"--config={CONF / file}", *args]) == 0
     report = Path(capsys.readouterr().out.rpartition("report: ")[2].strip())
-    config = yaml.safe_load((report.parent / "config.yaml").read_text())
-    layers, learning_rate, steps, weight = PUBLISHED[name]
-    assert config["update"]["layers"] == layers
-    assert config["update"]["covariance_weight"] == weight
-    assert config["update"]["past_keys"] is True
-    assert config["update"]["plan"] == ("boundary" if file.endswith("_blue.yaml") else "even")
-    target = config["model"]["target"]
-    assert (target["learning_rate"], target["steps"]) == (learning_rate, steps)
-    assert (target["clamp"], target["kl_weight"], target["weight_decay"]) == (0.75, 0.0625, 0.5)
-    assert config["run"]["name"] == f"{name}_memit_{config['update']['plan']}"
+    config = flat(yaml.safe_load((report.parent / "config.yaml").read_text()))
+    row = {k: v for k, v in expected(model, method, blue).items() if k not in changed}
+    assert {key: config[key] for key in row} == row
     summary = json.loads((report.parent / "summary.json").read_text())
     assert (summary["edits/applied"], summary["edits/requested"]) == (2, 2)
     edits = [json.loads(line) for line in (report.parent / "edits.jsonl").read_text().splitlines()]
     assert all(e["after"]["nll_new"] != e["before"]["nll_new"] for e in edits)
     found = [losses["loss"] for e in edits for losses in e["target_optimization"].values()]
-    assert len(found) == 2 * (2 if file.endswith("_blue.yaml") else 1)
+    assert len(found) == 2 * (2 if blue else 1)
     assert max(found) < max(e["before"]["nll_new"] for e in edits)
-
-
-def test_every_run_file_is_tested():
-    assert len(PAPER) == 2 * len(PUBLISHED)
-    others = {"quickstart.yaml", "pretrain_almanac.yaml", "pretrain_counterfact.yaml"}
-    assert {path.name for path in CONF.glob("**/*.yaml")} == {*PAPER, *others}
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ class _CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let a run file name the file that it differs from."""
-        parser.add_argument("--base", type=str | None, help="run file that this one differs from")
+        parser.add_argument(
+            "--base", type=str | list[str] | None, help="run files that this one differs from"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; name the nearest key where one does not exist."""
@@ -110,8 +112,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
         mend = "\n  mend:  run `wandb login`, or choose --run.wandb=offline"
         return _complain(f"W&B cannot be used: {error}{mend}", 2)
     except SingularCovarianceError as error:
-        mend = "\n  mend:  raise --model.covariance.tokens_per_dim"
-        return _complain(f"{error}{mend}", 2)
+        return _complain(str(error), 2)
     except NonFiniteError as error:
         return _complain(str(error), 1)
     return 0

@@ -135,28 +135,27 @@ class PromptReader:
 
 
 @torch.no_grad()
-def usable_savings(reader: Callable[[Savings], PromptReader], tolerance: float = 1e-3) -> Savings:
-    """Return all savings if they leave a model's logits as they are, and warn and return none else.
+def usable_savings(reader: Callable[[Savings], PromptReader]) -> Savings:
+    """Return all savings if they leave a model's logits as they are; if not, warn and return none.
 
-    A block may depend on more than its attention's keys and values, on how many columns there are
+    A block may depend on more than its attention's keys and values: on how many columns there are,
     for one.
 
     Args:
         reader: makes a reader of a few edits with the savings it is given.
-        tolerance: how much logits may differ, the norm of the difference over the norm.
     """
 
-    def unedited(savings: Savings) -> Tensor:
-        one = reader(savings)
+    def unedited(one: PromptReader) -> Tensor:
         return torch.cat(one.logits(torch.zeros_like(one.initial)))
 
-    plain = unedited(PLAIN)
+    whole = reader(PLAIN)
+    plain, rounding = unedited(whole), 10 * torch.finfo(whole.model.dtype).eps
     try:
-        change = float((unedited(Savings()) - plain).norm() / plain.norm())
+        change = float((unedited(reader(Savings())) - plain).norm() / plain.norm())
         reason = f"would change its logits by {change:.1%}"
     except Exception as error:  # whatever a foreign block says to being run in part
         change, reason = float("inf"), f"fails ({type(error).__name__}: {error})"
-    if change <= tolerance or not bool(plain.isfinite().all()):
+    if change <= max(1e-3, rounding) or not bool(plain.isfinite().all()):
         return Savings()
     rank_zero_warn(
         f"running only parts of this model {reason}; the target search runs all of it over whole "
