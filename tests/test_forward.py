@@ -64,6 +64,7 @@ def aligned(ids: torch.Tensor) -> AlignedRows:
     return AlignedRows(rows, torch.tensor([0, 2, 3]), 4)
 
 
+DELTA = torch.linspace(-1, 1, 32)  # no constant: a LayerNorm would remove that
 READS = (torch.tensor([0, 0, 1, 2, 2]), torch.tensor([4, 8, 5, 7, 4]))  # rows and columns
 SAVINGS = [
     Savings(),
@@ -77,7 +78,7 @@ SAVINGS = [
 @pytest.mark.parametrize("savings", SAVINGS)
 @pytest.mark.parametrize("inside", [False, True])
 def test_logits_equal_the_whole_forward_pass(language_model, ids, inside, savings):
-    """With 0.1 added behind a block, or behind its down projection, at the aligned column."""
+    """With something added behind a block, or behind its down projection, at the aligned column."""
     model = language_model.model
     row = find_architecture(model)
     layers = blocks(model, row)
@@ -85,7 +86,7 @@ def test_logits_equal_the_whole_forward_pass(language_model, ids, inside, saving
     for layer, block in enumerate(layers):
         site = down_projection(block, row) if inside else block
         frozen = freeze(model, layers, layer - inside, rows, [site], savings)
-        delta = torch.full((3, 32), 0.1)
+        delta = DELTA.expand(3, 32)
         with torch.no_grad():
             ours = logits_with(model, layers, frozen, [(site, delta)], READS, savings=savings)
             for i, (length, start) in enumerate([(9, 0), (7, 2), (6, 3)]):
@@ -109,13 +110,13 @@ def test_rows_can_be_selected(language_model, ids):
 
 
 def whole_pass(model, module, ids, at):
-    """All tokens of one row through all layers, with 0.1 added to a module's output at a token."""
+    """All tokens of one row through all layers, with DELTA added to an output at a token."""
     before = []
 
     def add(_module, _args, out):
         hidden = (out[0] if isinstance(out, tuple) else out).clone()
         before.append(hidden[0, at].clone())
-        hidden[:, at] += 0.1
+        hidden[:, at] += DELTA
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
     hook = module.register_forward_hook(add)
@@ -142,4 +143,4 @@ def test_right_padding_changes_nothing_that_is_read(language_model, ids):
     padded = torch.cat((ids, torch.zeros(3, 4, dtype=torch.long)), dim=1)
     short = read_states(model, ids, outputs_of={"out": layers[3]})["out"]
     long = read_states(model, padded, outputs_of={"out": layers[3]})["out"]
-    torch.testing.assert_close(long[:, :9], short, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(long[:, :9], short, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.targets import TargetSearch
 from lightning_blue.errors import InputError
 from lightning_blue.scoring import score_targets
+from test_architectures import REQUESTS as ENDING_AT_SUBJECT
 from test_targets import PREFIXES, REQUESTS
 
 
@@ -27,8 +28,8 @@ def editable(language_model, **settings) -> EditModule:
 
 
 def nll(module: EditModule) -> list[float]:
-    prompts = [request.text for request in REQUESTS]
-    targets = [request.target_new for request in REQUESTS]
+    prompts = [request.text for request in ENDING_AT_SUBJECT]
+    targets = [request.target_new for request in ENDING_AT_SUBJECT]
     scores = score_targets(module.model, module.tokenizer, prompts, targets)
     return [score.nll for score in scores]
 
@@ -37,7 +38,7 @@ def nll(module: EditModule) -> list[float]:
 def test_one_batch_makes_every_new_object_more_probable(language_model, plan):
     module = editable(language_model)
     before = nll(module)
-    fit(module, ClosedFormUpdate([0, 1, 2], plan, 0.1), [REQUESTS])
+    fit(module, ClosedFormUpdate([0, 1, 2], plan, 0.1), [ENDING_AT_SUBJECT])
     gains = [old - new for new, old in zip(nll(module), before, strict=True)]
     assert min(gains) > 0.1
     assert max(gains) > 1.0

@@ -123,10 +123,12 @@ class ClosedFormUpdate(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the whole update, where the method does."""
+        if self.finish is None:
+            return
         module = cast(EditableModule, pl_module)
         for layer, original in self.original.items():
             edited = self._weight(module, layer)
-            finished = FINISHES[self.finish or "prune"](original.to(edited), edited)
+            finished = FINISHES[self.finish](original.to(edited), edited)
             with torch.no_grad():
                 self._set_weight(module, layer, finished)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from lightning_blue.editing.contexts import (
 )
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
 from lightning_blue.editing.forward import Savings, precise, read_states
-from lightning_blue.editing.readings import PromptReader, micro_batches
+from lightning_blue.editing.readings import PromptReader, micro_batches, usable_savings
 from lightning_blue.editing.targets import Targets, TargetSearch, search_targets
 from lightning_blue.errors import InputError
 from lightning_blue.generation import generate
@@ -88,7 +89,7 @@ class EditModule(LightningModule):
         self.architecture = find_architecture(model, architecture)
         self.seed = seed
         check_site(target.site, self.architecture)
-        self.savings = Savings()
+        self.savings: Savings | None = None  # found out at the first target search
         self.blocks = blocks(model, self.architecture)  # a plain list: already in self.model
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
@@ -167,6 +168,9 @@ class EditModule(LightningModule):
             )
         prompts = edit_prompts(self.tokenizer, batch, self.templates)
         owner = self._owners(batch)
+        if self.savings is None:
+            farthest = max(prompts, key=lambda one: one.rewriting[-1].lookup)
+            self.savings = usable_savings(partial(self._reader, [farthest], layer))
         groups = self._micro_batches(prompts, owner, layer)
         found: list[Targets] = []
         with tqdm(
@@ -292,7 +296,7 @@ class EditModule(LightningModule):
         )
         return [[i for item in group for i in members[item]] for group in groups]
 
-    def _reader(self, prompts: Sequence[EditPrompts], layer: int) -> PromptReader:
+    def _reader(self, prompts: Sequence[EditPrompts], layer: int, savings: Savings) -> PromptReader:
         sites = site_modules(self.target.site, self.blocks[layer], self.architecture)
         return PromptReader(
             self.model,
@@ -302,11 +306,11 @@ class EditModule(LightningModule):
             self.target.site != "block",
             prompts,
             self.target.loss_layer,
-            self.savings,
+            savings,
         )
 
     def _search(self, prompts: Sequence[EditPrompts], owner: list[int], layer: int) -> Targets:
-        reader = self._reader(prompts, layer)
+        reader = self._reader(prompts, layer, self.savings or Savings())
         names = torch.tensor(owner, device=self.device)
         with torch.enable_grad():
             return search_targets(

@@ -1,0 +1,373 @@
+"""Every architecture with a row: random models of three layers, edited and read in part."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from blue_callbacks import ClosedFormUpdate
+from blue_callbacks.closed_form import KeyMemory
+from conftest import byte_level_tokenizer
+from helpers import fit
+from lightning_blue.editing.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    blocks,
+    find_architecture,
+    site_modules,
+)
+from lightning_blue.editing.contexts import context_templates, edit_prompts
+from lightning_blue.editing.forward import PLAIN, AlignedRows, Savings, freeze, logits_with
+from lightning_blue.editing.module import EditModule
+from lightning_blue.editing.readings import PromptReader, usable_savings
+from lightning_blue.editing.targets import TargetSearch
+from lightning_blue.errors import InputError
+from lightning_blue.requests import EditRequest
+from lightning_blue.scoring import score_targets
+from test_targets import PREFIXES
+
+REQUESTS = [  # said at the subject itself: random attention carries little from there
+    EditRequest("a", "The mother tongue of {}", "Danielle Darrieux", "French"),
+    EditRequest("b", "A twin city of {}", "Lyon", "Beirut"),
+    EditRequest("c", "In 1998 the committee praised {}", "Apple A5", "Rome"),
+]
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 479}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64, "n_positions": 64}
+GEMMA = {
+    **GROUPED,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {**GPT, "initializer_range": 0.2}),
+    "gptj": ("gptj", {**GPT, "rotary_dim": 4, "initializer_range": 0.2}),
+    "gpt_neox": ("gpt_neox", SIZES),
+    "opt": ("opt", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}),
+    "llama": ("llama", GROUPED),
+    "llama, tied head": ("llama", {**GROUPED, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**GROUPED, "sliding_window": None}),
+    "mistral, short window": ("mistral", {**GROUPED, "sliding_window": 4}),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen3": ("qwen3", GROUPED),
+    "phi": ("phi", SIZES),
+    "phi3": ("phi3", GROUPED),
+    "gemma2": ("gemma2", GEMMA),
+    "gemma3_text": ("gemma3_text", GEMMA),
+}
+
+
+class Case(NamedTuple):
+    """A random model, never to be changed, its tokenizer and its row."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    row: Architecture
+
+    @property
+    def site(self) -> str:
+        return "ffn" if self.row.norm_after_ffn else "block"
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        return blocks(self.model, self.row)
+
+    def module(self, **settings: Any) -> EditModule:
+        """A module on a copy of the model, with a covariance that needs no text."""
+        model = copy.deepcopy(self.model)
+        search = {"steps": 10, "learning_rate": 0.5, "clamp": 4.0, "site": self.site}
+        target = TargetSearch(**{**search, **settings.pop("target", {})})
+        settings = {"contexts": PREFIXES, **settings}
+        module = EditModule(model, self.tokenizer, target=target, **settings)
+        module._covariances = {n: torch.eye(64) * 0.01 for n in range(3)}
+        return module
+
+
+@cache
+def tokenizer(bos: bool) -> PreTrainedTokenizerBase:
+    return byte_level_tokenizer(bos=bos)
+
+
+def random_model(model_type: str, settings: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, vocab_size=480, **TOKENS, **settings)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def case(request: pytest.FixtureRequest) -> Case:
+    model_type, settings = SETTINGS[request.param]
+    model = random_model(model_type, settings)
+    bos = model_type not in ("gpt2", "gptj", "phi")
+    return Case(model, tokenizer(bos), find_architecture(model))
+
+
+def test_every_row_has_a_case():
+    assert {model_type for model_type, _ in SETTINGS.values()} == set(ARCHITECTURES)
+
+
+def nll(module: EditModule) -> list[float]:
+    prompts = [request.text for request in REQUESTS]
+    targets = [request.target_new for request in REQUESTS]
+    return [s.nll for s in score_targets(module.model, module.tokenizer, prompts, targets)]
+
+
+def test_an_edit_batch_raises_every_new_object_and_solves_its_normal_equations(case, monkeypatch):
+    """Eq. 5 at each written layer: ``Delta (lambda C0 + K K^T) = R K^T``."""
+    seen = []
+    real = KeyMemory.update
+
+    def update(memory, residual, keys):
+        seen.append((residual.double(), keys.double()))
+        return real(memory, residual, keys)
+
+    monkeypatch.setattr(KeyMemory, "update", update)
+    module = case.module()
+    before, weights = nll(module), {n: module.editable_weight(n).double() for n in (0, 1, 2)}
+    fit(module, ClosedFormUpdate([0, 1, 2], "boundary", 0.1), [REQUESTS])
+    gains = [old - new for old, new in zip(before, nll(module), strict=True)]
+    assert min(gains) > 2.0
+    assert torch.equal(module.editable_weight(1).double(), weights[1])
+    for layer, (residual, keys) in zip((0, 2), seen, strict=True):
+        delta = module.editable_weight(layer).double() - weights[layer]
+        system = 0.1 * 0.01 * torch.eye(64).double() + keys @ keys.T
+        wanted = residual @ keys.T
+        assert (delta @ system - wanted).norm() < 1e-3 * wanted.norm()
+
+
+IDS = torch.randint(3, 480, (3, 9), generator=torch.Generator().manual_seed(0))
+STARTS = (0, 2, 3)  # columns of padding on the left
+LENGTHS = (9, 7, 5)  # the last row is padded on the right too
+READS = (torch.tensor([0, 0, 1, 2, 2]), torch.tensor([5, 8, 5, 6, 7]))  # rows and columns
+
+
+DELTA = torch.linspace(-1, 1, 96).view(3, 32).roll(7, 1)  # no norm takes it away
+
+
+def aligned() -> AlignedRows:
+    ids = torch.zeros_like(IDS)
+    for row, (start, length) in enumerate(zip(STARTS, LENGTHS, strict=True)):
+        ids[row, start : start + length] = IDS[row, :length]
+    return AlignedRows(ids, torch.tensor(STARTS), 5)
+
+
+def own_call(model: PreTrainedModel, sites: list[torch.nn.Module], row: int):
+    """The model's own call on one row without padding, with its delta at the sites' outputs."""
+
+    def add(_module, _args, out):
+        hidden = (out[0] if isinstance(out, tuple) else out).clone()
+        hidden.view(LENGTHS[row], -1)[5 - STARTS[row]] += DELTA[row]
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    hooks = [site.register_forward_hook(add) for site in sites]
+    logits = model(IDS[row : row + 1, : LENGTHS[row]]).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+@pytest.mark.parametrize("site", ["block", "ffn", "attention_and_ffn"])
+@torch.no_grad()
+def test_partial_passes_equal_whole_ones(case, site):
+    """With all savings, with none, and by the model's own call; rows padded on either side."""
+    for layer, block in enumerate(case.layers):
+        sites = site_modules(site, block, case.row)
+        found = []
+        for savings in (Savings(), PLAIN):
+            start = layer if site == "block" else layer - 1
+            frozen = freeze(case.model, case.layers, start, aligned(), sites, savings)
+            added = [(module, DELTA) for module in sites]
+            found.append(
+                logits_with(case.model, case.layers, frozen, added, READS, savings=savings)
+            )
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        whole = [own_call(case.model, sites, row) for row in range(3)]
+        expected = [whole[i][at - STARTS[i]] for i, at in zip(*READS, strict=True)]
+        torch.testing.assert_close(found[0], torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_columns_before_the_lookup_are_untouched(case):
+    """In every layer, bitwise; and the column itself and those after it are not."""
+    head = case.model.get_output_embeddings()
+    rows, at = aligned(), 5
+    for layer, block in enumerate(case.layers):
+        sites = site_modules(case.site, block, case.row)
+        frozen = freeze(case.model, case.layers, -1, rows, savings=PLAIN)
+        seen: list[list[torch.Tensor]] = []
+        for added in ([], [(module, DELTA) for module in sites]):
+            states: list[torch.Tensor] = []
+            hooks = [
+                module.register_forward_pre_hook(
+                    lambda _m, args, kwargs, s=states: s.append(
+                        args[0] if args else kwargs["hidden_states"]
+                    ),
+                    with_kwargs=True,
+                )
+                for module in (*case.layers[layer + 1 :], head)
+            ]
+            logits_with(case.model, case.layers, frozen, added, READS, savings=PLAIN)
+            for hook in hooks:
+                hook.remove()
+            seen.append(states)
+        assert len(seen[0]) == len(case.layers) - layer
+        for depth, (old, new) in enumerate(zip(*seen, strict=True)):
+            for row, start in enumerate(STARTS):
+                assert torch.equal(old[row, start:at], new[row, start:at])
+                assert not torch.allclose(old[row, at], new[row, at])
+                spread = not torch.equal(old[row, at + 1], new[row, at + 1])
+                assert spread == (depth > 0)  # by the attention of blocks in between
+
+
+def leftovers(model: PreTrainedModel) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+@torch.no_grad()
+def test_the_unedited_pass_is_bitwise_as_before(case):
+    module = case.module(target={"steps": 2})
+    whole = module.model(IDS).logits
+    left = leftovers(module.model)
+    for layer in (0, 1, 2):
+        module.edit_targets(REQUESTS, layer)
+        module.edit_keys(REQUESTS, layer)
+        module.edit_outputs(REQUESTS, layer)
+    assert torch.equal(module.model(IDS).logits, whole)
+    assert leftovers(module.model) == left
+
+
+def test_a_norm_behind_the_ffn_refuses_the_block_site(case):
+    if case.row.norm_after_ffn:
+        with pytest.raises(InputError, match=r"norm follows(.|\n)*--model.target.site=ffn"):
+            EditModule(case.model, case.tokenizer, target=TargetSearch(site="block"))
+    else:
+        EditModule(case.model, case.tokenizer, target=TargetSearch(site="block"), contexts=[])
+
+
+STABLELM = Architecture("model.layers.{}", "mlp.down_proj")
+
+
+def test_modules_named_by_the_user_make_an_unknown_architecture_editable():
+    model = random_model("stablelm", {**SIZES, "num_key_value_heads": 2})
+    with pytest.raises(InputError, match=r"'stablelm' is not known"):
+        find_architecture(model)
+    module = Case(model, tokenizer(bos=True), STABLELM).module(architecture=STABLELM)
+    before = nll(module)
+    fit(module, ClosedFormUpdate([0, 2], "boundary", 0.1), [REQUESTS])
+    assert all(new < old - 0.1 for old, new in zip(before, nll(module), strict=True))
+    with pytest.raises(InputError, match=r"attention's output projection"):
+        EditModule(
+            model,
+            tokenizer(bos=True),
+            target=TargetSearch(site="attention_and_ffn"),
+            architecture=STABLELM,
+        )
+
+
+class Counting(GPT2Block):
+    """A block that depends on how many columns it is given."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states * (1 + 0.1 * hidden_states.shape[1]), *args, **kwargs)
+
+
+class Whole(GPT2Block):
+    """A block that no cache may be given to."""
+
+    def forward(self, hidden_states, past_key_values=None, *args, **kwargs):
+        if past_key_values is not None:
+            raise NotImplementedError("no cache")
+        return super().forward(hidden_states, None, *args, **kwargs)
+
+
+@pytest.fixture
+def foreign() -> PreTrainedModel:
+    return random_model(*SETTINGS["gpt2"])
+
+
+def reader_of(model: PreTrainedModel) -> Callable[[Savings], PromptReader]:
+    """Readers of REQUESTS at layer 0."""
+    layers = blocks(model, find_architecture(model))
+    prompts = edit_prompts(tokenizer(False), REQUESTS, context_templates(PREFIXES))
+    return lambda savings: PromptReader(
+        model, layers, 0, [layers[0]], False, prompts, savings=savings
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Counting, r"change its logits by [1-9]"), (Whole, r"fails \(NotImplementedError: no cache")],
+)
+def test_a_model_that_cannot_be_run_in_part_is_run_whole(foreign, kind, message):
+    foreign.transformer.h[1].__class__ = kind
+    reader = reader_of(foreign)
+    with pytest.warns(UserWarning, match=message):
+        assert usable_savings(reader) == PLAIN
+    with torch.no_grad():
+        delta = torch.zeros(1, 3, 32)
+        logits, said = reader(PLAIN).logits(delta)
+        rows = reader(PLAIN).rewriting.rows
+        whole = foreign(**rows.arguments(0), use_cache=False).logits
+    at = reader(PLAIN).reads
+    torch.testing.assert_close(logits, whole[at.rows, at.columns])
+    assert said.shape == (3, 480)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_is_saved_where_the_logits_stay_the_same(foreign, dtype, recwarn):
+    assert usable_savings(reader_of(foreign.to(dtype))) == Savings()
+    assert not recwarn
+
+
+def test_a_forward_that_was_put_on_a_block_stays_there(foreign):
+    """As accelerate's, for models spread over devices."""
+    block = foreign.transformer.h[0]
+    real, calls = block.forward, []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    block.forward = forward
+    reader_of(foreign)(Savings()).logits(torch.zeros(1, 3, 32))
+    assert block.forward is forward
+    assert len(calls) == 2  # once for each kind of prompt, when they are frozen
+
+
+def test_the_module_finds_out_once_and_still_edits(foreign):
+    foreign.transformer.h[1].__class__ = Whole
+    module = Case(foreign, tokenizer(False), find_architecture(foreign)).module()
+    before = nll(module)
+    with pytest.warns(UserWarning, match="running only parts") as said:
+        fit(module, ClosedFormUpdate([0, 2], "boundary", 0.1), [REQUESTS, REQUESTS])
+    assert len([w for w in said if "running only parts" in str(w.message)]) == 1
+    assert module.savings == PLAIN
+    assert all(new < old - 2 for old, new in zip(before, nll(module), strict=True))
