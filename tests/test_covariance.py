@@ -208,20 +208,20 @@ def test_the_file_says_how_far_the_update_moved(language_model, corpus, tmp_path
     assert [tokens for tokens, _ in changes[1]] == [192, 384]
 
     sequences = list(pack(tokenizer, [TEXT], 16))
-    held_out, rest = sequences[:2], sequences[2:]
-    keys = read_keys(model, projections(model, [1]), held_out)[1].T
-    half, _ = collect_covariance(model, projections(model, [1]), rest, 192)
-    whole, _ = collect_covariance(model, projections(model, [1]), rest, 384)
+    keys = read_keys(model, projections(model, [1]), sequences[24:26])[1].T  # behind the 384
+    half, _ = collect_covariance(model, projections(model, [1]), sequences, 192)
+    whole, _ = collect_covariance(model, projections(model, [1]), sequences, 384)
     torch.testing.assert_close(covariances[1], whole[1])
     before, after = (solved_keys(c[1], keys, 50) for c in (half, whole))
     expected = float((after - before).norm() / after.norm())
     assert changes[1][-1].share == pytest.approx(expected, rel=1e-3)
 
 
-def test_without_a_report_all_text_is_used(gpt2, corpus, tmp_path):
-    where = source(corpus, tmp_path, report_change=False)
-    covariance = load_or_collect(*gpt2, projections(gpt2.model, [1]), where)
-    sequences = pack(gpt2.tokenizer, [TEXT], 16)
-    expected, _ = collect_covariance(gpt2.model, projections(gpt2.model, [1]), sequences, 192)
-    torch.testing.assert_close(covariance[1], expected[1])
-    assert covariance_file(*gpt2, where).changes([1]) == {}
+def test_the_report_changes_no_covariance(gpt2, corpus, tmp_path):
+    found = {}
+    for said in (True, False):
+        cache = str(tmp_path / str(said))
+        where = source(corpus, tmp_path, report_change=said, cache=cache, batch_tokens=64)
+        found[said] = load_or_collect(*gpt2, projections(gpt2.model, [1]), where)[1]
+        assert bool(covariance_file(*gpt2, where).changes([1])) == said
+    assert torch.equal(found[True], found[False])

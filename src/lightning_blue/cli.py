@@ -139,7 +139,7 @@ def stats(args: Sequence[str]) -> None:
     for layer, changes in file.changes(update.written_layers).items():
         tokens, share = changes[-1]
         sys.stdout.write(
-            f"layer {layer}: from half the tokens to {tokens:,}, an update moved by {share:.0%}\n"
+            f"layer {layer}: from about half to {tokens:,} tokens, an update moved by {share:.0%}\n"
         )
 
 

@@ -56,8 +56,8 @@ class CovarianceSource:
         batch_tokens: tokens in a forward pass.
         cache: folder of the cached files.
         path: one given file instead of the cache; refused if it was made from anything else.
-        report_change: whether to hold out a little text, and to keep with the file by what share
-            the update on its keys moves each time that the tokens double.
+        report_change: whether to keep with the file, and to say, by what share the update on keys
+            of the text that follows still moves each time that the tokens double.
     """
 
     corpus: str = "almanac"
@@ -89,14 +89,14 @@ def collect_covariance(
         sequences: token ids, all of one length but the last.
         n_tokens: how many tokens to use.
         batch_tokens: tokens in a forward pass.
-        on_doubling: called with the tokens so far and the covariances from them, after about a
-            quarter, a half and all of the tokens.
+        on_doubling: called with the tokens so far and the covariances from them, where a pass ends
+            nearest to a quarter and a half of the tokens, and after all of them.
 
     Returns:
         layer -> ``(d_in, d_in)`` float32, and the number of tokens that were there.
     """
     sums: dict[int, Tensor] = {}
-    seen, marks = 0, [n_tokens // 4, n_tokens // 2, n_tokens] if on_doubling else []
+    seen, marks = 0, [n_tokens / 4, n_tokens / 2] if on_doubling else []
     with (
         inference(model),
         tqdm(total=n_tokens, desc="covariance", unit="token", leave=False, disable=None) as bar,
@@ -108,10 +108,14 @@ def collect_covariance(
                 _add_product(sums, layer, keys.pop(layer))
             seen += count
             bar.update(count)
-            if on_doubling and marks and seen >= marks[0]:
-                marks = [mark for mark in marks if mark > seen]
+            reached = seen + count / 2
+            if on_doubling and marks and marks[0] < reached and seen < n_tokens:
+                marks = [mark for mark in marks if mark > reached]
                 on_doubling(seen, _means(sums, seen))
-    return _means(sums, seen), seen
+    means = _means(sums, seen)
+    if on_doubling:
+        on_doubling(seen, means)
+    return means, seen
 
 
 def read_keys(
@@ -321,13 +325,16 @@ def _collect(
     d_in = weight_view(next(iter(projections.values()))).shape[1]
     wanted = round(source.tokens_per_dim * d_in)
     length = _sequence_length(model, source)
-    sequences = pack(tokenizer, corpus_texts(source.corpus, source.split), length)
-    batch_tokens, change = source.batch_tokens, None
-    if source.report_change:
-        probe = list(islice(sequences, _PROBE_SEQUENCES))
-        change = UpdateChange(_probe_keys(model, projections, probe), weight)
-        batch_tokens = min(batch_tokens, max(length, wanted // 8))  # to find the half of few tokens
-    new, seen = collect_covariance(model, projections, sequences, wanted, batch_tokens, change)
+    needed = -(-wanted // length)
+    packed = pack(tokenizer, corpus_texts(source.corpus, source.split), length)
+    sequences = list(islice(packed, needed + _PROBE_SEQUENCES))
+    sequences, after = sequences[:needed], sequences[needed:]
+    change = None
+    if source.report_change and after:
+        change = UpdateChange(_probe_keys(model, projections, after), weight)
+    new, seen = collect_covariance(
+        model, projections, sequences, wanted, source.batch_tokens, change
+    )
     if seen < wanted:
         raise InputError(
             f"the corpus holds {seen:,} tokens; {wanted:,} are wanted "
