@@ -18,11 +18,12 @@ from benchmarks.covariance import run_covariance
 from benchmarks.curves import run_curves
 from benchmarks.delta import run_delta
 from benchmarks.evaluation import run_evaluation
-from benchmarks.growth import run_growth
+from benchmarks.growth import run_growth, run_many
 from benchmarks.presets import PRESETS
 from benchmarks.profiling import run_profile
 from benchmarks.results import Row, machine, markdown, read_rows, write_part
 from benchmarks.run import run_whole
+from benchmarks.savings import run_savings
 from benchmarks.timing import Clock
 from benchmarks.workload import ROOT, SHAPES, Workload, config_of, load_workload
 
@@ -35,10 +36,12 @@ WITH_MODEL: dict[str, Callable[[Workload, argparse.Namespace, Clock], list[Row]]
     "evaluation": run_evaluation,
     "run": run_whole,
     "profile": run_profile,
+    "savings": run_savings,
 }
 WITHOUT_MODEL: dict[str, Callable[[argparse.Namespace, Clock], list[Row]]] = {
     "closed_form": run_closed_form,
     "growth": run_growth,
+    "many": run_many,
     "curves": run_curves,
 }
 PARTS = [*WITH_MODEL, *WITHOUT_MODEL]

@@ -1,4 +1,4 @@
-"""Part ``curves``: the target search against edits in a batch, prompt length, depth and width."""
+"""Part ``curves``: the target search against edits in a batch, prompts, depth, width, threads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from benchmarks.delta import run_delta
 from benchmarks.results import Row
@@ -17,12 +19,14 @@ POINTS: dict[str, list[int]] = {
     "words before the prompt": [0, 10, 20, 40],
     "depth": [6, 12, 24],
     "width": [256, 512, 768, 1024],
+    "threads": [1, 2],
 }
 SMOKE: dict[str, list[int]] = {
     "edits in a batch": [1, 3],
     "words before the prompt": [0, 10],
     "depth": [3, 4],
     "width": [32, 64],
+    "threads": [1, 2],
 }
 SIZES = {"depth": "n_layers", "width": "d_model"}
 
@@ -40,17 +44,21 @@ def _points(smoke: bool) -> Iterator[tuple[str, int]]:
 
 def _point(axis: str, value: int, args: Namespace, clock: Clock) -> Row:
     sizes: dict[str, Any] = {"n_layers": args.depth, "d_model": args.width}
-    edits = min(args.edits, 20)
+    edits, threads = min(args.edits, 20), torch.get_num_threads()
     if axis in SIZES:
         sizes[SIZES[axis]] = value
     elif axis == "edits in a batch":
         edits = value
+    elif axis == "threads":
+        torch.set_num_threads(value)
     workload = load_workload(args.shape, edits, device=args.device, **sizes)
     if axis == "words before the prompt":
         words = (" ".join(CONTEXTS) * 2).split()[:value]
         before = " ".join([*words, ""])
         longer = [replace(r, prompt=before + r.prompt) for r in workload.requests]
         workload = workload._replace(requests=longer)
+    clock.rates.clear()  # each point has its own
     settings = {"edits": edits, "layers": args.layers[:1], "repeats": 1, "textbook_edits": 1}
     row = run_delta(workload, Namespace(**{**vars(args), **settings}), clock)[0]
+    torch.set_num_threads(threads)
     return replace(row, part="curves", case=f"{axis}: {value}")

@@ -14,6 +14,7 @@ from lightning_blue.editing.architectures import (
 from lightning_blue.editing.forward import (
     PLAIN,
     AlignedRows,
+    Pass,
     Savings,
     freeze,
     logits_with,
@@ -33,7 +34,7 @@ def test_states_equal_those_the_model_reports(language_model, ids):
     layers = blocks(model, row)
     states = read_states(
         model,
-        ids,
+        {"input_ids": ids},
         inputs_of={"key": down_projection(layers[1], row)},
         outputs_of={"out": layers[2], "first": layers[0]},
     )
@@ -51,7 +52,7 @@ def test_reading_stops_after_the_last_module_that_is_wanted(language_model, ids)
     layers = blocks(model, find_architecture(model))
     seen = []
     hooks = [b.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, b in enumerate(layers)]
-    read_states(model, ids, outputs_of={"out": layers[1]})
+    read_states(model, {"input_ids": ids}, outputs_of={"out": layers[1]})
     for hook in hooks:
         hook.remove()
     assert seen == [0, 1]
@@ -61,7 +62,7 @@ def aligned(ids: torch.Tensor) -> AlignedRows:
     """Rows of 9, 7 and 6 tokens, aligned at column 4."""
     rows = torch.zeros_like(ids)
     rows[0], rows[1, 2:], rows[2, 3:] = ids[0], ids[1, :7], ids[2, :6]
-    return AlignedRows(rows, torch.tensor([0, 2, 3]), 4)
+    return AlignedRows(rows, torch.tensor([0, 2, 3]), torch.tensor([9, 9, 9]), 4)
 
 
 DELTA = torch.linspace(-1, 1, 32)  # no constant: a LayerNorm would remove that
@@ -70,6 +71,7 @@ SAVINGS = [
     Savings(),
     Savings(skip_blocks=False),
     Savings(reuse_prefix=False),
+    Savings(share_prefixes=False),
     Savings(read_few=False),
     PLAIN,
 ]
@@ -88,7 +90,8 @@ def test_logits_equal_the_whole_forward_pass(language_model, ids, inside, saving
         frozen = freeze(model, layers, layer - inside, rows, [site], savings)
         delta = DELTA.expand(3, 32)
         with torch.no_grad():
-            ours = logits_with(model, layers, frozen, [(site, delta)], READS, savings=savings)
+            one = Pass(frozen, [(site, delta)], *READS)
+            (ours,) = logits_with(model, layers, [one], savings)
             for i, (length, start) in enumerate([(9, 0), (7, 2), (6, 3)]):
                 before, logits = whole_pass(model, site, ids[i, :length], 4 - start)
                 mine = READS[0] == i
@@ -102,10 +105,10 @@ def test_rows_can_be_selected(language_model, ids):
     layers = blocks(model, find_architecture(model))
     frozen = freeze(model, layers, 1, aligned(ids))
     with torch.no_grad():
-        every = logits_with(model, layers, frozen, [], READS)
+        (every,) = logits_with(model, layers, [Pass(frozen, [], *READS)])
         index = torch.tensor([2, 0])
         reads = (torch.tensor([0, 1]), torch.tensor([7, 8]))
-        some = logits_with(model, layers, frozen.select(index), [], reads)
+        (some,) = logits_with(model, layers, [Pass(frozen.select(index), [], *reads)])
     torch.testing.assert_close(some, every[[3, 1]], rtol=1e-4, atol=1e-5)
 
 
@@ -132,8 +135,9 @@ def test_blocks_compute_again_afterwards_bitwise(language_model, ids):
     with torch.no_grad():
         reference = model(ids).logits
         frozen = freeze(model, layers, 2, rows)
-        logits_with(model, layers, frozen, [(layers[2], torch.ones(3, 32))], READS)
-        read_states(model, ids, outputs_of={"out": layers[0]})
+        one = Pass(frozen, [(layers[2], torch.ones(3, 32))], *READS)
+        logits_with(model, layers, [one, one])
+        read_states(model, {"input_ids": ids}, outputs_of={"out": layers[0]})
         assert torch.equal(model(ids).logits, reference)
 
 
@@ -141,6 +145,6 @@ def test_right_padding_changes_nothing_that_is_read(language_model, ids):
     model = language_model.model
     layers = blocks(model, find_architecture(model))
     padded = torch.cat((ids, torch.zeros(3, 4, dtype=torch.long)), dim=1)
-    short = read_states(model, ids, outputs_of={"out": layers[3]})["out"]
-    long = read_states(model, padded, outputs_of={"out": layers[3]})["out"]
+    short = read_states(model, {"input_ids": ids}, outputs_of={"out": layers[3]})["out"]
+    long = read_states(model, {"input_ids": padded}, outputs_of={"out": layers[3]})["out"]
     torch.testing.assert_close(long[:, :9], short, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 log = logging.get_logger(__name__)
 
+_tried: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 ROW_WIDTH = 128  # attention costs more in wider rows, and what they share more is little
 
 
@@ -84,25 +86,71 @@ def row_width(model: PreTrainedModel, longest: int) -> int:
     return 0
 
 
-@torch.no_grad()
 def reads_forests(model: PreTrainedModel) -> bool:
+    """Say whether a model lets a node see its ancestors alone; tried out once for each model."""
+    if getattr(model.config, "_attn_implementation", None) not in ("eager", "sdpa"):
+        return False
+    if model not in _tried:
+        _tried[model] = _reads_forests(model)
+    return _tried[model]
+
+
+@torch.no_grad()
+def _reads_forests(model: PreTrainedModel) -> bool:
     """Try out whether a model lets a node see its ancestors alone, wherever its column is.
 
     Three tokens tell: what follows the first must not depend on its neighbour or on the order.
     """
-    attention = getattr(model.config, "_attn_implementation", None)
-    if attention not in ("eager", "sdpa"):
-        return False
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
     rows = [PackedRow(ids, [0, 1, 1], {}) for ids in ([1, 2, 3], [1, 3, 2], [1, 2, 4])]
     try:
-        logits = model(**forest_arguments(model, rows), use_cache=False).logits.float()
+        with torch.autocast(model.device.type, enabled=False):
+            logits = model(**forest_arguments(model, rows), use_cache=False).logits.float()
     except Exception:
         return False
     differences = torch.stack([logits[0, 1] - logits[1, 2], logits[0, 1] - logits[2, 1]])
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps)
     return bool(differences.abs().max() <= tolerance * logits.std())
+
+
+class Shared(NamedTuple):
+    """Sequences packed for one forward pass.
+
+    Attributes:
+        arguments: the model's; ``input_ids`` is ``(n_rows, n_tokens)``.
+        nodes: where each sequence's tokens are in the flattened ``input_ids``, 0 behind its end,
+            ``(n_sequences, longest)``.
+    """
+
+    arguments: dict[str, Tensor]
+    nodes: Tensor
+
+
+def share_prefixes(model: PreTrainedModel, sequences: Sequence[list[int]], width: int) -> Shared:
+    """Pack sequences into one forward pass.
+
+    Args:
+        model: a causal language model in eval mode.
+        sequences: token ids.
+        width: from :func:`row_width`; 0 shares whole sequences alone.
+    """
+    rows = merge_prefixes(sequences, width)
+    arguments = forest_arguments(model, rows) if width else {"input_ids": padded(model, rows)}
+    n_tokens = arguments["input_ids"].shape[1]
+    nodes = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.long)
+    for number, row in enumerate(rows):
+        for index, path in row.paths.items():
+            nodes[index, : len(path)] = number * n_tokens + torch.tensor(path)
+    return Shared(arguments, nodes.to(model.device))
+
+
+def padded(model: PreTrainedModel, rows: Sequence[PackedRow]) -> Tensor:
+    """Return the ids of rows, padded on the right with token 0, ``(n_rows, n_tokens)``."""
+    width = max(len(row.ids) for row in rows)
+    return torch.tensor(
+        [row.ids + [0] * (width - len(row.ids)) for row in rows], device=model.device
+    )
 
 
 def forest_arguments(model: PreTrainedModel, rows: Sequence[PackedRow]) -> dict[str, Tensor]:

@@ -21,7 +21,13 @@ from lightning_blue.batching import (
 from lightning_blue.errors import InputError
 from lightning_blue.generation import generate, prompt_noise
 from lightning_blue.metrics import Perplexity, numbers
-from lightning_blue.prefix_tree import PackedRow, forest_arguments, merge_prefixes, row_width
+from lightning_blue.prefix_tree import (
+    PackedRow,
+    forest_arguments,
+    merge_prefixes,
+    padded,
+    row_width,
+)
 from lightning_blue.subjects import encode_targets
 
 __all__ = [
@@ -159,10 +165,9 @@ def _score_batch(
 
 
 def _padded(model: PreTrainedModel, rows: Sequence[PackedRow]) -> dict[str, Tensor]:
-    width = max(len(row.ids) for row in rows)
-    ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in rows])
-    mask = torch.arange(width) < torch.tensor([len(row.ids) for row in rows])[:, None]
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+    ids = padded(model, rows)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row.ids) for row in rows])[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long().to(model.device)}
 
 
 def logits_at(model: PreTrainedModel, arguments: Mapping[str, Tensor], positions: Tensor) -> Tensor:

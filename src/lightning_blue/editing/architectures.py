@@ -110,6 +110,12 @@ def down_projection(block: nn.Module, architecture: Architecture) -> nn.Module:
     return block.get_submodule(architecture.down_projection)
 
 
+def feed_forward(block: nn.Module, architecture: Architecture) -> nn.Module | None:
+    """Return the module of a block's whole FFN; None where its parts stand in the block itself."""
+    name, _, _ = architecture.down_projection.rpartition(".")
+    return block.get_submodule(name) if name else None
+
+
 def site_modules(site: str, block: nn.Module, architecture: Architecture) -> list[nn.Module]:
     """Return the modules whose outputs a target is made of; what the weight writes is the last."""
     projection = down_projection(block, architecture)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_blue.editing.forward import AlignedRows
@@ -36,18 +35,6 @@ class EditPrompts(NamedTuple):
         return max(len(row.ids) - row.lookup for row in self.rewriting)
 
 
-class LookupRows(NamedTuple):
-    """Prompts cut after the subject's last token.
-
-    Attributes:
-        input_ids: right padded, ``(n_rows, n_tokens)``.
-        lookups: index of the subject's last token, ``(n_rows,)``.
-    """
-
-    input_ids: Tensor
-    lookups: Tensor
-
-
 def context_templates(prefixes: Sequence[str]) -> list[str]:
     """Return the bare template and one for each prefix, with ``{}`` for the prompt."""
     return ["{}", *(f"{prefix.replace('{', ' ').replace('}', ' ')} {{}}" for prefix in prefixes)]
@@ -64,19 +51,6 @@ def _encode(
     encoded = encode_with_subject(tokenizer, texts, subjects)
     width = len(templates)
     return [encoded[i : i + width] for i in range(0, len(encoded), width)]
-
-
-def lookup_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    templates: Sequence[str],
-    device: torch.device,
-) -> LookupRows:
-    """Tokenise requests in contexts up to the subject: nothing after it changes its key."""
-    groups = _encode(tokenizer, requests, templates)
-    rows = [row for group in groups for row in group]
-    lookups = torch.tensor([row.lookup for row in rows], device=device)
-    return LookupRows(_pad([row.ids[: row.lookup + 1] for row in rows], device), lookups)
 
 
 def edit_prompts(
@@ -100,14 +74,12 @@ def edit_prompts(
 
 
 def align(rows: Sequence[Encoded], device: torch.device) -> AlignedRows:
-    """Put the rows' lookups into one column."""
+    """Put the rows' lookups into one column; token 0 pads them on both sides."""
     column = max(row.lookup for row in rows)
     starts = [column - row.lookup for row in rows]
-    ids = [[0] * start + row.ids for start, row in zip(starts, rows, strict=True)]
-    return AlignedRows(_pad(ids, device), torch.tensor(starts, device=device), column)
-
-
-def _pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Right-pad with token 0; with causal attention no position that is read sees the padding."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    ends = [start + len(row.ids) for start, row in zip(starts, rows, strict=True)]
+    ids = torch.zeros(len(rows), max(ends), dtype=torch.long)
+    for row, start, end, padded in zip(rows, starts, ends, ids, strict=True):
+        padded[start:end] = torch.tensor(row.ids)
+    first, after = torch.tensor([starts, ends], device=device)
+    return AlignedRows(ids.to(device), first, after, column)

@@ -123,7 +123,8 @@ def read_keys(
 ) -> dict[int, Tensor]:
     """Return layer -> keys of all tokens of equally long sequences, ``(n_tokens, d_in)``."""
     modules = {str(layer): module for layer, module in projections.items()}
-    states = read_states(model, torch.tensor(batch, device=model.device), inputs_of=modules)
+    ids = torch.tensor(batch, device=model.device)
+    states = read_states(model, {"input_ids": ids}, inputs_of=modules)
     return {layer: states[str(layer)].flatten(0, 1).float() for layer in projections}
 
 

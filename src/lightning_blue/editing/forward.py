@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from lightning_blue.prefix_tree import row_width, share_prefixes
+
 
 class _Reached(Exception):
     """Everything that was asked for has been computed; the rest of the forward pass is waste."""
@@ -29,7 +31,7 @@ def precise(states: Tensor) -> Tensor:
 
 def read_states(
     model: PreTrainedModel,
-    input_ids: Tensor,
+    arguments: Mapping[str, Tensor],
     *,
     inputs_of: Mapping[str, nn.Module] | None = None,
     outputs_of: Mapping[str, nn.Module] | None = None,
@@ -38,8 +40,9 @@ def read_states(
 
     Args:
         model: a causal language model in eval mode.
-        input_ids: right-padded token ids, ``(n_rows, n_tokens)``. No mask is needed: with causal
-            attention nothing that is read depends on the padding after it.
+        arguments: of its forward pass. Token ids ``input_ids``, ``(n_rows, n_tokens)``, that are
+            padded on the right need no mask: with causal attention nothing that is read depends
+            on the padding after it.
         inputs_of: name -> module whose first input is wanted.
         outputs_of: name -> module whose output (hidden states) is wanted.
 
@@ -50,7 +53,7 @@ def read_states(
     states: dict[str, Tensor] = {}
 
     def keep(name: str, value: Tensor) -> None:
-        states[name] = value.reshape(*input_ids.shape, -1)
+        states[name] = value.reshape(*arguments["input_ids"].shape, -1)
         if len(states) == wanted:
             raise _Reached
 
@@ -66,7 +69,7 @@ def read_states(
             )
             stack.callback(hook.remove)
         with torch.no_grad(), suppress(_Reached):
-            model(input_ids=input_ids, use_cache=False)
+            model(**arguments, use_cache=False)
     return states
 
 
@@ -75,13 +78,20 @@ class AlignedRows(NamedTuple):
 
     Attributes:
         input_ids: ``(n_rows, n_tokens)``, padded on both sides.
-        starts: columns of padding on the left, ``(n_rows,)``.
+        starts: the column of each row's first token, ``(n_rows,)``.
+        ends: the column after each row's last token, ``(n_rows,)``.
         column: where the rows are aligned.
     """
 
     input_ids: Tensor
     starts: Tensor
+    ends: Tensor
     column: int
+
+    def sequences(self) -> list[list[int]]:
+        """Return the rows without padding."""
+        bounds = zip(self.input_ids.tolist(), self.starts.tolist(), self.ends.tolist(), strict=True)
+        return [ids[start:end] for ids, start, end in bounds]
 
     def arguments(self, first: int) -> dict[str, Tensor]:
         """Return the model's arguments for the columns from ``first`` on."""
@@ -101,15 +111,17 @@ class Savings:
     Args:
         skip_blocks: start from the stored output of the last block that never changes.
         reuse_prefix: compute no column before the aligned one; its keys and values are stored.
-        read_few: run the head only at positions that are read.
+        share_prefixes: compute what rows begin with in common once, for what is stored.
+        read_few: run the head, and the FFN of the last block, only at positions that are read.
     """
 
     skip_blocks: bool = True
     reuse_prefix: bool = True
+    share_prefixes: bool = True
     read_few: bool = True
 
 
-PLAIN = Savings(skip_blocks=False, reuse_prefix=False, read_few=False)
+PLAIN = Savings(skip_blocks=False, reuse_prefix=False, share_prefixes=False, read_few=False)
 
 
 @dataclass(frozen=True)
@@ -136,10 +148,10 @@ class Frozen:
 
     def select(self, index: Tensor) -> Frozen:
         """Keep some of the rows."""
-        ids, starts, column = self.rows
+        ids, starts, ends, column = self.rows
         return replace(
             self,
-            rows=AlignedRows(ids[index], starts[index], column),
+            rows=AlignedRows(ids[index], starts[index], ends[index], column),
             hidden=None if self.hidden is None else self.hidden[index],
             before=[(keys[index], values[index]) for keys, values in self.before],
             outputs=[output[index] for output in self.outputs],
@@ -166,12 +178,16 @@ def freeze(
     """
     first = rows.column if savings.reuse_prefix else 0
     start = start if savings.skip_blocks else -1
+    sequences = rows.sequences()
+    width = row_width(model, max(map(len, sequences))) if savings.share_prefixes else 0
+    shared = share_prefixes(model, sequences, width)
+    nodes = _by_column(shared.nodes, rows)
     outputs: dict[int, Tensor] = {}
     tuples: list[bool] = []
-    shape = rows.input_ids.shape
 
     def keep(index: int, output: Any) -> None:
-        outputs[index] = hidden_of(output).detach().reshape(*shape, -1)
+        hidden = hidden_of(output).detach()
+        outputs[index] = hidden.reshape(-1, hidden.shape[-1])
 
     modules = [*watched, *([blocks[start]] if start >= 0 else [])]
     with ExitStack() as stack:
@@ -184,59 +200,107 @@ def freeze(
             stack.callback(hook.remove)
         with torch.no_grad():
             cache = DynamicCache() if first else None
-            model.base_model(**rows.arguments(0), past_key_values=cache, use_cache=bool(first))
+            model.base_model(**shared.arguments, past_key_values=cache, use_cache=bool(first))
     kept = [
-        tuple(t[:, :, :first].clone() for t in (cast(Tensor, c.keys), cast(Tensor, c.values)))
+        tuple(_pick(t, nodes[:, :first]) for t in (cast(Tensor, c.keys), cast(Tensor, c.values)))
         for c in cast("list[CacheLayerMixin]", cache.layers if cache is not None else [])
     ]
-    hidden = outputs[len(watched)][:, first:].clone() if start >= 0 else None
-    watched_now = [precise(outputs[i][:, rows.column]) for i in range(len(watched))]
+    hidden = outputs[len(watched)][nodes[:, first:]] if start >= 0 else None
+    watched_now = [precise(outputs[i][nodes[:, rows.column]]) for i in range(len(watched))]
     return Frozen(rows, first, start, hidden, kept, watched_now, tuples[0])
+
+
+def _by_column(nodes: Tensor, rows: AlignedRows) -> Tensor:
+    """Shift each sequence's nodes to its row's columns, 0 in the padding before them."""
+    columns = torch.arange(rows.input_ids.shape[1], device=nodes.device)
+    shifted = columns - rows.starts[:, None]
+    return nodes.gather(1, shifted.clamp(0, nodes.shape[1] - 1)).masked_fill(shifted < 0, 0)
+
+
+def _pick(cached: Tensor, nodes: Tensor) -> Tensor:
+    """Take ``(n_rows, n_heads, n_columns, d)`` from a cache of packed rows by flat index."""
+    return cached.transpose(1, 2).flatten(0, 1)[nodes].transpose(1, 2).contiguous()
+
+
+class Pass(NamedTuple):
+    """One pass over frozen rows.
+
+    Attributes:
+        frozen: from :func:`freeze`.
+        added: modules, and what is added to their outputs at the aligned column, ``(n_rows, d)``.
+        rows: of the positions whose logits are wanted, ``(n_reads,)``.
+        columns: of these positions, at or after the aligned one, ``(n_reads,)``.
+        last: the block whose output goes to the final norm and head; None: the model's last.
+        ffn: the FFN of that block; None: it runs at all positions.
+    """
+
+    frozen: Frozen
+    added: Sequence[tuple[nn.Module, Tensor]]
+    rows: Tensor
+    columns: Tensor
+    last: int | None = None
+    ffn: nn.Module | None = None
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns among those that are computed."""
+        return self.rows, self.columns - self.frozen.first
 
 
 def logits_with(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
-    frozen: Frozen,
-    added: Sequence[tuple[nn.Module, Tensor]],
-    reads: tuple[Tensor, Tensor],
-    last: int | None = None,
+    passes: Sequence[Pass],
     savings: Savings = Savings(),
-) -> Tensor:
-    """Run the rows with something added to modules' outputs; read logits at few positions.
+) -> tuple[Tensor, ...]:
+    """Run rows with something added to modules' outputs; read logits at few positions.
 
     The model's own code runs, masks, rotary embeddings, final norm and head included.
 
     Args:
         model: a causal language model in eval mode.
         blocks: its decoder blocks.
-        frozen: from :func:`freeze`.
-        added: modules, and what is added to their outputs at the aligned column, ``(n_rows, d)``.
-        reads: rows and columns whose logits are wanted, each ``(n_reads,)``; columns at or after
-            the aligned one.
-        last: the block whose output goes to the final norm and head; None: the model's last.
+        passes: what to run; the head runs once, in the last of them, for all that is read.
         savings: what to leave out.
 
     Returns:
-        Logits in float32 or better, ``(n_reads, vocabulary)``.
+        For each pass logits in float32 or better, ``(n_reads, vocabulary)``.
     """
-    row, column = reads[0], reads[1] - frozen.first
-    at = frozen.rows.column - frozen.first
-    skipped = [*blocks[: frozen.start + 1], *([] if last is None else blocks[last + 1 :])]
-    with ExitStack() as stack:
-        if savings.read_few:
-            head = model.get_output_embeddings()
-            hook = head.register_forward_pre_hook(lambda _m, args: (args[0][row, column],))
+    if not savings.read_few:
+        return tuple(precise(_run(model, blocks, one)[one.where]) for one in passes)
+    read: list[Tensor] = []
+    for number, one in enumerate(passes, start=1):
+
+        def take(_head: nn.Module, args: Any, one: Pass = one, number: int = number) -> Any:
+            read.append(args[0][one.where])
+            if number < len(passes):
+                raise _Reached
+            return (torch.cat(read),)
+
+        with ExitStack() as stack:
+            hook = model.get_output_embeddings().register_forward_pre_hook(take)
             stack.callback(hook.remove)
+            if one.ffn is not None and not {m for m, _ in one.added} & set(one.ffn.modules()):
+                stack.enter_context(_only_at(one.ffn, *one.where))
+            stack.enter_context(suppress(_Reached))
+            logits = _run(model, blocks, one)
+    return precise(logits).split([len(states) for states in read])
+
+
+def _run(model: PreTrainedModel, blocks: Sequence[nn.Module], one: Pass) -> Tensor:
+    """Return the logits of a pass."""
+    frozen = one.frozen
+    skipped = [*blocks[: frozen.start + 1], *([] if one.last is None else blocks[one.last + 1 :])]
+    with ExitStack() as stack:
         for block in skipped:
             given = frozen.hidden if block is blocks[frozen.start] and frozen.start >= 0 else None
             stack.enter_context(_replaced(block, given, frozen.returns_tuple))
-        for module, delta in added:
-            stack.enter_context(_added(module, delta, at))
+        for module, delta in one.added:
+            stack.enter_context(_added(module, delta, frozen.rows.column - frozen.first))
         arguments = frozen.rows.arguments(frozen.first)
         cache = _cache(frozen.before, frozen.start)
         logits: Tensor = model(**arguments, past_key_values=cache, use_cache=bool(cache)).logits
-    return precise(logits if savings.read_few else logits[row, column])
+    return logits
 
 
 def _cache(before: Sequence[tuple[Tensor, ...]], start: int) -> DynamicCache | None:
@@ -266,6 +330,26 @@ def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterat
         del block.forward
         if own is not None:
             block.forward = own
+
+
+@contextmanager
+def _only_at(ffn: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
+    """Let a module that treats every position alike see few of them; the others get zeros."""
+    shapes: list[torch.Size] = []
+
+    def take(_module: nn.Module, args: Any) -> Any:
+        shapes.append(args[0].shape)
+        return (args[0][row, column], *args[1:])
+
+    def put_back(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(shapes.pop()).index_put((row, column), output)
+
+    hooks = [ffn.register_forward_pre_hook(take), ffn.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

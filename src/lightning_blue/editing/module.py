@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,16 +23,15 @@ from lightning_blue.editing.architectures import (
     check_layers,
     check_site,
     down_projection,
+    feed_forward,
     find_architecture,
     site_modules,
     weight_view,
 )
 from lightning_blue.editing.contexts import (
     EditPrompts,
-    LookupRows,
     context_templates,
     edit_prompts,
-    lookup_rows,
 )
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
 from lightning_blue.editing.forward import Savings, precise, read_states
@@ -41,7 +40,9 @@ from lightning_blue.editing.targets import Targets, TargetSearch, search_targets
 from lightning_blue.errors import InputError
 from lightning_blue.generation import generate
 from lightning_blue.loading import load_language_model
+from lightning_blue.prefix_tree import row_width, share_prefixes
 from lightning_blue.requests import EditRequest
+from lightning_blue.subjects import Encoded
 
 MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -96,6 +97,7 @@ class EditModule(LightningModule):
         self.preparation_seconds = 0.0
         self._covariances: dict[int, Tensor] = {}
         self._templates: list[str] | None = None
+        self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
         self._named: set[str] = set()  # subjects that several requests of a batch were about
 
     # Lightning
@@ -137,10 +139,9 @@ class EditModule(LightningModule):
         Averaged inside each kind of context first, then over kinds: the bare prompt weighs one
         half, all prefixed ones together the other half.
         """
-        rows = self._lookup_rows(batch, self.templates)
-        module = {"key": self._projection(layer)}
-        states = read_states(self.model, rows.input_ids, inputs_of=module)["key"]
-        keys = _at(states, rows).view(len(batch), len(self.templates), -1)
+        rows = [row for prompt in self._prompts(batch) for row in prompt.rewriting]
+        states = self._at_lookups(rows, inputs_of={"key": self._projection(layer)})
+        keys = states.view(len(batch), len(self.templates), -1)
         bare, prefixed = keys[:, 0], keys[:, 1:]
         mean = (bare + prefixed.mean(1)) / 2 if prefixed.shape[1] else bare
         return mean.T
@@ -148,10 +149,8 @@ class EditModule(LightningModule):
     @torch.no_grad()
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Return the output at the target site at the bare lookup, ``(d_model, n)``."""
-        rows = self._lookup_rows(batch, ["{}"])
-        module = {"output": self._written_module(layer)}
-        states = read_states(self.model, rows.input_ids, outputs_of=module)["output"]
-        return _at(states, rows).T
+        rows = [prompt.rewriting[0] for prompt in self._prompts(batch)]
+        return self._at_lookups(rows, outputs_of={"output": self._written_module(layer)}).T
 
     def edit_targets(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Optimise the site's outputs that make the model say the new objects, ``(d_model, n)``.
@@ -166,7 +165,7 @@ class EditModule(LightningModule):
                 where="model.target.loss_layer",
                 mend="choose a higher layer, or null for the last one",
             )
-        prompts = edit_prompts(self.tokenizer, batch, self.templates)
+        prompts = self._prompts(batch)
         owner = self._owners(batch)
         if self.savings is None:
             farthest = max(prompts, key=lambda one: one.rewriting[-1].lookup)
@@ -242,14 +241,31 @@ class EditModule(LightningModule):
         """The most tokens the model can read."""
         return context_length(self.model) or 2**31
 
-    def _projection(self, layer: int) -> torch.nn.Module:
+    def _projection(self, layer: int) -> nn.Module:
         return down_projection(self.blocks[layer], self.architecture)
 
-    def _written_module(self, layer: int) -> torch.nn.Module:
+    def _written_module(self, layer: int) -> nn.Module:
         return site_modules(self.target.site, self.blocks[layer], self.architecture)[-1]
 
-    def _lookup_rows(self, batch: Sequence[EditRequest], templates: Sequence[str]) -> LookupRows:
-        return lookup_rows(self.tokenizer, batch, templates, self.device)
+    def _prompts(self, batch: Sequence[EditRequest]) -> list[EditPrompts]:
+        """Tokenise a batch, once for all that is asked about it."""
+        if self._tokenised is None or self._tokenised[0] is not batch:
+            self._tokenised = batch, edit_prompts(self.tokenizer, batch, self.templates)
+        return self._tokenised[1]
+
+    def _at_lookups(self, rows: Sequence[Encoded], **module: Mapping[str, nn.Module]) -> Tensor:
+        """Read one module at each row's lookup, ``(n_rows, d)``; what follows changes nothing."""
+        sequences = [row.ids[: row.lookup + 1] for row in rows]
+        longest = max(map(len, sequences))
+        width, step = row_width(self.model, longest), max(1, MAX_TOKENS // longest)
+        found = []
+        for first in range(0, len(rows), step):
+            some = sequences[first : first + step]
+            shared = share_prefixes(self.model, some, width)
+            (states,) = read_states(self.model, shared.arguments, **module).values()
+            last = torch.tensor([[len(ids) - 1] for ids in some], device=self.device)
+            found.append(states.flatten(0, 1)[shared.nodes.gather(1, last)[:, 0]])
+        return precise(torch.cat(found))
 
     def _written_contexts(self) -> list[str]:
         texts = generate(
@@ -306,6 +322,7 @@ class EditModule(LightningModule):
             self.target.site != "block",
             prompts,
             self.target.loss_layer,
+            partial(feed_forward, architecture=self.architecture),
             savings,
         )
 
@@ -362,9 +379,3 @@ def free_memory(device: torch.device) -> int:
     if not hasattr(os, "sysconf"):
         return 4 * 2**30
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _at(states: Tensor, rows: LookupRows) -> Tensor:
-    """Pick the state at each row's lookup: ``(n_rows, n_tokens, d)`` to ``(n_rows, d)``."""
-    index = torch.arange(states.shape[0], device=states.device)
-    return precise(states[index, rows.lookups])

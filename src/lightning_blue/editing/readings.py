@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_blue.editing.contexts import EditPrompts, align
-from lightning_blue.editing.forward import PLAIN, Frozen, Savings, freeze, logits_with
+from lightning_blue.editing.forward import (
+    PLAIN,
+    Frozen,
+    Pass,
+    Savings,
+    freeze,
+    logits_with,
+)
 from lightning_blue.editing.targets import Readings
 from lightning_blue.subjects import Encoded
 
@@ -37,8 +44,8 @@ class Reads(NamedTuple):
 class PromptReader:
     """Reads targets' probabilities in all rewriting prompts, and what is said of the subjects.
 
-    Two passes a step: one over the rewriting prompts from the lookup on, one over the lookups of
-    the subject prompts. Edits that are done leave both.
+    Two passes a step: one over the lookups of the subject prompts, one over the rewriting prompts
+    from the lookup on; the head runs once for both. Edits that are done leave both.
 
     Args:
         model: a causal language model in eval mode.
@@ -48,6 +55,7 @@ class PromptReader:
         inside: whether the sites lie inside the block, so that the block itself must run.
         prompts: of the n edits.
         loss_layer: the block whose output is read for the target; None: the last.
+        ffn: returns the FFN of a block; None: passes run it at all positions.
         savings: what the passes leave out.
     """
 
@@ -60,10 +68,11 @@ class PromptReader:
         inside: bool,
         prompts: Sequence[EditPrompts],
         loss_layer: int | None = None,
+        ffn: Callable[[nn.Module], nn.Module | None] = lambda _block: None,
         savings: Savings = Savings(),  # noqa: B008  (frozen)
     ) -> None:
         self.model, self.blocks, self.sites = model, blocks, sites
-        self.loss_layer, self.savings = loss_layer, savings
+        self.loss_layer, self.ffn, self.savings = loss_layer, ffn, savings
         self.n_contexts = len(prompts[0].rewriting)
         start = layer - 1 if inside else layer
 
@@ -94,23 +103,28 @@ class PromptReader:
 
     def logits(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits where the targets' tokens are said and behind the subject prompts."""
-        spread = delta.repeat_interleave(self.n_contexts, dim=1)
-        logits = self._logits(
-            self.rewriting, spread, (self.reads.rows, self.reads.columns), self.loss_layer
-        )
         index = torch.arange(delta.shape[1], device=delta.device)
         column = torch.full_like(index, self.subject.rows.column)
-        return logits, self._logits(self.subject, delta, (index, column), None)
+        spread = delta.repeat_interleave(self.n_contexts, dim=1)
+        said, logits = logits_with(
+            self.model,
+            self.blocks,
+            [
+                self._pass(self.subject, delta, index, column, None),
+                self._pass(
+                    self.rewriting, spread, self.reads.rows, self.reads.columns, self.loss_layer
+                ),
+            ],
+            self.savings,
+        )
+        return logits, said
 
-    def _logits(
-        self,
-        frozen: Frozen,
-        delta: Tensor,
-        reads: tuple[Tensor, Tensor],
-        last: int | None,
-    ) -> Tensor:
+    def _pass(
+        self, frozen: Frozen, delta: Tensor, rows: Tensor, columns: Tensor, last: int | None
+    ) -> Pass:
         added = list(zip(self.sites, delta, strict=True))
-        return logits_with(self.model, self.blocks, frozen, added, reads, last, self.savings)
+        ffn = self.ffn(self.blocks[-1 if last is None else last])
+        return Pass(frozen, added, rows, columns, last, ffn)
 
     def _judge(self, logits: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Average nats over a target's tokens and over contexts, ``(n,)``, and find the hits."""
