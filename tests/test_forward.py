@@ -8,6 +8,7 @@ import torch
 from lightning_blue.editing.architectures import (
     blocks,
     down_projection,
+    feed_forward,
     find_architecture,
     weight_view,
 )
@@ -17,9 +18,11 @@ from lightning_blue.editing.forward import (
     Pass,
     Savings,
     freeze,
+    hidden_of,
     logits_with,
     read_states,
 )
+from lightning_blue.prefix_tree import reads_forests
 
 
 @pytest.fixture
@@ -148,3 +151,43 @@ def test_right_padding_changes_nothing_that_is_read(language_model, ids):
     short = read_states(model, {"input_ids": ids}, outputs_of={"out": layers[3]})["out"]
     long = read_states(model, {"input_ids": padded}, outputs_of={"out": layers[3]})["out"]
     torch.testing.assert_close(long[:, :9], short, rtol=1e-4, atol=1e-5)
+
+
+def tokens_seen(module, work) -> list[int]:
+    """Run something; return how many tokens the module computed in each of its calls."""
+    seen: list[int] = []
+    hook = module.register_forward_hook(
+        lambda _m, _args, out: seen.append(hidden_of(out).numel() // hidden_of(out).shape[-1])
+    )
+    try:
+        with torch.no_grad():
+            work()
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_common_beginnings_are_computed_once(language_model, ids):
+    model = language_model.model
+    layers = blocks(model, find_architecture(model))
+    rows = aligned(ids[:1].expand(3, 9))  # each begins as the longest does
+    assert reads_forests(model)
+    shared = tokens_seen(layers[0], lambda: freeze(model, layers, 1, rows))
+    apart = Savings(share_prefixes=False)
+    other = aligned(ids)
+    assert shared == [9]
+    assert tokens_seen(layers[0], lambda: freeze(model, layers, 1, other, savings=apart)) == [27]
+
+
+def test_the_head_and_the_last_ffn_see_only_what_is_read(language_model, ids):
+    model = language_model.model
+    row = find_architecture(model)
+    layers = blocks(model, row)
+    ffn = feed_forward(layers[-1], row)
+    one = Pass(freeze(model, layers, 1, aligned(ids)), [], *READS, None, ffn)
+
+    def run():
+        return logits_with(model, layers, [one, one])
+
+    assert tokens_seen(ffn, run) == [5, 5]
+    assert tokens_seen(model.get_output_embeddings(), run) == [10]  # once for both passes

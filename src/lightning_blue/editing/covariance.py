@@ -345,10 +345,11 @@ def _collect(
         )
     if change is None:
         return new, {}
-    for layer, changes in change.changes.items():
+    known = {layer: changes for layer, changes in change.changes.items() if changes}
+    for layer, changes in known.items():
         said = ", ".join(f"{share:.1%} up to {tokens:,}" for tokens, share in changes)
         log.info("layer %d: as the tokens doubled, the update moved by %s", layer, said)
-    return new, change.changes
+    return new, known
 
 
 def _probe_keys(
