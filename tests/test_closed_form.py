@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 
@@ -25,18 +27,21 @@ def dense(c0, past, keys, residual):
     return residual @ keys.T @ torch.linalg.inv(c0 + past @ past.T + keys @ keys.T)
 
 
+@pytest.mark.parametrize(
+    "moves", [(0.1,), (0.0,), (0.0, 0.1)]
+)  # of keys by their own edit, in turn
 @pytest.mark.parametrize("sizes", [(5,), (5, 3, 7), (1, 1), (30, 30), (3,) * 14])
-def test_dual_form_equals_dense_form_over_sequential_batches(sizes):
+def test_dual_form_equals_dense_form_over_sequential_batches(sizes, moves):
     generator = torch.Generator().manual_seed(0)
     c = covariance(generator)
     memory = KeyMemory(least_squares(c, WEIGHT))
     past = torch.empty(D_IN, 0, dtype=torch.float64)
-    for n in sizes:
+    for n, move in zip(sizes, cycle(moves), strict=False):
         keys = torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
         residual = torch.randn(D_OUT, n, generator=generator, dtype=torch.float64)
         reference = dense(WEIGHT * c, past, keys, residual)
         torch.testing.assert_close(delta_of(memory, residual, keys), reference, rtol=0, atol=1e-12)
-        remembered = keys + 0.1 * torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
+        remembered = keys + move * torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
         memory.remember(remembered)
         past = torch.cat((past, remembered), dim=1)
 

@@ -12,6 +12,8 @@ Only ``n x n`` systems are left, and their Cholesky factor grows by blocks.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
@@ -105,6 +107,15 @@ def null_space(
     return Whitening(ridge**0.5, vectors[:, :kept].contiguous())
 
 
+class _Solved(NamedTuple):
+    """Keys of a batch, whitened, and their blocks of the grown Cholesky factor."""
+
+    keys: Tensor
+    whitened: Tensor
+    half: Tensor
+    corner: Tensor
+
+
 class KeyMemory:
     """The keys one layer must respect: ordinary text's and those of earlier edit batches.
 
@@ -114,9 +125,10 @@ class KeyMemory:
 
     def __init__(self, whitening: Whitening) -> None:
         self.whitening = whitening
-        self.past: Tensor | None = None  # whitened past keys: (r, n)
+        self.past: list[Tensor] = []  # whitened past keys, in order: (r, n) each
         self.cholesky = torch.empty(0, 0, dtype=torch.float64)  # of I + past^T past: (n, n), lower
         self._waiting: list[Tensor] = []  # keys to remember, whitened with the next batch's
+        self._newest: _Solved | None = None  # the last batch, until it is remembered
 
     def update(self, residual: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Solve Eq. 8 (Eq. 5 while nothing was remembered) for one edit batch.
@@ -130,44 +142,66 @@ class KeyMemory:
         """
         waiting = sum(one.shape[1] for one in self._waiting)
         whitened = self.whitening.apply(torch.cat([*self._waiting, keys], dim=1))
+        half, corner = self._grow(whitened)
         if waiting:
-            folded = self._absorb(whitened[:, :waiting])
-            whitened = self.whitening.apply(keys) if folded else whitened[:, waiting:]
             self._waiting = []
-        half = self._against_past(whitened)
-        schur = torch.linalg.cholesky(_identity_plus(whitened.T @ whitened - half.T @ half))
-        coefficients = torch.cholesky_solve(residual.to(schur).T, schur).T
-        if self.past is not None:
-            whitened = whitened - self.past @ solve_triangular(self.cholesky.T, half, upper=True)
+            old, whitened = whitened[:, :waiting], whitened[:, waiting:]
+            if self._append(old, half[:, :waiting], corner[:waiting, :waiting]):
+                whitened = self.whitening.apply(keys)
+                half, corner = self._grow(whitened)
+            else:
+                half = torch.cat((half[:, waiting:], corner[waiting:, :waiting].T))
+                corner = corner[waiting:, waiting:]
+        self._newest = _Solved(keys, whitened, half, corner)
+        coefficients = torch.cholesky_solve(residual.to(corner).T, corner).T
+        shares = solve_triangular(self.cholesky.to(half).T, half, upper=True)
+        for block, share in zip(self.past, shares.split(self._sizes), strict=True):
+            whitened = torch.addmm(whitened, block, share, alpha=-1)
         return coefficients, self.whitening.apply_transposed(whitened).T
 
     def remember(self, keys: Tensor) -> None:
-        """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected."""
-        self._waiting.append(keys)
+        """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected.
 
-    def _absorb(self, new: Tensor) -> bool:
-        """Take in whitened keys, ``(r, n)``; say whether the whitening changed.
+        Where an edit changed no layer below, they are the keys that the update was solved for, and
+        all that is to be computed is known.
+        """
+        newest, self._newest = self._newest, None
+        if newest is not None and torch.equal(keys, newest.keys):
+            self._append(newest.whitened, newest.half, newest.corner)
+        else:
+            self._waiting.append(keys)
+
+    def _append(self, new: Tensor, half: Tensor, corner: Tensor) -> bool:
+        """Take in whitened keys and their blocks of the factor; say whether the whitening changed.
 
         Once they number half of the whitened dimensions they are folded into the whitening, so
         that a batch costs the same however many came before.
         """
-        every = new if self.past is None else torch.cat((self.past, new), dim=1)
-        if 2 * every.shape[1] > every.shape[0]:
-            self.whitening, self.past = self.whitening.folded(every), None
-            self.cholesky = self.cholesky[:0, :0]
+        if 2 * (sum(self._sizes) + new.shape[1]) > new.shape[0]:
+            self.whitening = self.whitening.folded(torch.cat([*self.past, new], dim=1))
+            self.past, self.cholesky = [], self.cholesky[:0, :0]
             return True
-        half = self._against_past(new)
-        corner = torch.linalg.cholesky(_identity_plus(new.T @ new - half.T @ half))
         above = torch.cat((self.cholesky.to(half), torch.zeros_like(half)), dim=1)
         self.cholesky = torch.cat((above, torch.cat((half.T, corner), dim=1)))
-        self.past = every
+        self.past.append(new.contiguous())
+        while len(self.past) > 1 and self._sizes[-2] <= self._sizes[-1]:  # few blocks, few copies
+            self.past[-2:] = [torch.cat(self.past[-2:], dim=1)]
         return False
 
-    def _against_past(self, whitened: Tensor) -> Tensor:
-        """Block of the grown Cholesky factor between past and new keys, ``(n, n_edits)``."""
-        if self.past is None:
-            return whitened[:0]
-        return solve_triangular(self.cholesky, self.past.T @ whitened, upper=False)
+    def _grow(self, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the blocks that whitened keys, ``(r, n)``, add to the Cholesky factor.
+
+        Between past and new keys, transposed, ``(n_past, n)``, and among the new, ``(n, n)``.
+        """
+        half = new[:0]
+        if self.past:
+            products = torch.cat([block.T @ new for block in self.past])
+            half = solve_triangular(self.cholesky, products, upper=False)
+        return half, torch.linalg.cholesky(_identity_plus(new.T @ new - half.T @ half))
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [block.shape[1] for block in self.past]
 
 
 def _identity_plus(matrix: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class ClosedFormUpdate(Callback):
         self.rect_keep = rect_keep
         self.finish = finish
         self.steps = plan_steps(plan, self.layers)
-        self.remembered: dict[int, Tensor] = {}  # layer -> keys of earlier batches, (d_in, n)
+        self._remembered: dict[int, list[Tensor]] = {}  # layer -> keys of each earlier batch
         self.original: dict[int, Tensor] = {}  # layer -> unedited weight, kept only to finish
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
         self.notes: list[str] = []  # what a user should be told of the method's set-up
@@ -148,16 +148,15 @@ class ClosedFormUpdate(Callback):
     def _remember(self, module: EditableModule, batch: Any, layer: int) -> None:
         keys = module.edit_keys(batch, layer).detach()
         self._memory_of(module, layer).remember(keys)
-        earlier = self.remembered.get(layer, keys[:, :0])
-        self.remembered[layer] = torch.cat((earlier.to(keys), keys), dim=1)
+        self._remembered.setdefault(layer, []).append(keys)
 
     def _memory_of(self, module: EditableModule, layer: int) -> KeyMemory:
         """Return the layer's memory, built on first use and after a restart."""
         if layer not in self._memory:
             covariance = module.key_covariance(layer).to(module.editable_weight(layer).device)
             memory = KeyMemory(self._whitening(covariance, layer))
-            if layer in self.remembered:
-                memory.remember(self.remembered[layer].to(covariance.device))
+            for keys in self._remembered.get(layer, []):
+                memory.remember(keys.to(covariance.device))
             self._memory[layer] = memory
         return self._memory[layer]
 
@@ -206,6 +205,14 @@ class ClosedFormUpdate(Callback):
                 module.editable_weight(layer).copy_(weight)
             raise
 
+    @property
+    def remembered(self) -> dict[int, Tensor]:
+        """Keys of all earlier batches by layer, ``(d_in, n)``."""
+        return {
+            layer: torch.cat([some.to(keys[-1]) for some in keys], dim=1)
+            for layer, keys in self._remembered.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return what earlier batches left, by layer.
 
@@ -220,10 +227,11 @@ class ClosedFormUpdate(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what earlier batches left."""
-        self.remembered, self._precise, self.original = (
+        past, self._precise, self.original = (
             {int(layer): tensor for layer, tensor in state_dict[name].items()}
             for name in ("past_keys", "precise", "original")
         )
+        self._remembered = {layer: [keys] for layer, keys in past.items()}
         self._memory = {}
 
 
