@@ -22,14 +22,11 @@ class LinearLayer:
     Args:
         weight: ``(d_out, d_in)``.
         covariance: second moment of ordinary keys, ``(d_in, d_in)``.
-        moved: added to a batch's keys once it was written, as an edit of a layer below does.
     """
 
-    def __init__(self, weight: Tensor, covariance: Tensor, moved: float = 0.0) -> None:
+    def __init__(self, weight: Tensor, covariance: Tensor) -> None:
         self.weight = weight
         self.covariance = covariance
-        self.moved = moved
-        self.asked: tuple[Tensor, Tensor] | None = None
 
     def editable_weight(self, layer: int) -> Tensor:
         """Return the weight, ``(d_out, d_in)``."""
@@ -40,9 +37,8 @@ class LinearLayer:
         return self.covariance
 
     def edit_keys(self, batch: tuple[Tensor, Tensor], layer: int) -> Tensor:
-        """Return the batch's keys, ``(d_in, n)``: as they are, and then as they have become."""
-        again, self.asked = self.asked is batch, None if self.asked is batch else batch
-        return batch[0] + self.moved if again else batch[0]
+        """Return the batch's keys, ``(d_in, n)``."""
+        return batch[0]
 
     def edit_targets(self, batch: tuple[Tensor, Tensor], layer: int) -> Tensor:
         """Return the batch's targets, ``(d_out, n)``."""
@@ -63,33 +59,22 @@ def ordinary_keys(d_in: int, device: str) -> Tensor:
 def run_closed_form(args: Namespace, clock: Clock) -> list[Row]:
     """Write a batch of new keys after many past ones, both ways in turn.
 
-    In the first layer that is written keys stay as they are; in later ones they have moved when
-    they are remembered, by the edits below.
-    """
-    rows = [_measure(args, clock, "first layer", 0.0), _measure(args, clock, "later layer", 1e-3)]
-    return [*(row for row, _ in rows), rows[0][1]]
-
-
-def _measure(args: Namespace, clock: Clock, which: str, moved: float) -> tuple[Row, Row]:
-    """Return rows of a batch and of the factorisation.
-
-    Each repeat is the next batch of one run: its keys are remembered, so that the past grows. Keys
-    that moved are whitened with the batch that follows: the past's in the round that warms up,
-    later a batch's own.
+    Each repeat is the next batch of one run: its keys are remembered, so that the past grows. The
+    past's own keys are whitened in the round that warms up.
     """
     torch.manual_seed(0)
     d_in, d_out, device = args.d_in, args.d_out, args.device
     weight = torch.zeros(d_out, d_in, device=device)
-    layer = LinearLayer(weight, ordinary_keys(d_in, device), moved)
+    layer = LinearLayer(weight, ordinary_keys(d_in, device))
     past_keys = torch.randn(d_in, args.past, device=device)
     new = (torch.randn(d_in, args.new, device=device), torch.randn(d_out, args.new, device=device))
     update = ClosedFormUpdate([0], "first", covariance_weight=WEIGHT)
     with torch.no_grad(), clock.watched() as factoring:
         update.on_fit_start(None, layer)  # type: ignore[arg-type]
     with torch.no_grad(), clock.watched() as filling:
-        unmoved = torch.zeros(d_out, args.past, device=device)
-        update.on_edit_batch(None, layer, (past_keys, unmoved))  # type: ignore[arg-type]
-    moment = (past_keys + moved).double() @ (past_keys + moved).double().T
+        nothing = torch.zeros(d_out, args.past, device=device)
+        update.on_edit_batch(None, layer, (past_keys, nothing))  # type: ignore[arg-type]
+    moment = past_keys.double() @ past_keys.double().T
 
     twin = torch.zeros_like(layer.weight)
 
@@ -99,12 +84,12 @@ def _measure(args: Namespace, clock: Clock, which: str, moved: float) -> tuple[R
     def dense() -> None:
         keys, residual = new
         twin.add_(textbook.solve(layer.covariance, WEIGHT, moment, keys, residual).float())
-        moment.addmm_((keys + moved).double(), (keys + moved).double().T)
+        moment.addmm_(keys.double(), keys.double().T)
 
     with torch.no_grad():
         samples = clock.race({"ours": ours, "textbook": dense}, args.repeats)
     operations = closed_form_operations(d_in, d_out, args.new, args.past)
-    size = f"{which}, {d_in:,} to {d_out:,}, {args.new:,} new keys after {args.past:,}"
+    size = f"{d_in:,} to {d_out:,}, {args.new:,} new keys after {args.past:,}"
     row = Row(
         "closed_form",
         size,
@@ -129,7 +114,7 @@ def _measure(args: Namespace, clock: Clock, which: str, moved: float) -> tuple[R
         floor=d_in**3 / 3 / clock.rate,
         ours_peak=factoring.peak,
     )
-    return row, once
+    return [row, once]
 
 
 def _bytes(layer: LinearLayer) -> int:

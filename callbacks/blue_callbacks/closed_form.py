@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from blue_callbacks.triangle import Triangle
+
 
 class SingularCovarianceError(ValueError):
     """A covariance has no factor: it was collected from too few inputs, or keys never vary."""
@@ -26,6 +28,8 @@ class SingularCovarianceError(ValueError):
 class Whitening:
     """The map ``B = L^-1 U^T`` from keys to r coordinates.
 
+    Coordinates are rows, ``(n, r)``.
+
     Args:
         factor: L, lower triangular, ``(r, r)``, float64; a number stands for its multiple of the
             identity.
@@ -33,30 +37,30 @@ class Whitening:
     """
 
     def __init__(self, factor: Tensor | float, basis: Tensor | None = None) -> None:
-        self.factor, self.basis = factor, basis
+        self.factor = Triangle(factor) if isinstance(factor, Tensor) else factor
+        self.basis = basis
 
     def apply(self, keys: Tensor) -> Tensor:
-        """Return ``B keys``: ``(d_in, n)`` to ``(r, n)``, float64."""
-        reduced = keys.double() if self.basis is None else self.basis.T @ keys.double()
-        if isinstance(self.factor, float):
-            return reduced / self.factor
-        return solve_triangular(self.factor, reduced, upper=False)
+        """Return ``(B keys)^T``: ``(d_in, n)`` to ``(n, r)``, float64."""
+        rows = keys.double().T
+        if self.basis is not None:
+            rows = rows @ self.basis
+        return self.factor.solve(rows) if isinstance(self.factor, Triangle) else rows / self.factor
 
-    def apply_transposed(self, coordinates: Tensor) -> Tensor:
-        """Return ``B^T coordinates``: ``(r, n)`` to ``(d_in, n)``."""
-        if isinstance(self.factor, float):
-            keys = coordinates / self.factor
+    def apply_transposed(self, rows: Tensor) -> Tensor:
+        """Return ``rows B``: ``(n, r)`` to ``(n, d_in)``."""
+        if isinstance(self.factor, Triangle):
+            keys = self.factor.solve_transposed(rows)
         else:
-            keys = solve_triangular(self.factor.T, coordinates, upper=True)
-        return keys if self.basis is None else self.basis @ keys
+            keys = rows / self.factor
+        return keys if self.basis is None else keys @ self.basis.T
 
-    def folded(self, coordinates: Tensor) -> Whitening:
-        """Return the map that also whitens keys whose coordinates these are, ``(r, n)``."""
-        grown = torch.linalg.cholesky(_identity_plus(coordinates @ coordinates.T))
-        return Whitening(
-            self.factor @ grown if isinstance(self.factor, Tensor) else self.factor * grown,
-            self.basis,
-        )
+    def folded(self, rows: Tensor) -> Whitening:
+        """Return the map that also whitens keys whose coordinates these rows are."""
+        grown = torch.linalg.cholesky(_identity_plus(rows.T @ rows))
+        if isinstance(self.factor, Triangle):
+            return Whitening(self.factor.matrix @ grown, self.basis)
+        return Whitening(self.factor * grown, self.basis)
 
 
 def least_squares(covariance: Tensor, weight: float) -> Whitening:
@@ -125,7 +129,7 @@ class KeyMemory:
 
     def __init__(self, whitening: Whitening) -> None:
         self.whitening = whitening
-        self.past: list[Tensor] = []  # whitened past keys, in order: (r, n) each
+        self.past: list[Tensor] = []  # whitened past keys, in order: (n, r) each
         self.cholesky = torch.empty(0, 0, dtype=torch.float64)  # of I + past^T past: (n, n), lower
         self._waiting: list[Tensor] = []  # keys to remember, whitened with the next batch's
         self._newest: _Solved | None = None  # the last batch, until it is remembered
@@ -145,7 +149,7 @@ class KeyMemory:
         half, corner = self._grow(whitened)
         if waiting:
             self._waiting = []
-            old, whitened = whitened[:, :waiting], whitened[:, waiting:]
+            old, whitened = whitened[:waiting], whitened[waiting:]
             if self._append(old, half[:, :waiting], corner[:waiting, :waiting]):
                 whitened = self.whitening.apply(keys)
                 half, corner = self._grow(whitened)
@@ -156,14 +160,14 @@ class KeyMemory:
         coefficients = torch.cholesky_solve(residual.to(corner).T, corner).T
         shares = solve_triangular(self.cholesky.to(half).T, half, upper=True)
         for block, share in zip(self.past, shares.split(self._sizes), strict=True):
-            whitened = torch.addmm(whitened, block, share, alpha=-1)
-        return coefficients, self.whitening.apply_transposed(whitened).T
+            whitened = torch.addmm(whitened, share.T, block, alpha=-1)
+        return coefficients, self.whitening.apply_transposed(whitened)
 
     def remember(self, keys: Tensor) -> None:
         """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected.
 
-        Where an edit changed no layer below, they are the keys that the update was solved for, and
-        all that is to be computed is known.
+        If they are the keys that the update was solved for, all that is to be computed is known;
+        they are others where layers below were changed after it, as RECT does.
         """
         newest, self._newest = self._newest, None
         if newest is not None and torch.equal(keys, newest.keys):
@@ -177,31 +181,31 @@ class KeyMemory:
         Once they number half of the whitened dimensions they are folded into the whitening, so
         that a batch costs the same however many came before.
         """
-        if 2 * (sum(self._sizes) + new.shape[1]) > new.shape[0]:
-            self.whitening = self.whitening.folded(torch.cat([*self.past, new], dim=1))
+        if 2 * (sum(self._sizes) + new.shape[0]) > new.shape[1]:
+            self.whitening = self.whitening.folded(torch.cat([*self.past, new]))
             self.past, self.cholesky = [], self.cholesky[:0, :0]
             return True
         above = torch.cat((self.cholesky.to(half), torch.zeros_like(half)), dim=1)
         self.cholesky = torch.cat((above, torch.cat((half.T, corner), dim=1)))
-        self.past.append(new.contiguous())
+        self.past.append(new)
         while len(self.past) > 1 and self._sizes[-2] <= self._sizes[-1]:  # few blocks, few copies
-            self.past[-2:] = [torch.cat(self.past[-2:], dim=1)]
+            self.past[-2:] = [torch.cat(self.past[-2:])]
         return False
 
     def _grow(self, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the blocks that whitened keys, ``(r, n)``, add to the Cholesky factor.
+        """Return the blocks that whitened keys, ``(n, r)``, add to the Cholesky factor.
 
         Between past and new keys, transposed, ``(n_past, n)``, and among the new, ``(n, n)``.
         """
-        half = new[:0]
+        half = new.new_empty(0, new.shape[0])
         if self.past:
-            products = torch.cat([block.T @ new for block in self.past])
+            products = torch.cat([block @ new.T for block in self.past])
             half = solve_triangular(self.cholesky, products, upper=False)
-        return half, torch.linalg.cholesky(_identity_plus(new.T @ new - half.T @ half))
+        return half, torch.linalg.cholesky(_identity_plus(new @ new.T - half.T @ half))
 
     @property
     def _sizes(self) -> list[int]:
-        return [block.shape[1] for block in self.past]
+        return [block.shape[0] for block in self.past]
 
 
 def _identity_plus(matrix: Tensor) -> Tensor:

@@ -109,17 +109,21 @@ class ClosedFormUpdate(Callback):
         """Walk the plan over one edit batch, then remember its keys."""
         with self._restored_on_error(module) as before:
             targets: dict[int, Tensor] = {}
+            keys: dict[int, Tensor] = {}  # no later step changes them: plans go up the layers
             for step in self.steps:
                 if step.target_layer not in targets:
                     targets[step.target_layer] = module.edit_targets(batch, step.target_layer)
-                self._write(module, batch, step, targets[step.target_layer])
+                keys[step.layer] = module.edit_keys(batch, step.layer).detach()
+                self._write(module, batch, step, targets[step.target_layer], keys[step.layer])
             if self.rect_keep is not None:
                 for layer, weight in before.items():
                     delta = rect(weight, self._weight(module, layer) - weight, self.rect_keep)
                     self._set_weight(module, layer, weight + delta)
+                keys = {layer: module.edit_keys(batch, layer).detach() for layer in keys}
             if self.past_keys:
-                for layer in self.written_layers:
-                    self._remember(module, batch, layer)
+                for layer, newest in keys.items():
+                    self._memory_of(module, layer).remember(newest)
+                    self._remembered.setdefault(layer, []).append(newest)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the whole update, where the method does."""
@@ -132,8 +136,9 @@ class ClosedFormUpdate(Callback):
             with torch.no_grad():
                 self._set_weight(module, layer, finished)
 
-    def _write(self, module: EditableModule, batch: Any, step: PlanStep, target: Tensor) -> None:
-        keys = module.edit_keys(batch, step.layer)  # (d_in, n)
+    def _write(
+        self, module: EditableModule, batch: Any, step: PlanStep, target: Tensor, keys: Tensor
+    ) -> None:
         residual = step.share * (target - module.edit_outputs(batch, step.target_layer))
         _require_finite(module, batch, step.layer, keys=keys, residual=residual)
         with torch.autocast(keys.device.type, enabled=False):
@@ -144,11 +149,6 @@ class ClosedFormUpdate(Callback):
         squared = ((left.T @ left) * (right @ right.T)).sum()
         self.norms[f"layer{step.layer}/delta_norm"] = float(squared.clamp(min=0).sqrt())
         self.norms[f"layer{step.layer}/residual_norm"] = float(residual.norm(dim=0).mean())
-
-    def _remember(self, module: EditableModule, batch: Any, layer: int) -> None:
-        keys = module.edit_keys(batch, layer).detach()
-        self._memory_of(module, layer).remember(keys)
-        self._remembered.setdefault(layer, []).append(keys)
 
     def _memory_of(self, module: EditableModule, layer: int) -> KeyMemory:
         """Return the layer's memory, built on first use and after a restart."""
