@@ -1,17 +1,20 @@
-"""Part ``curves``: the target search against edits in a batch, prompts, depth, width, threads."""
+"""Part ``curves``: the target search against each of the sizes it depends on, and processes."""
 
 from __future__ import annotations
 
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed, multiprocessing
 
-from benchmarks.delta import run_delta
+from benchmarks.delta import edit_module, run_delta
 from benchmarks.results import Row
-from benchmarks.timing import Clock
+from benchmarks.timing import Clock, now
 from benchmarks.workload import CONTEXTS, load_workload
 
 POINTS: dict[str, list[int]] = {
@@ -28,12 +31,16 @@ SMOKE: dict[str, list[int]] = {
     "width": [32, 64],
     "threads": [1, 2],
 }
+PROCESSES = [1, 2]
 SIZES = {"depth": "n_layers", "width": "d_model"}
 
 
 def run_curves(args: Namespace, clock: Clock) -> list[Row]:
     """Vary one size at a time; both ways at every point, at the first of the layers."""
-    return [_point(axis, value, args, clock) for axis, value in _points(args.preset == "smoke")]
+    rows = [_point(axis, value, args, clock) for axis, value in _points(args.preset == "smoke")]
+    if args.device == "cpu" and distributed.is_gloo_available():
+        rows += [_processes(n, args) for n in PROCESSES]
+    return rows
 
 
 def _points(smoke: bool) -> Iterator[tuple[str, int]]:
@@ -62,3 +69,28 @@ def _point(axis: str, value: int, args: Namespace, clock: Clock) -> Row:
     row = run_delta(workload, Namespace(**{**vars(args), **settings}), clock)[0]
     torch.set_num_threads(threads)
     return replace(row, part="curves", case=f"{axis}: {value}")
+
+
+def _processes(n: int, args: Namespace) -> Row:
+    """Share a batch among processes of one thread each; ours alone."""
+    edits = min(args.edits, 20)
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_share, args=(n, edits, args, folder), nprocs=n)
+        seconds = float(Path(folder, "seconds").read_text())
+    return Row("curves", f"processes: {n}", "edit", ours=seconds / edits)
+
+
+def _share(rank: int, n: int, edits: int, args: Namespace, folder: str) -> None:
+    """Do one process's share; the first one notes the seconds of the whole batch."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n)
+    workload = load_workload(args.shape, edits, n_layers=args.depth, d_model=args.width)
+    module, batch = edit_module(workload, args), workload.requests[:edits]
+    module.edit_targets(batch[:n], args.layers[0])  # warms up
+    distributed.barrier()
+    began = now()
+    module.edit_targets(batch, args.layers[0])
+    if rank == 0:
+        Path(folder, "seconds").write_text(str(now() - began))
+    distributed.destroy_process_group()

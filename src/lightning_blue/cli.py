@@ -22,11 +22,13 @@ from lightning_blue.editing import edit_module
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.errors import InputError
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
+from lightning_blue.processes import EditStrategy
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.progress import EditProgressBar
 from lightning_blue.reporting.tables import score_table
 
 TRAINER_DEFAULTS = {
+    "devices": 1,
     "max_epochs": 1,
     "enable_checkpointing": False,
     "enable_model_summary": False,
@@ -86,7 +88,7 @@ class EditCLI(_CLI):
         parser.add_lightning_class_args(RunRecord, "run")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Give the trainer the run's loggers unless the user chose others."""
+        """Give the trainer the run's loggers and strategy unless the user chose others."""
         record: RunRecord = self._get(self.config_init, "run")
         record.config = self.parser.dump(self.config, skip_none=False)
         record.settings = _settings(self.config)
@@ -98,6 +100,9 @@ class EditCLI(_CLI):
             callbacks = self._get(self.config_init, "trainer.callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             kwargs["callbacks"] = [*callbacks, EditProgressBar()]
+        several = self._get(self.config, "trainer.devices") not in (1, "1")
+        if several and self._get(self.config, "trainer.strategy") == "auto":
+            kwargs["strategy"] = EditStrategy()
         return super().instantiate_trainer(**kwargs)
 
 
@@ -122,6 +127,8 @@ def fit(args: Sequence[str]) -> None:
     """Edit facts batch by batch; print the scores and where the report is."""
     cli = EditCLI(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    if not cli.trainer.is_global_zero:
+        return
     record = _only(cli.trainer, RunRecord)
     history = _only(cli.trainer, MeasureEdits).history
     notes = "".join(f"{note}\n" for note in _only(cli.trainer, ClosedFormUpdate).notes)

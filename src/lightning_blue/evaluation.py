@@ -24,6 +24,7 @@ from lightning_blue.metrics import (
     numbers,
 )
 from lightning_blue.metrics import functional as F
+from lightning_blue.processes import spread
 from lightning_blue.requests import EditRequest, Probe
 from lightning_blue.scoring import TargetScore
 
@@ -111,6 +112,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure what a model says about edit requests, before or after they are applied.
 
+    Several processes share the prompts, and each gets all results; all of them must call it.
+
     Under ``counterfact`` a prompt counts where the wanted object is more probable than the other
     one (the new one against the true one; on neighbours the neighbour's answer against the new
     one); without a true object only the top-1 metrics remain. Under ``zsre`` the share of target
@@ -167,14 +170,16 @@ def control_recall(
     Returns:
         ``value``, ``standard_error``, ``count`` and ``prompts``; empty without probes.
     """
-    prompts, answers = [p.prompt for p in probes], [p.answer for p in probes]
-    scores = scoring.score_targets(
-        model,
-        tokenizer,
-        prompts,
-        answers,
-        tokens_per_batch=tokens_per_batch,
-        progress="recall" if progress else None,
+    scores = spread(
+        probes,
+        lambda some: scoring.score_targets(
+            model,
+            tokenizer,
+            [probe.prompt for probe in some],
+            [probe.answer for probe in some],
+            tokens_per_batch=tokens_per_batch,
+            progress="recall" if progress else None,
+        ),
     )
     recall = ExactMatch(sync_on_compute=False)
     recall.update([score.correct for score in scores], torch.arange(len(probes)))
@@ -208,30 +213,34 @@ def _answer(
     tokens_per_batch: int,
     progress: bool,
 ) -> list[Answer]:
-    """Score the objects of all questions in one go."""
-    pairs = [(q.prompt, q.wanted) for q in questions]
-    pairs += [(q.prompt, q.other) for q in questions if q.other is not None]
-    scores = iter(
-        scoring.score_targets(
-            model,
-            tokenizer,
-            [prompt for prompt, _ in pairs],
-            [target for _, target in pairs],
-            tokens_per_batch=tokens_per_batch,
-            progress="probabilities" if progress else None,
+    """Score the objects of all questions, each process those of its share in one go."""
+
+    def score(some: Sequence[Question]) -> list[Answer]:
+        pairs = [(q.prompt, q.wanted) for q in some]
+        pairs += [(q.prompt, q.other) for q in some if q.other is not None]
+        scores = iter(
+            scoring.score_targets(
+                model,
+                tokenizer,
+                [prompt for prompt, _ in pairs],
+                [target for _, target in pairs],
+                tokens_per_batch=tokens_per_batch,
+                progress="probabilities" if progress else None,
+            )
         )
-    )
-    wanted = [next(scores) for _ in questions]
-    other = [None if q.other is None else next(scores) for q in questions]
-    return [
-        Answer(q.request, q.kind, w, o) for q, w, o in zip(questions, wanted, other, strict=True)
-    ]
+        wanted = [next(scores) for _ in some]
+        other = [None if q.other is None else next(scores) for q in some]
+        return [
+            Answer(q.request, q.kind, w, o) for q, w, o in zip(some, wanted, other, strict=True)
+        ]
+
+    return spread(questions, score)
 
 
 def _teacher_forced(answers: Sequence[Answer], compare: bool) -> dict[str, Metric]:
     """Fill the metrics that need no generation.
 
-    They are not synchronised: each process reports on the requests it was given.
+    They are not synchronised: each process has all answers.
     """
     primary: dict[str, Metric] = {}
     top1: dict[str, Metric] = {}
@@ -307,12 +316,11 @@ def _write(
 ) -> list[tuple[int, str]]:
     """Continue all generation prompts; return each whole text with its request."""
     prompts = [(i, p) for i, request in enumerate(requests) for p in request.generation_prompts]
-    continuations = generation.generate(
-        model,
-        tokenizer,
+    continuations = spread(
         [prompt for _, prompt in prompts],
-        seed=seed,
-        progress="texts" if progress else None,
+        lambda some: generation.generate(
+            model, tokenizer, some, seed=seed, progress="texts" if progress else None
+        ),
     )
     return [(i, prompt + more) for (i, prompt), more in zip(prompts, continuations, strict=True)]
 
@@ -327,14 +335,17 @@ def _continue(
     """Return the model's greedy continuation of each request's prompt."""
     if not tokens:
         return [""] * len(requests)
-    return generation.generate(
-        model,
-        tokenizer,
+    return spread(
         [request.text for request in requests],
-        max_new_tokens=tokens,
-        top_k=1,
-        stop_at_end=True,
-        progress="continuations" if progress else None,
+        lambda prompts: generation.generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=tokens,
+            top_k=1,
+            stop_at_end=True,
+            progress="continuations" if progress else None,
+        ),
     )
 
 

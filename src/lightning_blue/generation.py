@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from lightning_blue.batching import batches, check_prompts, context_length, inference, row_weights
 from lightning_blue.prefix_tree import reads_forests
+from lightning_blue.processes import progress_bar
 
 _CACHE_BYTES = 2**31  # of keys and values on the CPU, which needs no larger batches
 
@@ -66,9 +66,7 @@ def generate(
     continued: dict[int, list[int]] = {}
     with (
         inference(model),
-        tqdm(
-            total=len(encoded), desc=progress, disable=progress is None or None, leave=False
-        ) as bar,
+        progress_bar(len(encoded), progress) as bar,
     ):
         for batch in _similar(model, lengths, totals, tokens_per_batch or _fitting_tokens(model)):
             steps = [totals[i] - lengths[i] for i in batch]

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.batching import (
@@ -28,6 +27,7 @@ from lightning_blue.prefix_tree import (
     padded,
     row_width,
 )
+from lightning_blue.processes import progress_bar
 from lightning_blue.subjects import encode_targets
 
 __all__ = [
@@ -120,7 +120,7 @@ def score_rows(
     scores: dict[int, tuple[Tensor, Tensor]] = {}
     with (
         inference(model),
-        tqdm(total=len(rows), desc=progress, disable=progress is None or None, leave=False) as bar,
+        progress_bar(len(rows), progress) as bar,
     ):
         width = row_width(model, max(map(len, sequences), default=0)) if share_prefixes else 0
         packed = merge_prefixes(sequences, width)

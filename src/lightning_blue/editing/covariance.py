@@ -23,7 +23,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.batching import context_length, inference
@@ -32,6 +31,7 @@ from lightning_blue.editing.architectures import weight_view
 from lightning_blue.editing.convergence import Change, UpdateChange
 from lightning_blue.editing.forward import read_states
 from lightning_blue.errors import InputError
+from lightning_blue.processes import progress_bar
 from lightning_blue.storage import whole_file, writing
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def collect_covariance(
     seen, marks = 0, [n_tokens / 4, n_tokens / 2] if on_doubling else []
     with (
         inference(model),
-        tqdm(total=n_tokens, desc="covariance", unit="token", leave=False, disable=None) as bar,
+        progress_bar(n_tokens, "covariance", unit="token") as bar,
     ):
         for batch in _batches(sequences, n_tokens, batch_tokens):
             keys = read_keys(model, projections, batch)

@@ -12,7 +12,6 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks import EditStepOptimizer, NonFiniteError, apply_edit_batch
@@ -41,6 +40,7 @@ from lightning_blue.errors import InputError
 from lightning_blue.generation import generate
 from lightning_blue.loading import load_language_model
 from lightning_blue.prefix_tree import row_width, share_prefixes
+from lightning_blue.processes import n_processes, progress_bar, spread
 from lightning_blue.requests import EditRequest
 from lightning_blue.subjects import Encoded
 
@@ -165,26 +165,17 @@ class EditModule(LightningModule):
                 where="model.target.loss_layer",
                 mend="choose a higher layer, or null for the last one",
             )
-        prompts = self._prompts(batch)
-        owner = self._owners(batch)
+        prompts, members = self._prompts(batch), self._members(batch)
         if self.savings is None:
             farthest = max(prompts, key=lambda one: one.rewriting[-1].lookup)
             self.savings = usable_savings(partial(self._reader, [farthest], layer))
-        groups = self._micro_batches(prompts, owner, layer)
-        found: list[Targets] = []
-        with tqdm(
-            total=len(batch), desc=f"targets, layer {layer}", leave=False, disable=None
-        ) as bar:
-            for some in groups:
-                found.append(
-                    self._search([prompts[i] for i in some], [owner[i] for i in some], layer)
-                )
-                bar.update(len(some))
-        order = torch.tensor([i for some in groups for i in some], device=self.device).argsort()
-        losses = torch.cat([one.losses for one in found])[order]
+        found = spread(members, partial(self._search, prompts, layer))
+        order = torch.tensor([i for some in members for i in some]).argsort()
+        losses = torch.cat([one.losses for one in found])[order].to(self.device)
         self._require_finite(batch, layer, losses)
         self.target_losses[layer] = losses
-        self.target_values[layer] = values = torch.cat([one.values for one in found], 1)[:, order]
+        values = torch.cat([one.values for one in found], dim=1)[:, order].to(self.device)
+        self.target_values[layer] = values
         return values[-1].T
 
     def edit_name(self, batch: Sequence[EditRequest], column: int) -> str:
@@ -256,16 +247,23 @@ class EditModule(LightningModule):
     def _at_lookups(self, rows: Sequence[Encoded], **module: Mapping[str, nn.Module]) -> Tensor:
         """Read one module at each row's lookup, ``(n_rows, d)``; what follows changes nothing."""
         sequences = [row.ids[: row.lookup + 1] for row in rows]
-        longest = max(map(len, sequences))
+        states = spread(sequences, lambda some: self._last_states(some, **module))
+        return precise(torch.stack(states).to(self.device))
+
+    def _last_states(
+        self, sequences: Sequence[list[int]], **module: Mapping[str, nn.Module]
+    ) -> list[Tensor]:
+        """Read one module at the last token of each sequence, ``(d,)`` each, on the CPU."""
+        longest = max(map(len, sequences), default=1)
         width, step = row_width(self.model, longest), max(1, MAX_TOKENS // longest)
-        found = []
-        for first in range(0, len(rows), step):
+        found: list[Tensor] = []
+        for first in range(0, len(sequences), step):
             some = sequences[first : first + step]
             shared = share_prefixes(self.model, some, width)
             (states,) = read_states(self.model, shared.arguments, **module).values()
             last = torch.tensor([[len(ids) - 1] for ids in some], device=self.device)
-            found.append(states.flatten(0, 1)[shared.nodes.gather(1, last)[:, 0]])
-        return precise(torch.cat(found))
+            found += states.flatten(0, 1)[shared.nodes.gather(1, last)[:, 0]].cpu()
+        return found
 
     def _written_contexts(self) -> list[str]:
         texts = generate(
@@ -279,14 +277,13 @@ class EditModule(LightningModule):
         whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
         return [f"{' '.join(text.split())}." for text in whole]
 
-    def _owners(self, batch: Sequence[EditRequest]) -> list[int]:
-        """Return which target each edit belongs to; name edits that ought to share one."""
+    def _members(self, batch: Sequence[EditRequest]) -> list[list[int]]:
+        """Group the edits that have one target; name edits that ought to share one."""
         together: dict[str, list[int]] = {}
         for index, request in enumerate(batch):
             together.setdefault(request.subject, []).append(index)
         if self.target.share_subjects:
-            owner = {i: group[0] for group in together.values() for i in group}
-            return [owner[i] for i in range(len(batch))]
+            return list(together.values())
         for subject, group in together.items():
             if len(group) > 1 and subject not in self._named:
                 self._named.add(subject)
@@ -295,22 +292,7 @@ class EditModule(LightningModule):
                     f"requests {names} of one batch are about {subject!r}, and one key cannot "
                     "hold several targets; --model.target.share_subjects=true gives them one"
                 )
-        return list(range(len(batch)))
-
-    def _micro_batches(
-        self, prompts: Sequence[EditPrompts], owner: Sequence[int], layer: int
-    ) -> list[list[int]]:
-        """Group the edits of a batch; those that share a target stay together."""
-        items: dict[int, list[int]] = {}
-        for index, name in enumerate(owner):
-            items.setdefault(name, []).append(index)
-        members = list(items.values())
-        groups = micro_batches(
-            [max(prompts[i].length for i in item) for item in members],
-            [len(item) * len(self.templates) for item in members],
-            self._tokens_at_once(layer),
-        )
-        return [[i for item in group for i in members[item]] for group in groups]
+        return [[i] for i in range(len(batch))]
 
     def _reader(self, prompts: Sequence[EditPrompts], layer: int, savings: Savings) -> PromptReader:
         sites = site_modules(self.target.site, self.blocks[layer], self.architecture)
@@ -326,13 +308,35 @@ class EditModule(LightningModule):
             savings,
         )
 
-    def _search(self, prompts: Sequence[EditPrompts], owner: list[int], layer: int) -> Targets:
-        reader = self._reader(prompts, layer, self.savings or Savings())
-        names = torch.tensor(owner, device=self.device)
-        with torch.enable_grad():
-            return search_targets(
-                reader.initial, reader, self.target, names.unique(return_inverse=True)[1]
-            )
+    def _search(
+        self, prompts: Sequence[EditPrompts], layer: int, members: Sequence[Sequence[int]]
+    ) -> list[Targets]:
+        """Optimise a target for each group of edits, as many at once as memory holds.
+
+        What is found is on the CPU.
+        """
+        groups = micro_batches(
+            [max(prompts[i].length for i in edits) for edits in members],
+            [len(edits) * len(self.templates) for edits in members],
+            self._tokens_at_once(layer),
+        )
+        found: dict[int, Targets] = {}
+        with progress_bar(sum(map(len, members)), f"targets, layer {layer}") as bar:
+            for group in groups:
+                sizes = [len(members[member]) for member in group]
+                edits = [i for member in group for i in members[member]]
+                owner = torch.arange(len(group)).repeat_interleave(torch.tensor(sizes))
+                reader = self._reader([prompts[i] for i in edits], layer, self.savings or Savings())
+                with torch.enable_grad():
+                    values, losses = search_targets(
+                        reader.initial, reader, self.target, owner.to(self.device)
+                    )
+                several = zip(
+                    values.cpu().split(sizes, dim=1), losses.cpu().split(sizes), strict=True
+                )
+                found.update(zip(group, (Targets(*one) for one in several), strict=True))
+                bar.update(len(edits))
+        return [found[member] for member in range(len(members))]
 
     def _tokens_at_once(self, layer: int) -> int:
         """Return how many tokens the target search may hold at once."""
@@ -373,9 +377,9 @@ def edit_module(
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device."""
+    """Return the bytes that are free on a device, for each process on it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if not hasattr(os, "sysconf"):
         return 4 * 2**30
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_processes()

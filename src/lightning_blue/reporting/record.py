@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_blue.reporting import files, wandb_run
 from lightning_blue.reporting.export import export_model
@@ -47,7 +48,12 @@ class RunRecord(Callback):
         self._started = time.perf_counter()
 
     def loggers(self) -> list[Logger]:
-        """Return a CSV logger and, unless it is off, a W&B logger in the run's folder."""
+        """Return a CSV logger and, unless it is off, a W&B logger in the run's folder.
+
+        The first process alone has any.
+        """
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return []
         loggers: list[Logger] = [CSVLogger(str(self.folder), name="", version="")]
         if self.wandb != "off":
             loggers.append(wandb_run.make_logger(self.folder, self.project, self.wandb))
