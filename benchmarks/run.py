@@ -207,7 +207,7 @@ def _floor(
         for layer in args.layers:
             counts = forwards[layer][done : done + len(batch)]
             total += search_operations(costs, edits, layer, counts)
-            total += 2 * keys_operations(costs, rows, layer)
+            total += keys_operations(costs, rows, layer)
             total += closed_form_operations(costs.d_in, d_out, len(batch), done)
         total += scoring_floor(workload, batch, costs)
         done += len(batch)

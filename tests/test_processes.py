@@ -67,6 +67,7 @@ def test_two_processes_write_what_one_does(small_run, tmp_path):  # noqa: F811
     for devices in (1, 2):
         root = tmp_path / str(devices)
         args = [BASE, *flags(small_run, "llama3"), f"--trainer.devices={devices}"]
+        args.append("--trainer.use_distributed_sampler=true")  # Lightning's own default
         args += [f"--run.root={root}", "--run.name=r", "--run.wandb=offline"]
         command = [sys.executable, "-m", "lightning_blue", "fit", *args]
         ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

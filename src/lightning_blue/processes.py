@@ -23,6 +23,11 @@ class EditStrategy(DDPStrategy):
     def configure_ddp(self) -> None:
         """Leave the module unwrapped; the stock wrapper refuses one without trainable weights."""
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Let each process see every batch, whole: it is inside the batch that work is split."""
+        return {"num_replicas": 1, "rank": 0}
+
 
 def n_processes() -> int:
     """Return how many processes work together, 1 outside a distributed run."""

@@ -266,14 +266,15 @@ class EditModule(LightningModule):
         return found
 
     def _written_contexts(self) -> list[str]:
-        texts = generate(
+        write = partial(
+            generate,
             self.model,
             self.tokenizer,
-            list(CONTEXT_STARTS),
             max_new_tokens=self.context_tokens,
             top_k=5,
             seed=self.seed,
         )
+        texts = spread(list(CONTEXT_STARTS), write)
         whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
         return [f"{' '.join(text.split())}." for text in whole]
 
