@@ -16,6 +16,7 @@ from benchmarks.delta import edit_module, run_delta
 from benchmarks.results import Row
 from benchmarks.timing import Clock, now
 from benchmarks.workload import CONTEXTS, load_workload
+from lightning_blue.processes import share_work
 
 POINTS: dict[str, list[int]] = {
     "edits in a batch": [1, 5, 20, 100],
@@ -85,6 +86,7 @@ def _share(rank: int, n: int, edits: int, args: Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n)
+    share_work(True)
     workload = load_workload(args.shape, edits, n_layers=args.depth, d_model=args.width)
     module, batch = edit_module(workload, args), workload.requests[:edits]
     module.edit_targets(batch[:n], args.layers[0])  # warms up
@@ -93,4 +95,5 @@ def _share(rank: int, n: int, edits: int, args: Namespace, folder: str) -> None:
     module.edit_targets(batch, args.layers[0])
     if rank == 0:
         Path(folder, "seconds").write_text(str(now() - began))
+    share_work(False)
     distributed.destroy_process_group()

@@ -187,7 +187,7 @@ def test_a_row_says_ratio_and_distance_from_the_floor():
 
 
 PARTS = ["delta", "closed_form", "covariance", "evaluation", "run", "growth", "many"]
-PARTS += ["profile", "savings"]
+PARTS += ["profile", "savings", "curves"]
 
 
 @pytest.fixture

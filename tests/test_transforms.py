@@ -75,7 +75,9 @@ def twins(seed: int = 0) -> tuple[Chain, Chain]:
     return chain, twin
 
 
-def straight_line(chain: Chain, batch, layers: tuple[int, ...]) -> dict[int, torch.Tensor]:
+def straight_line(
+    chain: Chain, batch, layers: tuple[int, ...], past: dict[int, torch.Tensor] | None = None
+) -> dict[int, torch.Tensor]:
     """One batch of MEMIT with whole updates, written out; returns them by layer."""
     last, deltas = layers[-1], {}
     target = chain.edit_targets(batch, last)
@@ -83,6 +85,8 @@ def straight_line(chain: Chain, batch, layers: tuple[int, ...]) -> dict[int, tor
         keys = chain.edit_keys(batch, layer).detach().double()
         residual = (target - chain.edit_outputs(batch, last)).detach().double() / (len(layers) - n)
         system = 0.5 * chain.key_covariance(layer).double() + keys @ keys.T
+        if past is not None:
+            system = system + past[layer] @ past[layer].T
         deltas[layer] = (residual @ keys.T @ torch.linalg.inv(system)).float()
         chain.weights[layer].data += deltas[layer]
     return deltas
@@ -95,14 +99,22 @@ def keep_largest(weight: torch.Tensor, delta: torch.Tensor, share: float) -> tor
     return torch.from_numpy(np.where(mask, delta.numpy(), 0))
 
 
-def test_rect_cuts_when_all_layers_were_solved_on_whole_updates():
+@pytest.mark.parametrize("past_keys", [False, True])
+def test_rect_cuts_when_all_layers_were_solved_on_whole_updates(past_keys):
+    """Past keys are those of the weights as they are after the cut."""
     chain, twin = twins()
     data = batches(3)
-    fit(chain, ClosedFormUpdate([0, 1, 2], "even", 0.5, past_keys=False, rect_keep=0.4), data)
+    update = ClosedFormUpdate([0, 1, 2], "even", 0.5, past_keys=past_keys, rect_keep=0.4)
+    fit(chain, update, data)
+    past = {n: twin.weights[n].new_empty(twin.weights[n].shape[1], 0).double() for n in range(3)}
     for batch in data:
         before = [weight.detach().clone() for weight in twin.weights]
-        for layer, delta in straight_line(twin, batch, (0, 1, 2)).items():
+        deltas = straight_line(twin, batch, (0, 1, 2), past if past_keys else None)
+        for layer, delta in deltas.items():
             twin.weights[layer].data = before[layer] + keep_largest(before[layer], delta, 0.4)
+        for layer, keys in past.items():
+            left = twin.edit_keys(batch, layer).detach().double()
+            past[layer] = torch.cat((keys, left), dim=1)
     for ours, reference in zip(chain.weights, twin.weights, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 

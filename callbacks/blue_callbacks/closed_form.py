@@ -149,7 +149,7 @@ class KeyMemory:
         half, corner = self._grow(whitened)
         if waiting:
             self._waiting = []
-            old, whitened = whitened[:waiting], whitened[waiting:]
+            old, whitened = whitened[:waiting].clone(), whitened[waiting:]
             if self._append(old, half[:, :waiting], corner[:waiting, :waiting]):
                 whitened = self.whitening.apply(keys)
                 half, corner = self._grow(whitened)
@@ -209,4 +209,6 @@ class KeyMemory:
 
 
 def _identity_plus(matrix: Tensor) -> Tensor:
-    return matrix + torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    """Add one to the diagonal of a matrix that is nobody else's, in place."""
+    matrix.diagonal().add_(1)
+    return matrix

@@ -119,11 +119,10 @@ class ClosedFormUpdate(Callback):
                 for layer, weight in before.items():
                     delta = rect(weight, self._weight(module, layer) - weight, self.rect_keep)
                     self._set_weight(module, layer, weight + delta)
-                keys = {layer: module.edit_keys(batch, layer).detach() for layer in keys}
             if self.past_keys:
-                for layer, newest in keys.items():
-                    self._memory_of(module, layer).remember(newest)
-                    self._remembered.setdefault(layer, []).append(newest)
+                if self.rect_keep is not None:
+                    keys = {layer: module.edit_keys(batch, layer).detach() for layer in keys}
+                self._remember(module, keys)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the whole update, where the method does."""
@@ -150,6 +149,12 @@ class ClosedFormUpdate(Callback):
         self.norms[f"layer{step.layer}/delta_norm"] = float(squared.clamp(min=0).sqrt())
         self.norms[f"layer{step.layer}/residual_norm"] = float(residual.norm(dim=0).mean())
 
+    def _remember(self, module: EditableModule, keys: dict[int, Tensor]) -> None:
+        for layer, newest in keys.items():
+            self._memory_of(module, layer).remember(newest)
+        for layer, newest in keys.items():
+            self._remembered.setdefault(layer, []).append(newest)
+
     def _memory_of(self, module: EditableModule, layer: int) -> KeyMemory:
         """Return the layer's memory, built on first use and after a restart."""
         if layer not in self._memory:
@@ -169,7 +174,7 @@ class ClosedFormUpdate(Callback):
         said = f"layer {layer}: the null space keeps {kept} of {every} key dimensions"
         if not NEARLY_NONE < kept / every < NEARLY_ALL:
             rank_zero_warn(f"{said}; choose another update.threshold, or give update.energy")
-        self.notes.append(said)
+        self.notes = list(dict.fromkeys([*self.notes, said]))
         return whitening
 
     def _weight(self, module: EditableModule, layer: int) -> Tensor:
@@ -203,6 +208,7 @@ class ClosedFormUpdate(Callback):
             for layer, weight in before.items():
                 self._weight(module, layer).copy_(weight)
                 module.editable_weight(layer).copy_(weight)
+            self._memory = {}  # built again from what is remembered
             raise
 
     @property

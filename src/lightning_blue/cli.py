@@ -13,6 +13,7 @@ import torch
 import wandb
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from blue_callbacks import ClosedFormUpdate, NonFiniteError, SingularCovarianceError
@@ -100,14 +101,24 @@ class EditCLI(_CLI):
             callbacks = self._get(self.config_init, "trainer.callbacks") or []
             callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
             kwargs["callbacks"] = [*callbacks, EditProgressBar()]
-        several = self._get(self.config, "trainer.devices") not in (1, "1")
-        if several and self._get(self.config, "trainer.strategy") == "auto":
+        if self._get(self.config, "trainer.strategy") in ("auto", "ddp") and self._several():
             kwargs["strategy"] = EditStrategy()
         return super().instantiate_trainer(**kwargs)
 
+    def _several(self) -> bool:
+        """Return whether the trainer is to start more than one process."""
+        devices = self._get(self.config, "trainer.devices")
+        if str(devices) in ("auto", "-1"):
+            devices = torch.cuda.device_count()
+        count = len(devices) if isinstance(devices, list) else int(devices)
+        return count > 1 or self._get(self.config, "trainer.num_nodes") > 1
+
 
 def run_command(command: str, args: Sequence[str]) -> int:
-    """Run a command; return 0, 1 if editing had to stop, or 2 for input that cannot be used."""
+    """Run a command; return 0, 1 if editing had to stop, or 2 for input that cannot be used.
+
+    Of several processes the first one speaks for all: the others fail as it does, and return 0.
+    """
     _quiet()
     try:
         {"fit": fit, "stats": stats, "pretrain": pretrain}[command](args)
@@ -189,5 +200,7 @@ def _quiet() -> None:
 
 
 def _complain(message: str, code: int) -> int:
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return 0
     sys.stderr.write(f"error: {message}\n")
     return code

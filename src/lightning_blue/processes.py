@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
@@ -13,12 +16,25 @@ from tqdm.auto import tqdm
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_sharing: ContextVar[bool] = ContextVar("sharing", default=False)
+
 
 class EditStrategy(DDPStrategy):
     """Start processes as ``ddp`` does, but average no gradients: an edit has none to average.
 
-    All of them write the same updates, from the same targets and keys.
+    All of them write the same updates, from the same targets and keys; their devices should be of
+    one kind.
     """
+
+    def setup(self, trainer: Trainer) -> None:
+        """Let :func:`spread` share the work."""
+        super().setup(trainer)
+        share_work(True)
+
+    def teardown(self) -> None:
+        """Let each process work for itself again."""
+        share_work(False)
+        super().teardown()
 
     def configure_ddp(self) -> None:
         """Leave the module unwrapped; the stock wrapper refuses one without trainable weights."""
@@ -29,10 +45,14 @@ class EditStrategy(DDPStrategy):
         return {"num_replicas": 1, "rank": 0}
 
 
+def share_work(together: bool) -> None:
+    """Say whether the processes of the default group work together; all must say the same."""
+    _sharing.set(together)
+
+
 def n_processes() -> int:
-    """Return how many processes work together, 1 outside a distributed run."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if together else 1
+    """Return how many processes work together."""
+    return distributed.get_world_size() if _sharing.get() else 1
 
 
 def spread(
@@ -40,37 +60,47 @@ def spread(
 ) -> list[Result]:
     """Let each process do a share of the items; give all of them all results, in order.
 
-    Every process must call it, with the same items.
+    Every process must call it, with the same items. Where processes do not work together (see
+    :class:`EditStrategy`), each does everything.
 
     Args:
         items: n pieces of work; a process gets those that follow each other.
-        work: from some of them, maybe none, to as many results that pickle, tensors on the CPU.
+        work: from one or more of them to as many results that pickle, tensors on the CPU and not
+            views of larger ones.
 
     Returns:
         n results.
 
     Raises:
-        RuntimeError: in the other processes, if one fails; in that one its own error.
+        Exception: in every process, what the first process that failed has raised.
     """
     world = n_processes()
     if world == 1:
-        return list(work(items))
+        return list(work(items)) if items else []
     rank = distributed.get_rank()
-    cuts = [len(items) * i // world for i in range(world + 1)]
+    mine = items[len(items) * rank // world : len(items) * (rank + 1) // world]
     failure: Exception | None = None
-    found: Sequence[Result] = []
+    found: list[Result] = []
     try:
-        found = list(work(items[cuts[rank] : cuts[rank + 1]]))
+        found = list(work(mine)) if mine else []
     except Exception as error:  # the others wait for an answer
-        failure = error
+        failure = _picklable(error, rank)
     shares: list[Any] = [None] * world
-    distributed.all_gather_object(shares, (None if failure is None else repr(failure), found))
-    if failure is not None:
-        raise failure
-    for number, (said, _) in enumerate(shares):
-        if said is not None:
-            raise RuntimeError(f"process {number} failed: {said}")
-    return [result for _, share in shares for result in share]
+    distributed.all_gather_object(shares, (len(items), failure, found))
+    for _, raised, _ in shares:
+        if raised is not None:
+            raise raised
+    if len({count for count, _, _ in shares}) > 1:
+        raise RuntimeError("processes that work together were given different batches")
+    return [result for _, _, share in shares for result in share]
+
+
+def _picklable(error: Exception, rank: int) -> Exception:
+    """Return the error, or one that says the same where it does not survive pickling."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"process {rank} failed: {error!r}")
 
 
 def progress_bar(total: int, label: str | None, unit: str = "it") -> tqdm[Any]:

@@ -139,18 +139,27 @@ class EditModule(LightningModule):
         Averaged inside each kind of context first, then over kinds: the bare prompt weighs one
         half, all prefixed ones together the other half.
         """
-        rows = [row for prompt in self._prompts(batch) for row in prompt.rewriting]
-        states = self._at_lookups(rows, inputs_of={"key": self._projection(layer)})
-        keys = states.view(len(batch), len(self.templates), -1)
-        bare, prefixed = keys[:, 0], keys[:, 1:]
-        mean = (bare + prefixed.mean(1)) / 2 if prefixed.shape[1] else bare
-        return mean.T
+
+        def read(prompts: Sequence[EditPrompts]) -> list[Tensor]:
+            rows = [row for prompt in prompts for row in prompt.rewriting]
+            states = self._at_lookups(rows, inputs_of={"key": self._projection(layer)})
+            keys = states.view(len(prompts), len(self.templates), -1)
+            bare, prefixed = keys[:, 0], keys[:, 1:]
+            mean = (bare + prefixed.mean(1)) / 2 if prefixed.shape[1] else bare
+            return [key.clone() for key in mean.cpu()]
+
+        return torch.stack(spread(self._prompts(batch), read), dim=1).to(self.device)
 
     @torch.no_grad()
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Return the output at the target site at the bare lookup, ``(d_model, n)``."""
-        rows = [prompt.rewriting[0] for prompt in self._prompts(batch)]
-        return self._at_lookups(rows, outputs_of={"output": self._written_module(layer)}).T
+
+        def read(prompts: Sequence[EditPrompts]) -> list[Tensor]:
+            rows = [prompt.rewriting[0] for prompt in prompts]
+            outputs = self._at_lookups(rows, outputs_of={"output": self._written_module(layer)})
+            return [output.clone() for output in outputs.cpu()]
+
+        return torch.stack(spread(self._prompts(batch), read), dim=1).to(self.device)
 
     def edit_targets(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Optimise the site's outputs that make the model say the new objects, ``(d_model, n)``.
@@ -247,23 +256,16 @@ class EditModule(LightningModule):
     def _at_lookups(self, rows: Sequence[Encoded], **module: Mapping[str, nn.Module]) -> Tensor:
         """Read one module at each row's lookup, ``(n_rows, d)``; what follows changes nothing."""
         sequences = [row.ids[: row.lookup + 1] for row in rows]
-        states = spread(sequences, lambda some: self._last_states(some, **module))
-        return precise(torch.stack(states).to(self.device))
-
-    def _last_states(
-        self, sequences: Sequence[list[int]], **module: Mapping[str, nn.Module]
-    ) -> list[Tensor]:
-        """Read one module at the last token of each sequence, ``(d,)`` each, on the CPU."""
-        longest = max(map(len, sequences), default=1)
+        longest = max(map(len, sequences))
         width, step = row_width(self.model, longest), max(1, MAX_TOKENS // longest)
-        found: list[Tensor] = []
-        for first in range(0, len(sequences), step):
+        found = []
+        for first in range(0, len(rows), step):
             some = sequences[first : first + step]
             shared = share_prefixes(self.model, some, width)
             (states,) = read_states(self.model, shared.arguments, **module).values()
             last = torch.tensor([[len(ids) - 1] for ids in some], device=self.device)
-            found += states.flatten(0, 1)[shared.nodes.gather(1, last)[:, 0]].cpu()
-        return found
+            found.append(states.flatten(0, 1)[shared.nodes.gather(1, last)[:, 0]])
+        return precise(torch.cat(found))
 
     def _written_contexts(self) -> list[str]:
         write = partial(
@@ -332,10 +334,9 @@ class EditModule(LightningModule):
                     values, losses = search_targets(
                         reader.initial, reader, self.target, owner.to(self.device)
                     )
-                several = zip(
-                    values.cpu().split(sizes, dim=1), losses.cpu().split(sizes), strict=True
-                )
-                found.update(zip(group, (Targets(*one) for one in several), strict=True))
+                parts = values.cpu().split(sizes, dim=1), losses.cpu().split(sizes)
+                for member, value, course in zip(group, *parts, strict=True):
+                    found[member] = Targets(value.clone(), course.clone())
                 bar.update(len(edits))
         return [found[member] for member in range(len(members))]
 
