@@ -27,22 +27,26 @@ SIZE = {
 }
 GROUPED = {**SIZE, "num_key_value_heads": 2}
 NEO = {**SIZE, "num_hidden_layers": 2, "attention_types": [[["global", "local"], 1]]}
-EXACT, ROUNDED = 1e-9, 1e-4  # some attention codes compute in float32 whatever the model's type
+# Models are float64. Its rounding (1e-16) grows by the width, depth and |logits| of a model to less
+# than 1e-12. Some codes round to float32 on the way whatever the model's type (RMSNorm, Bloom's and
+# GPT-J's attention): 6e-8 there is amplified by the blocks above to nats that differ by 1e-6 or so.
+# Which of the two it is, the architecture decides; how much is seen of it, the processor.
+EXACT, ROUNDED = 1e-9, 1e-4
 CAN: dict[str, tuple[dict[str, Any], float]] = {
     "gpt2": (SIZE, EXACT),
     "gpt_neox": (SIZE, EXACT),
     "opt": ({**SIZE, "ffn_dim": 64, "word_embed_proj_dim": 32}, EXACT),
-    "llama": (GROUPED, EXACT),
-    "qwen2": (GROUPED, EXACT),
-    "mistral": ({**GROUPED, "sliding_window": 64}, EXACT),
+    "llama": (GROUPED, ROUNDED),
+    "qwen2": (GROUPED, ROUNDED),
+    "mistral": ({**GROUPED, "sliding_window": 64}, ROUNDED),
     "gptj": ({**SIZE, "rotary_dim": 4}, ROUNDED),
     "gpt_neo": ({**NEO, "window_size": 16}, ROUNDED),
     "gemma2": ({**GROUPED, "head_dim": 8, "final_logit_softcapping": 2.0}, ROUNDED),
 }
-CANNOT: dict[str, dict[str, Any]] = {
-    "mistral": {**GROUPED, "sliding_window": 4},  # the mask would open the window
-    "bloom": SIZE,  # positions are distances between columns
-    "falcon": {**SIZE, "alibi": True},
+CANNOT: dict[str, tuple[dict[str, Any], float]] = {
+    "mistral": ({**GROUPED, "sliding_window": 4}, ROUNDED),  # the mask would open the window
+    "bloom": (SIZE, ROUNDED),  # positions are distances between columns; a softmax in float32
+    "falcon": ({**SIZE, "alibi": True}, EXACT),
 }
 
 
@@ -88,11 +92,12 @@ def test_scores_equal_one_row_at_a_time(kind: str) -> None:
 def test_what_cannot_share_is_scored_all_the_same(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = build(kind, CANNOT[kind])
+    settings, tolerance = CANNOT[kind]
+    model = build(kind, settings)
     logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING):
-        assert_scores_are_plain(model, random_rows(), EXACT)
-        assert_scores_are_plain(model, random_rows()[:4], EXACT)
+        assert_scores_are_plain(model, random_rows(), tolerance)
+        assert_scores_are_plain(model, random_rows()[:4], tolerance)
     said = [r.message for r in caplog.records if "shared prefixes" in r.message]
     assert len(said) == 1
     assert type(model).__name__ in said[0]
