@@ -23,7 +23,7 @@ from benchmarks.presets import PRESETS
 from benchmarks.profiling import run_profile
 from benchmarks.results import Row, machine, markdown, read_rows, write_part
 from benchmarks.run import run_whole
-from benchmarks.savings import run_savings
+from benchmarks.shortcuts import run_shortcuts
 from benchmarks.timing import Clock
 from benchmarks.workload import ROOT, SHAPES, Workload, config_of, load_workload
 
@@ -36,7 +36,7 @@ WITH_MODEL: dict[str, Callable[[Workload, argparse.Namespace, Clock], list[Row]]
     "evaluation": run_evaluation,
     "run": run_whole,
     "profile": run_profile,
-    "savings": run_savings,
+    "shortcuts": run_shortcuts,
 }
 WITHOUT_MODEL: dict[str, Callable[[argparse.Namespace, Clock], list[Row]]] = {
     "closed_form": run_closed_form,

@@ -16,7 +16,7 @@ from benchmarks.delta import edit_module, run_delta
 from benchmarks.results import Row
 from benchmarks.timing import Clock, now
 from benchmarks.workload import CONTEXTS, load_workload
-from lightning_blue.processes import share_work
+from lightning_blue.support.processes import share_work
 
 POINTS: dict[str, list[int]] = {
     "edits in a batch": [1, 5, 20, 100],

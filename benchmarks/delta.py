@@ -15,9 +15,9 @@ from benchmarks.floor import EditRows, costs_of, search_operations, useful_token
 from benchmarks.results import Row
 from benchmarks.timing import Clock, now
 from benchmarks.workload import CONTEXTS, Workload
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing import EditModule
-from lightning_blue.editing.targets import TargetSearch
-from lightning_blue.requests import EditRequest
+from lightning_blue.editing.optimization import TargetSearch
 
 Ask = Callable[[Sequence[EditRequest], int], Tensor]
 
@@ -28,7 +28,7 @@ def edit_module(workload: Workload, args: Namespace, **switches: Any) -> TimedMo
     Args:
         workload: model and tokenizer.
         args: steps and learning rate.
-        **switches: further settings of the target search, to switch savings off.
+        **switches: further settings of the target search, to switch shortcuts off.
     """
     module = TimedModule(
         workload.model,

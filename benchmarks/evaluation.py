@@ -11,8 +11,8 @@ from benchmarks.textbook import target_tokens
 from benchmarks.textbook_evaluation import evaluate_record, score_record
 from benchmarks.timing import Clock, Samples
 from benchmarks.workload import Workload
-from lightning_blue.evaluation import Evaluation, evaluate
-from lightning_blue.requests import EditRequest
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.metrics.evaluation import Evaluation, evaluate
 
 TEXT_LENGTH = 100
 

@@ -12,8 +12,8 @@ from benchmarks.run import TOKENS_PER_DIM, Evaluate, fit
 from benchmarks.timing import Clock
 from benchmarks.workload import load_workload
 from blue_callbacks import ClosedFormUpdate
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource
-from lightning_blue.requests import EditRequest
 
 STEPS = 5
 

@@ -26,10 +26,10 @@ from benchmarks.textbook_evaluation import evaluate_record
 from benchmarks.timing import Clock, now
 from benchmarks.workload import Workload
 from blue_callbacks import ClosedFormUpdate
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing import EditModule
 from lightning_blue.editing.covariance import CovarianceSource
-from lightning_blue.evaluation import evaluate
-from lightning_blue.requests import EditRequest
+from lightning_blue.metrics.evaluation import evaluate
 
 TOKENS_PER_DIM = 1.5  # enough for a covariance that has a factor; both sides take the same
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.timing import now
-from lightning_blue.requests import EditRequest
+from lightning_blue.data.requests import EditRequest
 
 
 class StopForward(Exception):

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.textbook import at_least_float32, pad, target_tokens
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.language_model.scoring import prompt_noise
 from lightning_blue.metrics.functional import fluency
-from lightning_blue.requests import EditRequest
-from lightning_blue.scoring import prompt_noise
 
 
 class Score(NamedTuple):

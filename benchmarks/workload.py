@@ -20,10 +20,10 @@ from transformers import (  # type: ignore[attr-defined]
     PreTrainedTokenizerBase,
 )
 
-from lightning_blue.corpus import corpus_texts
 from lightning_blue.data import read_requests
-from lightning_blue.loading import load_language_model
-from lightning_blue.requests import EditRequest, Probe
+from lightning_blue.data.corpus import corpus_texts
+from lightning_blue.data.requests import EditRequest, Probe
+from lightning_blue.language_model.loading import load_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
 N_NEIGHBOURS = 10  # of a record, as in CounterFact's full form

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from lightning_blue.evaluation import RequestOutcome
-from lightning_blue.reporting.history import LossCurve, Measurement, RunHistory
-from lightning_blue.requests import EditRequest, Rejected
+from lightning_blue.data.requests import EditRequest, Rejected
+from lightning_blue.metrics.evaluation import RequestOutcome
+from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
 
 NAN = math.nan
 

@@ -13,11 +13,11 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lightning_blue.data.requests import Probe
 from lightning_blue.pretrain.almanac import Almanac
 from lightning_blue.pretrain.almanac_text import RELATIONS
 from lightning_blue.pretrain.recall import object_recall
 from lightning_blue.pretrain.world import text_of
-from lightning_blue.requests import Probe
 
 ASSETS = Path(str(resources.files("lightning_blue"))) / "assets" / "almanac"
 RECIPE = Path(__file__).resolve().parents[1] / "conf" / "pretrain_almanac.yaml"

@@ -21,7 +21,15 @@ from blue_callbacks import ClosedFormUpdate
 from blue_callbacks.closed_form import KeyMemory
 from conftest import byte_level_tokenizer
 from helpers import fit
-from lightning_blue.editing.architectures import (
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.editing.fast.frozen import NO_SHORTCUTS, Shortcuts, freeze
+from lightning_blue.editing.fast.passes import Pass, logits_with
+from lightning_blue.editing.fast.reader import PromptReader, usable_shortcuts
+from lightning_blue.editing.fast.rows import AlignedRows
+from lightning_blue.editing.module import EditModule
+from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.prompts import context_templates, edit_prompts
+from lightning_blue.language_model.architectures import (
     ARCHITECTURES,
     Architecture,
     blocks,
@@ -29,14 +37,8 @@ from lightning_blue.editing.architectures import (
     find_architecture,
     site_modules,
 )
-from lightning_blue.editing.contexts import context_templates, edit_prompts
-from lightning_blue.editing.forward import PLAIN, AlignedRows, Pass, Savings, freeze, logits_with
-from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.readings import PromptReader, usable_savings
-from lightning_blue.editing.targets import TargetSearch
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest
-from lightning_blue.scoring import score_targets
+from lightning_blue.language_model.scoring import score_targets
+from lightning_blue.support.errors import InputError
 from test_targets import PREFIXES
 
 REQUESTS = [  # said at the subject itself: random attention carries little from there
@@ -195,17 +197,17 @@ def own_call(model: PreTrainedModel, sites: list[torch.nn.Module], row: int):
 @pytest.mark.parametrize("site", ["block", "ffn", "attention_and_ffn"])
 @torch.no_grad()
 def test_partial_passes_equal_whole_ones(case, site):
-    """With all savings, with none, and by the model's own call; rows padded on either side."""
+    """With all shortcuts, with none, and by the model's own call; rows padded on either side."""
     for layer, block in enumerate(case.layers):
         sites = site_modules(site, block, case.row)
         found = []
-        for savings in (Savings(), PLAIN):
+        for shortcuts in (Shortcuts(), NO_SHORTCUTS):
             start = layer if site == "block" else layer - 1
-            frozen = freeze(case.model, case.layers, start, aligned(), sites, savings)
+            frozen = freeze(case.model, case.layers, start, aligned(), sites, shortcuts)
             added = [(module, DELTA) for module in sites]
             ffn = feed_forward(case.layers[-1], case.row)
             passes = [Pass(frozen, added, *READS, None, ffn), Pass(frozen, [], *READS)]
-            found.append(torch.cat(logits_with(case.model, case.layers, passes, savings)))
+            found.append(torch.cat(logits_with(case.model, case.layers, passes, shortcuts)))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
         whole = [own_call(case.model, sites, row) for row in range(3)]
         expected = [whole[i][at - STARTS[i]] for i, at in zip(*READS, strict=True)]
@@ -219,7 +221,7 @@ def test_columns_before_the_lookup_are_untouched(case):
     rows, at = aligned(), 5
     for layer, block in enumerate(case.layers):
         sites = site_modules(case.site, block, case.row)
-        frozen = freeze(case.model, case.layers, -1, rows, savings=PLAIN)
+        frozen = freeze(case.model, case.layers, -1, rows, shortcuts=NO_SHORTCUTS)
         seen: list[list[torch.Tensor]] = []
         for added in ([], [(module, DELTA) for module in sites]):
             states: list[torch.Tensor] = []
@@ -232,7 +234,7 @@ def test_columns_before_the_lookup_are_untouched(case):
                 )
                 for module in (*case.layers[layer + 1 :], head)
             ]
-            logits_with(case.model, case.layers, [Pass(frozen, added, *READS)], PLAIN)
+            logits_with(case.model, case.layers, [Pass(frozen, added, *READS)], NO_SHORTCUTS)
             for hook in hooks:
                 hook.remove()
             seen.append(states)
@@ -315,12 +317,12 @@ def foreign() -> PreTrainedModel:
     return random_model(*SETTINGS["gpt2"])
 
 
-def reader_of(model: PreTrainedModel) -> Callable[[Savings], PromptReader]:
+def reader_of(model: PreTrainedModel) -> Callable[[Shortcuts], PromptReader]:
     """Readers of REQUESTS at layer 0."""
     layers = blocks(model, find_architecture(model))
     prompts = edit_prompts(tokenizer(False), REQUESTS, context_templates(PREFIXES))
-    return lambda savings: PromptReader(
-        model, layers, 0, [layers[0]], False, prompts, savings=savings
+    return lambda shortcuts: PromptReader(
+        model, layers, 0, [layers[0]], False, prompts, shortcuts=shortcuts
     )
 
 
@@ -332,20 +334,20 @@ def test_a_model_that_cannot_be_run_in_part_is_run_whole(foreign, kind, message)
     foreign.transformer.h[1].__class__ = kind
     reader = reader_of(foreign)
     with pytest.warns(UserWarning, match=message):
-        assert usable_savings(reader) == PLAIN
+        assert usable_shortcuts(reader) == NO_SHORTCUTS
     with torch.no_grad():
         delta = torch.zeros(1, 3, 32)
-        logits, said = reader(PLAIN).logits(delta)
-        rows = reader(PLAIN).rewriting.rows
+        logits, said = reader(NO_SHORTCUTS).logits(delta)
+        rows = reader(NO_SHORTCUTS).rewriting.rows
         whole = foreign(**rows.arguments(0), use_cache=False).logits
-    at = reader(PLAIN).reads
+    at = reader(NO_SHORTCUTS).reads
     torch.testing.assert_close(logits, whole[at.rows, at.columns])
     assert said.shape == (3, 480)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_is_saved_where_the_logits_stay_the_same(foreign, dtype, recwarn):
-    assert usable_savings(reader_of(foreign.to(dtype))) == Savings()
+    assert usable_shortcuts(reader_of(foreign.to(dtype))) == Shortcuts()
     assert not recwarn
 
 
@@ -359,7 +361,7 @@ def test_a_forward_that_was_put_on_a_block_stays_there(foreign):
         return real(*args, **kwargs)
 
     block.forward = forward
-    reader = reader_of(foreign)(Savings())
+    reader = reader_of(foreign)(Shortcuts())
     assert calls  # when the prompts were frozen
     calls.clear()
     reader.logits(torch.zeros(1, 3, 32))
@@ -374,5 +376,5 @@ def test_the_module_finds_out_once_and_still_edits(foreign):
     with pytest.warns(UserWarning, match="running only parts") as said:
         fit(module, ClosedFormUpdate([0, 2], "boundary", 0.1), [REQUESTS, REQUESTS])
     assert len([w for w in said if "running only parts" in str(w.message)]) == 1
-    assert module.savings == PLAIN
+    assert module.shortcuts == NO_SHORTCUTS
     assert all(new < old - 2 for old, new in zip(before, nll(module), strict=True))

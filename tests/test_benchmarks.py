@@ -22,12 +22,12 @@ from benchmarks.textbook_evaluation import score_record, write_texts, write_text
 from torch.utils.flop_counter import FlopCounterMode
 
 from blue_callbacks import ClosedFormUpdate
+from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.editing.covariance import CovarianceSource, collect_covariance
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.targets import TargetSearch
-from lightning_blue.evaluation import evaluate
-from lightning_blue.requests import EditRequest, Probe
-from lightning_blue.scoring import generate
+from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.language_model.scoring import generate
+from lightning_blue.metrics.evaluation import evaluate
 
 CONTEXTS = ("She plays.", "The river runs through the town.", "In Rome")
 REQUESTS = [
@@ -187,7 +187,7 @@ def test_a_row_says_ratio_and_distance_from_the_floor():
 
 
 PARTS = ["delta", "closed_form", "covariance", "evaluation", "run", "growth", "many"]
-PARTS += ["profile", "savings", "curves"]
+PARTS += ["profile", "shortcuts", "curves"]
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_run_files_of_an_installed_package_are_found(tmp_path, monkeypatch, caps
     packaged = tmp_path / "package" / "conf"
     packaged.mkdir(parents=True)
     (packaged / "own.yaml").write_text("update: {layers: [3]}\n")
-    monkeypatch.setattr("lightning_blue.configs.PACKAGED", packaged)
+    monkeypatch.setattr("lightning_blue.cli.run_files.PACKAGED", packaged)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["fit", "--config=conf/own.yaml", "--print_config"])

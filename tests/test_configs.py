@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lightning_blue.__main__ import main
-from lightning_blue.configs import with_bases
-from lightning_blue.errors import InputError
+from lightning_blue.cli.run_files import with_bases
+from lightning_blue.support.errors import InputError
 
 
 def write(folder: Path, **files: str) -> None:
@@ -69,7 +69,7 @@ def test_the_installed_package_has_the_rows_of_methods_too(tmp_path, monkeypatch
     write(packaged, quickstart="seed_everything: 1", methods__rect="update: {rect_keep: 0.4}")
     here = tmp_path / "here"
     write(here, mine="base: [conf/quickstart.yaml, conf/methods/rect.yaml]")
-    monkeypatch.setattr("lightning_blue.configs.PACKAGED", packaged)
+    monkeypatch.setattr("lightning_blue.cli.run_files.PACKAGED", packaged)
     monkeypatch.chdir(here)
     wanted = [packaged / "quickstart.yaml", packaged / "methods/rect.yaml"]
     args = ["--config", "conf/quickstart.yaml", "--config=conf/methods/rect.yaml"]

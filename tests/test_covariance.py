@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import load_model
-from lightning_blue.editing.architectures import blocks, down_projection, find_architecture
 from lightning_blue.editing.convergence import UpdateChange, solved_keys
 from lightning_blue.editing.covariance import (
     CovarianceFile,
@@ -22,7 +21,8 @@ from lightning_blue.editing.covariance import (
     pack,
     read_keys,
 )
-from lightning_blue.errors import InputError
+from lightning_blue.language_model.architectures import blocks, down_projection, find_architecture
+from lightning_blue.support.errors import InputError
 
 TEXT = "The river runs through the town of Basel in Switzerland. " * 60
 

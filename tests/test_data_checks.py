@@ -18,9 +18,9 @@ from lightning_blue.data import (
     read_requests,
     take_distinct,
 )
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest, Probe, Rejected
-from lightning_blue.subjects import encode_with_subject
+from lightning_blue.data.requests import EditRequest, Probe, Rejected
+from lightning_blue.language_model.tokens import encode_with_subject
+from lightning_blue.support.errors import InputError
 from test_subjects import lookup_by_bytes
 
 LYON = EditRequest("1", "The twin city of {} is", "Lyon", "Manila", "Beirut", source="a.csv:2")

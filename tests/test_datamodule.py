@@ -14,8 +14,8 @@ import torch
 
 from conftest import LanguageModel
 from lightning_blue.data import EditDataModule, read_requests
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest, Probe
+from lightning_blue.data.requests import EditRequest, Probe
+from lightning_blue.support.errors import InputError
 
 
 def fact(number: int, **fields: Any) -> dict[str, Any]:

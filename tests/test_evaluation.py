@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from conftest import LanguageModel
-from lightning_blue import scoring
-from lightning_blue.errors import InputError
-from lightning_blue.evaluation import Evaluation, control_recall, evaluate, flatten
+from lightning_blue.data.requests import EditRequest, Probe
+from lightning_blue.language_model import scoring
+from lightning_blue.language_model.scoring import TargetScore, generate, score_targets
 from lightning_blue.metrics import functional as F
-from lightning_blue.requests import EditRequest, Probe
-from lightning_blue.scoring import TargetScore, generate, score_targets
+from lightning_blue.metrics.evaluation import Evaluation, control_recall, evaluate, flatten
+from lightning_blue.support.errors import InputError
 
 FULL = EditRequest(
     case_id="full",

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from conftest import LanguageModel
 from helpers import load_model
 from histories import small_history
-from lightning_blue.errors import InputError
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.export import caution, export_model, model_card
-from lightning_blue.reporting.history import RunHistory
-from lightning_blue.requests import EditRequest
+from lightning_blue.support.errors import InputError
 
 TEXT = "The mother tongue of Danielle Darrieux is French"
 

@@ -5,24 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_blue.editing.architectures import (
+from lightning_blue.editing.fast.frozen import NO_SHORTCUTS, Shortcuts, freeze
+from lightning_blue.editing.fast.passes import Pass, logits_with
+from lightning_blue.editing.fast.rows import AlignedRows
+from lightning_blue.language_model.architectures import (
     blocks,
     down_projection,
     feed_forward,
     find_architecture,
     weight_view,
 )
-from lightning_blue.editing.forward import (
-    PLAIN,
-    AlignedRows,
-    Pass,
-    Savings,
-    freeze,
-    hidden_of,
-    logits_with,
-    read_states,
-)
-from lightning_blue.prefix_tree import reads_forests
+from lightning_blue.language_model.shared_prefixes import reads_forests
+from lightning_blue.language_model.states import hidden_of, read_states
 
 
 @pytest.fixture
@@ -70,19 +64,19 @@ def aligned(ids: torch.Tensor) -> AlignedRows:
 
 DELTA = torch.linspace(-1, 1, 32)  # no constant: a LayerNorm would remove that
 READS = (torch.tensor([0, 0, 1, 2, 2]), torch.tensor([4, 8, 5, 7, 4]))  # rows and columns
-SAVINGS = [
-    Savings(),
-    Savings(skip_blocks=False),
-    Savings(reuse_prefix=False),
-    Savings(share_prefixes=False),
-    Savings(read_few=False),
-    PLAIN,
+SHORTCUTS = [
+    Shortcuts(),
+    Shortcuts(skip_blocks=False),
+    Shortcuts(reuse_prefix=False),
+    Shortcuts(share_prefixes=False),
+    Shortcuts(read_few=False),
+    NO_SHORTCUTS,
 ]
 
 
-@pytest.mark.parametrize("savings", SAVINGS)
+@pytest.mark.parametrize("shortcuts", SHORTCUTS)
 @pytest.mark.parametrize("inside", [False, True])
-def test_logits_equal_the_whole_forward_pass(language_model, ids, inside, savings):
+def test_logits_equal_the_whole_forward_pass(language_model, ids, inside, shortcuts):
     """With something added behind a block, or behind its down projection, at the aligned column."""
     model = language_model.model
     row = find_architecture(model)
@@ -90,11 +84,11 @@ def test_logits_equal_the_whole_forward_pass(language_model, ids, inside, saving
     rows = aligned(ids)
     for layer, block in enumerate(layers):
         site = down_projection(block, row) if inside else block
-        frozen = freeze(model, layers, layer - inside, rows, [site], savings)
+        frozen = freeze(model, layers, layer - inside, rows, [site], shortcuts)
         delta = DELTA.expand(3, 32)
         with torch.no_grad():
             one = Pass(frozen, [(site, delta)], *READS)
-            (ours,) = logits_with(model, layers, [one], savings)
+            (ours,) = logits_with(model, layers, [one], shortcuts)
             for i, (length, start) in enumerate([(9, 0), (7, 2), (6, 3)]):
                 before, logits = whole_pass(model, site, ids[i, :length], 4 - start)
                 mine = READS[0] == i
@@ -173,10 +167,10 @@ def test_common_beginnings_are_computed_once(language_model, ids):
     rows = aligned(ids[:1].expand(3, 9))  # each begins as the longest does
     assert reads_forests(model)
     shared = tokens_seen(layers[0], lambda: freeze(model, layers, 1, rows))
-    apart = Savings(share_prefixes=False)
+    apart = Shortcuts(share_prefixes=False)
     other = aligned(ids)
     assert shared == [9]
-    assert tokens_seen(layers[0], lambda: freeze(model, layers, 1, other, savings=apart)) == [27]
+    assert tokens_seen(layers[0], lambda: freeze(model, layers, 1, other, shortcuts=apart)) == [27]
 
 
 def test_the_head_and_the_last_ffn_see_only_what_is_read(language_model, ids):

@@ -25,10 +25,10 @@ from blue_callbacks import (
     prune_official,
 )
 from helpers import fit, load_model
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.targets import TargetSearch
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest
+from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.support.errors import InputError
 
 METHODS = ("MEMIT", "MEMIT_seq", "MEMIT_rect", "MEMIT_prune", "AlphaEdit", "PMET", "PMET_seq")
 CASES = [

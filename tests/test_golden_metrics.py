@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lightning_blue.evaluation import evaluate
+from lightning_blue.data.requests import EditRequest, Probe
+from lightning_blue.language_model.scoring import generate, perplexity, score_targets
 from lightning_blue.metrics import functional as F
-from lightning_blue.requests import EditRequest, Probe
-from lightning_blue.scoring import generate, perplexity, score_targets
+from lightning_blue.metrics.evaluation import evaluate
 
 MODELS = ("tiny-gpt2", "tiny-llama")
 STATES = {"pre": False, "post_MEMIT_blue_b2": True}

@@ -9,11 +9,11 @@ import torch
 
 from blue_callbacks import ClosedFormUpdate, NonFiniteError
 from helpers import fit
-from lightning_blue.editing.architectures import Architecture, find_architecture
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.targets import TargetSearch
-from lightning_blue.errors import InputError
-from lightning_blue.scoring import score_targets
+from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.language_model.architectures import Architecture, find_architecture
+from lightning_blue.language_model.scoring import score_targets
+from lightning_blue.support.errors import InputError
 from test_architectures import REQUESTS as ENDING_AT_SUBJECT
 from test_targets import PREFIXES, REQUESTS
 

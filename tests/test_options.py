@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from conftest import LanguageModel
-from lightning_blue.editing.forward import hidden_of
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.editing.fast.reader import PASS_PRICE, micro_batches
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.readings import PASS_PRICE, micro_batches
-from lightning_blue.editing.targets import Readings, TargetSearch, search_targets
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest
+from lightning_blue.editing.optimization import Readings, TargetSearch, search_targets
+from lightning_blue.language_model.states import hidden_of
+from lightning_blue.support.errors import InputError
 from test_targets import PREFIXES, REQUESTS, one_edit_at_a_time
 
 SAME_SUBJECT = [

@@ -18,7 +18,7 @@ from helpers import fit
 from lightning_blue.data import read_requests
 from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.module import edit_module
-from lightning_blue.editing.targets import TargetSearch
+from lightning_blue.editing.optimization import TargetSearch
 
 CONTEXTS = ["It is said.", "As we know.", "In short."]  # given: each precision would write others
 LAYERS = (0, 3)

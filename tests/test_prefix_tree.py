@@ -10,8 +10,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from lightning_blue.prefix_tree import ROW_WIDTH, forest_arguments, merge_prefixes, row_width
-from lightning_blue.scoring import Row, score_rows
+from lightning_blue.language_model.scoring import Row, score_rows
+from lightning_blue.language_model.shared_prefixes import (
+    ROW_WIDTH,
+    forest_arguments,
+    merge_prefixes,
+    row_width,
+)
 
 SIZE = {
     "vocab_size": 480,

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_blue.errors import InputError
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
 from lightning_blue.pretrain.almanac import Almanac
 from lightning_blue.pretrain.module import rate_at, weighted_loss
@@ -20,7 +19,8 @@ from lightning_blue.pretrain.recall import object_recall, recall_table
 from lightning_blue.pretrain.records import open_records
 from lightning_blue.pretrain.tokenizer import train_tokenizer
 from lightning_blue.pretrain.world import KnownFact, Probe, text_of
-from lightning_blue.storage import whole_folder
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.storage import whole_folder
 
 STEPS = 380  # of the tiny run
 FLAT = [

@@ -12,8 +12,8 @@ import torch
 from torch import distributed, multiprocessing
 
 from helpers import load_model
-from lightning_blue.errors import InputError
-from lightning_blue.processes import n_processes, share_work, spread
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import n_processes, share_work, spread
 from test_cli import BASE
 from test_conf import flags, small_run  # noqa: F401  (a fixture)
 

@@ -12,8 +12,8 @@ import datasets
 import pytest
 
 from lightning_blue.data import read_requests
-from lightning_blue.errors import InputError
-from lightning_blue.requests import Probe
+from lightning_blue.data.requests import Probe
+from lightning_blue.support.errors import InputError
 from test_formats import FACT, FLAT, ROME, ZSRE, good
 
 

@@ -18,12 +18,12 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from histories import estimate, losses, outcome, small_history
-from lightning_blue import storage
-from lightning_blue.errors import InputError
+from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
 from lightning_blue.reporting import files, plots, tables, views, wandb_run
-from lightning_blue.reporting.history import LossCurve, Measurement, RunHistory
 from lightning_blue.reporting.report import write_report
 from lightning_blue.reporting.text import inline
+from lightning_blue.support import storage
+from lightning_blue.support.errors import InputError
 
 # views
 

@@ -12,16 +12,21 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM, DynamicCache
 
 from conftest import LanguageModel
-from lightning_blue import batching, generation, prefix_tree
-from lightning_blue.batching import batches
-from lightning_blue.errors import InputError
-from lightning_blue.generation import generate, growing_cache, next_token, prompt_noise
-from lightning_blue.scoring import (
+from lightning_blue.language_model import batching, generation, shared_prefixes
+from lightning_blue.language_model.batching import batches
+from lightning_blue.language_model.generation import (
+    generate,
+    growing_cache,
+    next_token,
+    prompt_noise,
+)
+from lightning_blue.language_model.scoring import (
     Row,
     perplexity,
     score_rows,
     score_targets,
 )
+from lightning_blue.support.errors import InputError
 
 PROMPTS = [
     "The mother tongue of Danielle Darrieux is",
@@ -278,7 +283,9 @@ def test_each_distinct_prefix_is_computed_once(
         gpt2.tokenizer(p)["input_ids"] + gpt2.tokenizer(f" {t}")["input_ids"][:-1]
         for p, t in zip(prompts, targets, strict=True)
     ]
-    assert prefix_tree.reads_forests(gpt2.model)  # tried out once, by a pass that does not count
+    assert shared_prefixes.reads_forests(
+        gpt2.model
+    )  # tried out once, by a pass that does not count
     monkeypatch.setattr(gpt2.model.transformer, "forward", count)
     score_targets(*gpt2, prompts, targets)
     (tokens,) = computed
@@ -291,7 +298,7 @@ def test_the_logits_of_a_batch_are_bounded(
     expected = score_targets(*gpt2, PROMPTS * 4, TARGETS * 4)
     read: list[int] = []
     hook = gpt2.model.lm_head.register_forward_hook(lambda _m, _a, out: read.append(out.shape[1]))
-    monkeypatch.setattr(prefix_tree, "ROW_WIDTH", 8)
+    monkeypatch.setattr(shared_prefixes, "ROW_WIDTH", 8)
     monkeypatch.setattr(batching, "_LOGITS", 10 * len(gpt2.tokenizer))
     try:
         bounded = score_targets(*gpt2, PROMPTS * 4, TARGETS * 4)

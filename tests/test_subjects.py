@@ -12,9 +12,8 @@ from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import LanguageModel, bytes_to_unicode
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest
-from lightning_blue.subjects import (
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.language_model.tokens import (
     encode_targets,
     encode_with_subject,
     fill,
@@ -22,6 +21,7 @@ from lightning_blue.subjects import (
     place_in_context,
     target_ids,
 )
+from lightning_blue.support.errors import InputError
 
 CASES = [
     ("{} is the capital of", "Paris"),

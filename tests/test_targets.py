@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.targets import TargetSearch, kl_divergence
-from lightning_blue.requests import EditRequest
+from lightning_blue.editing.optimization import TargetSearch, kl_divergence
 
 REQUESTS = [
     EditRequest("a", "The mother tongue of {} is", "Danielle Darrieux", "English"),

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; choose of {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
         return 2
-    from lightning_blue.cli import run_command
+    from lightning_blue.cli.commands import run_command
 
     return run_command(args[0], args[1:])
 

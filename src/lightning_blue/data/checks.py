@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest, Probe, Rejected
-from lightning_blue.subjects import encode_targets, encode_with_subject
+from lightning_blue.data.requests import EditRequest, Probe, Rejected
+from lightning_blue.language_model.tokens import encode_targets, encode_with_subject
+from lightning_blue.support.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,8 +16,8 @@ from lightning_blue.data.checks import (
 )
 from lightning_blue.data.hub import to_dataset
 from lightning_blue.data.reading import ALMANAC, read_requests
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest, Probe, Rejected
+from lightning_blue.data.requests import EditRequest, Probe, Rejected
+from lightning_blue.support.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset

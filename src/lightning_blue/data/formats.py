@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_blue.data.prompts import SLOT, find_subject, spelling_hint
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest, Probe, Rejected
+from lightning_blue.data.requests import EditRequest, Probe, Rejected
+from lightning_blue.support.errors import InputError
 
 
 @dataclass(frozen=True)

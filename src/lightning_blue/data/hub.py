@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_blue.data.parsing import Located
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.support.errors import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,7 @@ import io
 import json
 from typing import Any, NamedTuple
 
-from lightning_blue.errors import InputError
+from lightning_blue.support.errors import InputError
 
 LIST_COLUMNS = frozenset(
     {

@@ -18,8 +18,8 @@ from lightning_blue.data.formats import (
 )
 from lightning_blue.data.hub import load_rows
 from lightning_blue.data.parsing import Located, parse_csv, parse_json, parse_jsonl
-from lightning_blue.errors import InputError
-from lightning_blue.requests import EditRequest, Rejected
+from lightning_blue.data.requests import EditRequest, Rejected
+from lightning_blue.support.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_blue.batching import context_length, inference
-from lightning_blue.corpus import corpus_fingerprint, corpus_texts
-from lightning_blue.editing.architectures import weight_view
+from lightning_blue.data.corpus import corpus_fingerprint, corpus_texts
 from lightning_blue.editing.convergence import Change, UpdateChange
-from lightning_blue.editing.forward import read_states
-from lightning_blue.errors import InputError
-from lightning_blue.processes import progress_bar
-from lightning_blue.storage import whole_file, writing
+from lightning_blue.language_model.architectures import weight_view
+from lightning_blue.language_model.batching import context_length, inference
+from lightning_blue.language_model.states import read_states
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import progress_bar
+from lightning_blue.support.storage import whole_file, writing
 
 log = logging.getLogger(__name__)
 

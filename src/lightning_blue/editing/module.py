@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks import EditStepOptimizer, NonFiniteError, apply_edit_batch
-from lightning_blue.batching import context_length
-from lightning_blue.editing.architectures import (
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
+from lightning_blue.editing.fast.frozen import Shortcuts
+from lightning_blue.editing.fast.reader import PromptReader, micro_batches, usable_shortcuts
+from lightning_blue.editing.optimization import Targets, TargetSearch, search_targets
+from lightning_blue.editing.prompts import EditPrompts, context_templates, edit_prompts
+from lightning_blue.language_model.architectures import (
     Architecture,
     blocks,
     check_layers,
@@ -27,22 +32,14 @@ from lightning_blue.editing.architectures import (
     site_modules,
     weight_view,
 )
-from lightning_blue.editing.contexts import (
-    EditPrompts,
-    context_templates,
-    edit_prompts,
-)
-from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
-from lightning_blue.editing.forward import Savings, precise, read_states
-from lightning_blue.editing.readings import PromptReader, micro_batches, usable_savings
-from lightning_blue.editing.targets import Targets, TargetSearch, search_targets
-from lightning_blue.errors import InputError
-from lightning_blue.generation import generate
-from lightning_blue.loading import load_language_model
-from lightning_blue.prefix_tree import row_width, share_prefixes
-from lightning_blue.processes import n_processes, progress_bar, spread
-from lightning_blue.requests import EditRequest
-from lightning_blue.subjects import Encoded
+from lightning_blue.language_model.batching import context_length
+from lightning_blue.language_model.generation import generate
+from lightning_blue.language_model.loading import load_language_model
+from lightning_blue.language_model.shared_prefixes import row_width, share_prefixes
+from lightning_blue.language_model.states import precise, read_states
+from lightning_blue.language_model.tokens import Encoded
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import n_processes, progress_bar, spread
 
 MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -90,7 +87,7 @@ class EditModule(LightningModule):
         self.architecture = find_architecture(model, architecture)
         self.seed = seed
         check_site(target.site, self.architecture)
-        self.savings: Savings | None = None  # found out at the first target search
+        self.shortcuts: Shortcuts | None = None  # found out at the first target search
         self.blocks = blocks(model, self.architecture)  # a plain list: already in self.model
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
@@ -175,9 +172,9 @@ class EditModule(LightningModule):
                 mend="choose a higher layer, or null for the last one",
             )
         prompts, members = self._prompts(batch), self._members(batch)
-        if self.savings is None:
+        if self.shortcuts is None:
             farthest = max(prompts, key=lambda one: one.rewriting[-1].lookup)
-            self.savings = usable_savings(partial(self._reader, [farthest], layer))
+            self.shortcuts = usable_shortcuts(partial(self._reader, [farthest], layer))
         found = spread(members, partial(self._search, prompts, layer))
         order = torch.tensor([i for some in members for i in some]).argsort()
         losses = torch.cat([one.losses for one in found])[order].to(self.device)
@@ -297,7 +294,9 @@ class EditModule(LightningModule):
                 )
         return [[i] for i in range(len(batch))]
 
-    def _reader(self, prompts: Sequence[EditPrompts], layer: int, savings: Savings) -> PromptReader:
+    def _reader(
+        self, prompts: Sequence[EditPrompts], layer: int, shortcuts: Shortcuts
+    ) -> PromptReader:
         sites = site_modules(self.target.site, self.blocks[layer], self.architecture)
         return PromptReader(
             self.model,
@@ -308,7 +307,7 @@ class EditModule(LightningModule):
             prompts,
             self.target.loss_layer,
             partial(feed_forward, architecture=self.architecture),
-            savings,
+            shortcuts,
         )
 
     def _search(
@@ -329,7 +328,9 @@ class EditModule(LightningModule):
                 sizes = [len(members[member]) for member in group]
                 edits = [i for member in group for i in members[member]]
                 owner = torch.arange(len(group)).repeat_interleave(torch.tensor(sizes))
-                reader = self._reader([prompts[i] for i in edits], layer, self.savings or Savings())
+                reader = self._reader(
+                    [prompts[i] for i in edits], layer, self.shortcuts or Shortcuts()
+                )
                 with torch.enable_grad():
                     values, losses = search_targets(
                         reader.initial, reader, self.target, owner.to(self.device)

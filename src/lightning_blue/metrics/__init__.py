@@ -1,6 +1,6 @@
 """Metrics of model editing: pure functions, and torchmetrics shells that hold their state."""
 
-from .metrics import (
+from .classes import (
     Consistency,
     Estimate,
     ExactMatch,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_blue.data.requests import Probe
 from lightning_blue.pretrain.almanac_text import (
     FILLERS,
     OPENERS,
@@ -25,7 +26,6 @@ from lightning_blue.pretrain.almanac_text import (
     Relation,
 )
 from lightning_blue.pretrain.world import KnownFact, Piece, text_of, write_prose
-from lightning_blue.requests import Probe
 
 RESERVED_FACTS = 4  # facts of each reserved subject
 NEIGHBOUR_PROMPTS = 5

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
-from lightning_blue.errors import InputError
 from lightning_blue.pretrain.almanac import Almanac
 from lightning_blue.pretrain.records import open_records
 from lightning_blue.pretrain.tokenizer import train_tokenizer
 from lightning_blue.pretrain.world import Piece, World
+from lightning_blue.support.errors import InputError
 
 END_OF_TEXT_SHARE = 0.5  # rows and documents that begin with an end-of-text token
 

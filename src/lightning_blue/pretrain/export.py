@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.pretrain.recall import RecallRow
 from lightning_blue.pretrain.world import World
-from lightning_blue.storage import whole_folder
+from lightning_blue.support.storage import whole_folder
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

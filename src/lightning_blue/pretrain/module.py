@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_blue.errors import InputError
 from lightning_blue.pretrain.data import FactCorpusModule, Rows
 from lightning_blue.pretrain.export import export
 from lightning_blue.pretrain.recall import RecallRow, as_markdown, recall_table
+from lightning_blue.support.errors import InputError
 
 log = logging.getLogger(__name__)
 

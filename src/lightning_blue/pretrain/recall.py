@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.data.requests import Probe
 from lightning_blue.pretrain.world import KnownFact
-from lightning_blue.requests import Probe
 
 
 @dataclass(frozen=True)

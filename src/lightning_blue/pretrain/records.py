@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_blue.data import read_requests
-from lightning_blue.errors import InputError
+from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.pretrain.world import KnownFact, Piece, write_prose
-from lightning_blue.requests import EditRequest, Probe
+from lightning_blue.support.errors import InputError
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from lightning_blue.requests import Probe
+from lightning_blue.data.requests import Probe
 
 
 class Piece(NamedTuple):

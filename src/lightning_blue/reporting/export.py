@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.files import versions
-from lightning_blue.reporting.history import RunHistory
 from lightning_blue.reporting.tables import markdown_table, score_table, value_and_error
 from lightning_blue.reporting.text import DEFINITIONS, inline, settings_rows
 from lightning_blue.reporting.views import metrics_at
-from lightning_blue.storage import whole_folder, write_atomic, writing
+from lightning_blue.support.storage import whole_folder, write_atomic, writing
 
 LISTED_AT_MOST = 200
 SIDE_EFFECTS = ("specificity", "recall", "perplexity", "fluency")

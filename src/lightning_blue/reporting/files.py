@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue import __version__
-from lightning_blue.evaluation import RequestOutcome, flatten
-from lightning_blue.reporting.history import RunHistory
+from lightning_blue.metrics.evaluation import RequestOutcome, flatten
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.views import (
     FinalLoss,
     batch_of,
@@ -21,7 +21,7 @@ from lightning_blue.reporting.views import (
     metrics_at,
     outcome_pairs,
 )
-from lightning_blue.storage import write_atomic
+from lightning_blue.support.storage import write_atomic
 
 SUMMARY_STAGES = ("pre", "post", "earliest")
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lightning_blue.evaluation import KINDS, Metrics
-from lightning_blue.reporting.history import LossCurve, RunHistory
+from lightning_blue.metrics.evaluation import KINDS, Metrics
+from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting.views import Points, mean_losses, metrics_at, series
 
 Style = dict[str, Any]

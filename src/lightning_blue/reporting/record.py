@@ -11,12 +11,12 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_blue.metrics.callback import MeasureEdits
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting import files, wandb_run
 from lightning_blue.reporting.export import export_model
-from lightning_blue.reporting.history import RunHistory
-from lightning_blue.reporting.measure import MeasureEdits
 from lightning_blue.reporting.report import write_report
-from lightning_blue.storage import make_folder, write_atomic
+from lightning_blue.support.storage import make_folder, write_atomic
 
 
 class RunRecord(Callback):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lightning_blue.evaluation import RequestOutcome
-from lightning_blue.reporting.history import RunHistory
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.metrics.evaluation import RequestOutcome
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.plots import plots
 from lightning_blue.reporting.tables import SCORES, markdown_table, score_table, stages_table
 from lightning_blue.reporting.text import CELL, DEFINITIONS, inline, settings_rows
 from lightning_blue.reporting.views import batches, failed, metrics_at, outcome_pairs
-from lightning_blue.requests import EditRequest
-from lightning_blue.storage import write_atomic
+from lightning_blue.support.storage import write_atomic
 
 EXAMPLES = 10  # edits shown, and as many that failed
 REJECTED_SHOWN = 20

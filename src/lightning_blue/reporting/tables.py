@@ -6,8 +6,8 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from lightning_blue.evaluation import Metrics
-from lightning_blue.reporting.history import RunHistory
+from lightning_blue.metrics.evaluation import Metrics
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.views import metrics_at
 
 SCORES = (

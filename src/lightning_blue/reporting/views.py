@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_blue.evaluation import Metrics, RequestOutcome
-from lightning_blue.reporting.history import LossCurve, RunHistory
-from lightning_blue.requests import EditRequest
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
+from lightning_blue.metrics.history import LossCurve, RunHistory
 
 Points = list[tuple[int, float]]  # edits applied, value
 

@@ -10,11 +10,11 @@ from typing import Literal
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from lightning_blue.evaluation import RequestOutcome
+from lightning_blue.metrics.evaluation import RequestOutcome
+from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting.files import summary
-from lightning_blue.reporting.history import LossCurve, RunHistory
 from lightning_blue.reporting.views import batch_of, mean_losses, outcome_pairs
-from lightning_blue.storage import make_folder
+from lightning_blue.support.storage import make_folder
 
 AXIS, INNER_AXIS = "edits/applied", "inner/step"
 TERMS = ("total", "nll", "kl", "weight_decay")

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_blue.editing.forward import AlignedRows
-from lightning_blue.requests import EditRequest
-from lightning_blue.subjects import Encoded, encode_targets, encode_with_subject
+from lightning_blue.data.requests import EditRequest
+from lightning_blue.language_model.tokens import Encoded, encode_targets, encode_with_subject
 
 KL_PROMPT = "{} is a"
 
@@ -71,15 +69,3 @@ def edit_prompts(
         )
         for group, target, kl_row in zip(groups, targets, kl, strict=True)
     ]
-
-
-def align(rows: Sequence[Encoded], device: torch.device) -> AlignedRows:
-    """Put the rows' lookups into one column; token 0 pads them on both sides."""
-    column = max(row.lookup for row in rows)
-    starts = [column - row.lookup for row in rows]
-    ends = [start + len(row.ids) for start, row in zip(starts, rows, strict=True)]
-    ids = torch.zeros(len(rows), max(ends), dtype=torch.long)
-    for row, start, end, padded in zip(rows, starts, ends, ids, strict=True):
-        padded[start:end] = torch.tensor(row.ids)
-    first, after = torch.tensor([starts, ends], device=device)
-    return AlignedRows(ids.to(device), first, after, column)

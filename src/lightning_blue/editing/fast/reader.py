@@ -11,17 +11,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_blue.editing.contexts import EditPrompts, align
-from lightning_blue.editing.forward import (
-    PLAIN,
-    Frozen,
-    Pass,
-    Savings,
-    freeze,
-    logits_with,
-)
-from lightning_blue.editing.targets import Readings
-from lightning_blue.subjects import Encoded
+from lightning_blue.editing.fast.frozen import NO_SHORTCUTS, Frozen, Shortcuts, freeze
+from lightning_blue.editing.fast.passes import Pass, logits_with
+from lightning_blue.editing.fast.rows import align
+from lightning_blue.editing.optimization import Readings
+from lightning_blue.editing.prompts import EditPrompts
+from lightning_blue.language_model.tokens import Encoded
 
 PASS_PRICE = 128  # tokens whose computation costs as much as one more pass, about
 
@@ -56,7 +51,7 @@ class PromptReader:
         prompts: of the n edits.
         loss_layer: the block whose output is read for the target; None: the last.
         ffn: returns the FFN of a block; None: passes run it at all positions.
-        savings: what the passes leave out.
+        shortcuts: what the passes leave out.
     """
 
     def __init__(
@@ -69,16 +64,16 @@ class PromptReader:
         prompts: Sequence[EditPrompts],
         loss_layer: int | None = None,
         ffn: Callable[[nn.Module], nn.Module | None] = lambda _block: None,
-        savings: Savings = Savings(),  # noqa: B008  (frozen)
+        shortcuts: Shortcuts = Shortcuts(),  # noqa: B008  (frozen)
     ) -> None:
         self.model, self.blocks, self.sites = model, blocks, sites
-        self.loss_layer, self.ffn, self.savings = loss_layer, ffn, savings
+        self.loss_layer, self.ffn, self.shortcuts = loss_layer, ffn, shortcuts
         self.n_contexts = len(prompts[0].rewriting)
         start = layer - 1 if inside else layer
 
         def frozen(rows: list[Encoded]) -> Frozen:
             aligned = align(rows, model.device)
-            return freeze(model, blocks, start, aligned, sites, savings)
+            return freeze(model, blocks, start, aligned, sites, shortcuts)
 
         self.rewriting = frozen([row for prompt in prompts for row in prompt.rewriting])
         self.subject = frozen([prompt.subject for prompt in prompts])
@@ -115,7 +110,7 @@ class PromptReader:
                     self.rewriting, spread, self.reads.rows, self.reads.columns, self.loss_layer
                 ),
             ],
-            self.savings,
+            self.shortcuts,
         )
         return logits, said
 
@@ -149,33 +144,33 @@ class PromptReader:
 
 
 @torch.no_grad()
-def usable_savings(reader: Callable[[Savings], PromptReader]) -> Savings:
-    """Return all savings if they leave a model's logits as they are; if not, warn and return none.
+def usable_shortcuts(reader: Callable[[Shortcuts], PromptReader]) -> Shortcuts:
+    """Return all shortcuts if they leave a model's logits as they are; if not, warn and return none.
 
     A block may depend on more than its attention's keys and values: on how many columns there are,
     for one.
 
     Args:
-        reader: makes a reader of a few edits with the savings it is given.
+        reader: makes a reader of a few edits with the shortcuts it is given.
     """
 
     def unedited(one: PromptReader) -> Tensor:
         return torch.cat(one.logits(torch.zeros_like(one.initial)))
 
-    whole = reader(PLAIN)
+    whole = reader(NO_SHORTCUTS)
     plain, rounding = unedited(whole), 10 * torch.finfo(whole.model.dtype).eps
     try:
-        change = float((unedited(reader(Savings())) - plain).norm() / plain.norm())
+        change = float((unedited(reader(Shortcuts())) - plain).norm() / plain.norm())
         reason = f"would change its logits by {change:.1%}"
     except Exception as error:  # whatever a foreign block says to being run in part
         change, reason = float("inf"), f"fails ({type(error).__name__}: {error})"
     if change <= max(1e-3, rounding) or not bool(plain.isfinite().all()):
-        return Savings()
+        return Shortcuts()
     rank_zero_warn(
         f"running only parts of this model {reason}; the target search runs all of it over whole "
         "prompts instead, which takes several times as long"
     )
-    return PLAIN
+    return NO_SHORTCUTS
 
 
 def _reads(prompts: Sequence[EditPrompts], column: int, device: torch.device) -> Reads:

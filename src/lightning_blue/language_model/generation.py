@@ -12,9 +12,15 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from lightning_blue.batching import batches, check_prompts, context_length, inference, row_weights
-from lightning_blue.prefix_tree import reads_forests
-from lightning_blue.processes import progress_bar
+from lightning_blue.language_model.batching import (
+    batches,
+    check_prompts,
+    context_length,
+    inference,
+    row_weights,
+)
+from lightning_blue.language_model.shared_prefixes import reads_forests
+from lightning_blue.support.processes import progress_bar
 
 _CACHE_BYTES = 2**31  # of keys and values on the CPU, which needs no larger batches
 

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_blue.batching import (
+from lightning_blue.language_model.batching import (
     batches,
     check_prompts,
     context_length,
     inference,
     row_weights,
 )
-from lightning_blue.errors import InputError
-from lightning_blue.generation import generate, prompt_noise
-from lightning_blue.metrics import Perplexity, numbers
-from lightning_blue.prefix_tree import (
+from lightning_blue.language_model.generation import generate, prompt_noise
+from lightning_blue.language_model.shared_prefixes import (
     PackedRow,
     forest_arguments,
     merge_prefixes,
     padded,
     row_width,
 )
-from lightning_blue.processes import progress_bar
-from lightning_blue.subjects import encode_targets
+from lightning_blue.language_model.tokens import encode_targets
+from lightning_blue.metrics import Perplexity, numbers
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import progress_bar
 
 __all__ = [
     "Row",

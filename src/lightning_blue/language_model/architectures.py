@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_blue.errors import InputError
+from lightning_blue.support.errors import InputError
 
 
 @dataclass(frozen=True)

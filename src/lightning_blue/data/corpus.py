@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from lightning_blue.errors import InputError
+from lightning_blue.support.errors import InputError
 
 _ASSETS = resources.files("lightning_blue") / "assets" / "almanac"
 PACKAGED = {"almanac": _ASSETS / "corpus.txt", "almanac-heldout": _ASSETS / "heldout.txt"}

@@ -10,12 +10,12 @@ from typing import Any
 from lightning import Callback, Trainer
 
 from blue_callbacks import ClosedFormUpdate
-from lightning_blue.corpus import corpus_texts
+from lightning_blue.data.corpus import corpus_texts
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
-from lightning_blue.evaluation import Evaluation, Metrics, control_recall, evaluate, flatten
-from lightning_blue.reporting.history import LossCurve, Measurement, RunHistory
-from lightning_blue.requests import EditRequest
-from lightning_blue.scoring import perplexity
+from lightning_blue.language_model.scoring import perplexity
+from lightning_blue.metrics.evaluation import Evaluation, Metrics, control_recall, evaluate, flatten
+from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
 
 
 class MeasureEdits(Callback):
@@ -26,7 +26,7 @@ class MeasureEdits(Callback):
     ``earliest`` the first batch at the end. Texts are generated for ``pre`` and ``post`` only.
 
     Args:
-        text: ordinary text for perplexity, see :func:`lightning_blue.corpus.corpus_texts`; None
+        text: ordinary text for perplexity, see :func:`lightning_blue.data.corpus.corpus_texts`; None
             leaves perplexity out.
         text_split: split, where the text is a dataset on the hub.
         text_tokens: how many of its tokens are read.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lightning_blue.errors import InputError
+from lightning_blue.support.errors import InputError
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_blue.evaluation import Metrics, RequestOutcome
-from lightning_blue.requests import EditRequest, Rejected
+from lightning_blue.data.requests import EditRequest, Rejected
+from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 
 
 class Measurement(NamedTuple):

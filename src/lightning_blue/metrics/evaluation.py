@@ -12,8 +12,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_blue import generation, scoring
-from lightning_blue.errors import InputError
+from lightning_blue.data.requests import EditRequest, Probe
+from lightning_blue.language_model import generation, scoring
+from lightning_blue.language_model.scoring import TargetScore
 from lightning_blue.metrics import (
     Consistency,
     ExactMatch,
@@ -24,9 +25,8 @@ from lightning_blue.metrics import (
     numbers,
 )
 from lightning_blue.metrics import functional as F
-from lightning_blue.processes import spread
-from lightning_blue.requests import EditRequest, Probe
-from lightning_blue.scoring import TargetScore
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import spread
 
 KINDS = ("efficacy", "generalization", "specificity")
 PROTOCOLS = ("counterfact", "zsre")

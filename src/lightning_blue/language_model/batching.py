@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
-from lightning_blue.errors import InputError
+from lightning_blue.support.errors import InputError
 
 _LOGITS = 2**26  # of a batch: 256 MiB in float32, and as much for their softmax
 

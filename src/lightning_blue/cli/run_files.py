@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from lightning_blue.errors import InputError
+from lightning_blue.support.errors import InputError
 
-PACKAGED = Path(__file__).parent / "conf"  # of an installed wheel
+PACKAGED = Path(__file__).parents[1] / "conf"  # of an installed wheel
 
 _UNKNOWN_KEYS = (
     re.compile(r"unrecognized arguments: -{0,2}(?P<key>[\w.]+)"),

@@ -17,16 +17,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from blue_callbacks import ClosedFormUpdate, NonFiniteError, SingularCovarianceError
-from lightning_blue.configs import explain, with_bases
+from lightning_blue.cli.run_files import explain, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import edit_module
 from lightning_blue.editing.covariance import covariance_file
-from lightning_blue.errors import InputError
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
-from lightning_blue.processes import EditStrategy
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.progress import EditProgressBar
 from lightning_blue.reporting.tables import score_table
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import EditStrategy
 
 TRAINER_DEFAULTS = {
     "devices": 1,

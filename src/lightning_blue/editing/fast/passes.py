@@ -1,0 +1,163 @@
+"""Passes over frozen rows that run only what a change at the lookup can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from lightning_blue.editing.fast.frozen import Frozen, Shortcuts
+from lightning_blue.language_model.states import Reached, hidden_of, precise
+
+
+class Pass(NamedTuple):
+    """One pass over frozen rows.
+
+    Attributes:
+        frozen: from :func:`freeze`.
+        added: modules, and what is added to their outputs at the aligned column, ``(n_rows, d)``.
+        rows: of the positions whose logits are wanted, ``(n_reads,)``.
+        columns: of these positions, at or after the aligned one, ``(n_reads,)``.
+        last: the block whose output goes to the final norm and head; None: the model's last.
+        ffn: the FFN of that block; None: it runs at all positions.
+    """
+
+    frozen: Frozen
+    added: Sequence[tuple[nn.Module, Tensor]]
+    rows: Tensor
+    columns: Tensor
+    last: int | None = None
+    ffn: nn.Module | None = None
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns among those that are computed."""
+        return self.rows, self.columns - self.frozen.first
+
+
+def logits_with(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    passes: Sequence[Pass],
+    shortcuts: Shortcuts = Shortcuts(),
+) -> tuple[Tensor, ...]:
+    """Run rows with something added to modules' outputs; read logits at few positions.
+
+    The model's own code runs, masks, rotary embeddings, final norm and head included.
+
+    Args:
+        model: a causal language model in eval mode.
+        blocks: its decoder blocks.
+        passes: what to run; the head runs once, in the last of them, for all that is read.
+        shortcuts: what to skip.
+
+    Returns:
+        For each pass logits in float32 or better, ``(n_reads, vocabulary)``.
+    """
+    if not shortcuts.read_few:
+        return tuple(precise(_run(model, blocks, one)[one.where]) for one in passes)
+    read: list[Tensor] = []
+    for number, one in enumerate(passes, start=1):
+
+        def take(_head: nn.Module, args: Any, one: Pass = one, number: int = number) -> Any:
+            read.append(args[0][one.where])
+            if number < len(passes):
+                raise Reached
+            return (torch.cat(read),)
+
+        with ExitStack() as stack:
+            hook = model.get_output_embeddings().register_forward_pre_hook(take)
+            stack.callback(hook.remove)
+            if one.ffn is not None and not {m for m, _ in one.added} & set(one.ffn.modules()):
+                stack.enter_context(_only_at(one.ffn, *one.where))
+            stack.enter_context(suppress(Reached))
+            logits = _run(model, blocks, one)
+    return precise(logits).split([len(states) for states in read])
+
+
+def _run(model: PreTrainedModel, blocks: Sequence[nn.Module], one: Pass) -> Tensor:
+    """Return the logits of a pass."""
+    frozen = one.frozen
+    skipped = [*blocks[: frozen.start + 1], *([] if one.last is None else blocks[one.last + 1 :])]
+    with ExitStack() as stack:
+        for block in skipped:
+            given = frozen.hidden if block is blocks[frozen.start] and frozen.start >= 0 else None
+            stack.enter_context(_replaced(block, given, frozen.returns_tuple))
+        for module, delta in one.added:
+            stack.enter_context(_added(module, delta, frozen.rows.column - frozen.first))
+        arguments = frozen.rows.arguments(frozen.first)
+        cache = _cache(frozen.before, frozen.start)
+        logits: Tensor = model(**arguments, past_key_values=cache, use_cache=bool(cache)).logits
+    return logits
+
+
+def _cache(before: Sequence[tuple[Tensor, ...]], start: int) -> DynamicCache | None:
+    """Rebuild a cache, which a forward pass changes; skipped layers only tell the length."""
+    if not before:
+        return None
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(before):
+        some = slice(0, 1) if index <= start else slice(None)
+        cache.update(keys[some], values[some], index)
+    return cache
+
+
+@contextmanager
+def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterator[None]:
+    """Let a block return ``output``, or its own input, instead of computing."""
+
+    def stand_in(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        result = hidden_states if output is None else output
+        return (result,) if as_tuple else result
+
+    own = vars(block).get("forward")  # accelerate puts one there
+    block.forward = stand_in
+    try:
+        yield
+    finally:
+        del block.forward
+        if own is not None:
+            block.forward = own
+
+
+@contextmanager
+def _only_at(ffn: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
+    """Let a module that treats every position alike see few of them; the others get zeros."""
+    shapes: list[torch.Size] = []
+
+    def take(_module: nn.Module, args: Any) -> Any:
+        shapes.append(args[0].shape)
+        return (args[0][row, column], *args[1:])
+
+    def put_back(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(shapes.pop()).index_put((row, column), output)
+
+    hooks = [ffn.register_forward_pre_hook(take), ffn.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _added(module: nn.Module, delta: Tensor, column: int) -> Iterator[None]:
+    """Add ``(n_rows, d)`` to a module's output at a column."""
+
+    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+        whole = hidden_of(output)
+        rows = whole.reshape(len(delta), -1, whole.shape[-1])  # OPT's FFN works on flat tokens
+        changed = (precise(rows[:, column]) + delta).to(whole.dtype)
+        parts = (rows[:, :column], changed[:, None], rows[:, column + 1 :])
+        result = torch.cat(parts, dim=1).reshape(whole.shape)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    hook = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

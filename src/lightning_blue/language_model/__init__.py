@@ -1,0 +1,1 @@
+"""What any use of a causal language model needs: loading, tokens, passes, scores and texts."""
