@@ -17,7 +17,7 @@ from benchmarks.timing import Clock, now
 from benchmarks.workload import CONTEXTS, Workload
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing import EditModule
-from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.optimization import TargetOptimization
 
 Ask = Callable[[Sequence[EditRequest], int], Tensor]
 
@@ -33,7 +33,7 @@ def edit_module(workload: Workload, args: Namespace, **switches: Any) -> TimedMo
     module = TimedModule(
         workload.model,
         workload.tokenizer,
-        target=TargetSearch(steps=args.steps, learning_rate=args.learning_rate, **switches),
+        target=TargetOptimization(steps=args.steps, learning_rate=args.learning_rate, **switches),
         contexts=list(CONTEXTS),
     )
     module.seconds = defaultdict(float)

@@ -19,7 +19,7 @@ MOST_EDITS = 10
 
 
 def run_shortcuts(workload: Workload, args: Namespace, clock: Clock) -> list[Row]:
-    """Optimise the targets of a few edits at each boundary layer, with all shortcuts and without."""
+    """Optimise a few edits' targets at each boundary layer, with all shortcuts and without."""
     return [row for layer in args.layers for row in _at(layer, workload, args, clock)]
 
 

@@ -95,9 +95,9 @@ def measurements() -> list[Measurement]:
     return [
         Measurement("pre", 0, pre),
         Measurement("batch", 2, batch),
-        Measurement("sofar", 2, {**batch, "recall": estimate(97.5, count=200, prompts=200)}),
+        Measurement("cumulative", 2, {**batch, "recall": estimate(97.5, count=200, prompts=200)}),
         Measurement("batch", 3, {"efficacy": estimate(90.0, count=1, prompts=1)}),
-        Measurement("sofar", 3, {"efficacy": estimate(95.0, 5.0, count=3, prompts=3)}),
-        Measurement("earliest", 3, {"efficacy": estimate(50.0, 50.0, count=2, prompts=2)}),
+        Measurement("cumulative", 3, {"efficacy": estimate(95.0, 5.0, count=3, prompts=3)}),
+        Measurement("first_batch", 3, {"efficacy": estimate(50.0, 50.0, count=2, prompts=2)}),
         Measurement("post", 3, post),
     ]

@@ -27,7 +27,7 @@ from lightning_blue.editing.fast.passes import Pass, logits_with
 from lightning_blue.editing.fast.reader import PromptReader, usable_shortcuts
 from lightning_blue.editing.fast.rows import AlignedRows
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.editing.prompts import context_templates, edit_prompts
 from lightning_blue.language_model.architectures import (
     ARCHITECTURES,
@@ -103,7 +103,7 @@ class Case(NamedTuple):
         """A module on a copy of the model, with a covariance that needs no text."""
         model = copy.deepcopy(self.model)
         search = {"steps": 10, "learning_rate": 0.5, "clamp": 4.0, "site": self.site}
-        target = TargetSearch(**{**search, **settings.pop("target", {})})
+        target = TargetOptimization(**{**search, **settings.pop("target", {})})
         settings = {"contexts": PREFIXES, **settings}
         module = EditModule(model, self.tokenizer, target=target, **settings)
         module._covariances = {n: torch.eye(64) * 0.01 for n in range(3)}
@@ -271,9 +271,9 @@ def test_the_unedited_pass_is_bitwise_as_before(case):
 def test_a_norm_behind_the_ffn_refuses_the_block_site(case):
     if case.row.norm_after_ffn:
         with pytest.raises(InputError, match=r"norm follows(.|\n)*--model.target.site=ffn"):
-            EditModule(case.model, case.tokenizer, target=TargetSearch(site="block"))
+            EditModule(case.model, case.tokenizer, target=TargetOptimization(site="block"))
     else:
-        EditModule(case.model, case.tokenizer, target=TargetSearch(site="block"), contexts=[])
+        EditModule(case.model, case.tokenizer, target=TargetOptimization(site="block"), contexts=[])
 
 
 STABLELM = Architecture("model.layers.{}", "mlp.down_proj")
@@ -291,7 +291,7 @@ def test_modules_named_by_the_user_make_an_unknown_architecture_editable():
         EditModule(
             model,
             tokenizer(bos=True),
-            target=TargetSearch(site="attention_and_ffn"),
+            target=TargetOptimization(site="attention_and_ffn"),
             architecture=STABLELM,
         )
 

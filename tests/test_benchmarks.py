@@ -25,7 +25,7 @@ from blue_callbacks import ClosedFormUpdate
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.editing.covariance import CovarianceSource, collect_covariance
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.language_model.scoring import generate
 from lightning_blue.metrics.evaluation import evaluate
 
@@ -63,7 +63,7 @@ def test_targets_and_weights_equal_the_textbook_in_float64(language_model, tmp_p
     module = Recorder(
         copy.deepcopy(model),
         tokenizer,
-        target=TargetSearch(steps=8, learning_rate=0.3, clamp=2.0),
+        target=TargetOptimization(steps=8, learning_rate=0.3, clamp=2.0),
         contexts=list(CONTEXTS),
         covariance=CovarianceSource(cache=str(tmp_path)),
     )
@@ -88,7 +88,7 @@ def test_targets_and_weights_equal_the_textbook_in_float64(language_model, tmp_p
 @pytest.mark.parametrize("stop_loss", [0.05, 3.0])
 def test_every_loss_equals_the_textbook_in_float32(language_model, stop_loss):
     model, tokenizer = language_model
-    search = TargetSearch(steps=10, learning_rate=0.3, clamp=2.0, stop_loss=stop_loss)
+    search = TargetOptimization(steps=10, learning_rate=0.3, clamp=2.0, stop_loss=stop_loss)
     module = EditModule(model, tokenizer, target=search, contexts=list(CONTEXTS))
     settings = textbook.Settings(10, 0.3, clamp=2.0, stop_loss=stop_loss, contexts=CONTEXTS)
     module.edit_targets(REQUESTS, layer=1)

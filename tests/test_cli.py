@@ -111,7 +111,7 @@ def test_facts_that_cannot_be_used(run, tmp_path, text, said):
     code, _, err = run(path, "--data.edits=null", "--data.on_unusable=stop")
     assert code == 2
     assert said in err
-    assert "mend" in err
+    assert "hint" in err
     assert "Traceback" not in err
 
 

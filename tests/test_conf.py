@@ -45,14 +45,14 @@ SHARED = {
     "update.energy": None,
     "update.ridge": 10,
     "update.rect_keep": None,
-    "update.finish": None,
+    "update.post_edit_transform": None,
     "model.target.site": "block",
     "model.target.early_stop": None,
 }
 METHODS: dict[str, dict[str, Any]] = {
     "memit": {},
     "rect": {"update.rect_keep": 0.4, "update.past_keys": False},
-    "prune": {"update.finish": "prune", "update.past_keys": False},
+    "prune": {"update.post_edit_transform": "prune", "update.past_keys": False},
     "alphaedit": {"update.solver": "null_space", "update.threshold": 0.02, "update.ridge": 10},
     "pmet": {
         "update.plan": "square_root",

@@ -41,7 +41,7 @@ def test_length_counts_prompt_context_and_object(language_model: LanguageModel) 
         assert usable == []
         assert (fault.kind, fault.source, fault.case_id) == ("too long", "a.csv:2", "1")
         assert f"the model reads {limit}" in fault.reason
-        assert "shorten" in fault.mend
+        assert "shorten" in fault.hint
     assert check_tokens([LYON], tokenizer, None) == ([LYON], [])
 
 
@@ -153,7 +153,7 @@ def test_every_record_of_the_reference_data(
     distinct, _, repeated = take_distinct(fitting)
     rejected = rejected + long + repeated
     assert len(distinct) + len(rejected) == total
-    assert all(x.reason and x.mend and x.source for x in rejected)
+    assert all(x.reason and x.hint and x.source for x in rejected)
     # The counts below were taken from the files by grouping their raw fields.
     counts = count_by_kind(rejected)
     assert counts.get("duplicate", 0) == duplicates

@@ -59,7 +59,7 @@ def fault(record: Any, name: str = "facts") -> Rejected:
     parsed = parse(record, name)
     assert isinstance(parsed, Rejected)
     assert parsed.source == "here"
-    assert parsed.mend
+    assert parsed.hint
     return parsed
 
 
@@ -221,7 +221,7 @@ def test_unusable_facts(change: dict[str, Any], kind: str, parts: list[str]) -> 
 
 def test_another_unicode_form_is_named() -> None:
     rejected = fault(FACT | {"subject": "José", "prompt": "Jose\u0301 lives in"})
-    assert "same Unicode form" in rejected.mend
+    assert "same Unicode form" in rejected.hint
 
 
 def test_unusable_records_of_other_formats() -> None:
@@ -230,7 +230,7 @@ def test_unusable_records_of_other_formats() -> None:
     nested = ROME | {"requested_rewrite": ROME["requested_rewrite"] | {"target_true": "Beirut"}}
     assert "target_true.str' is a string ('Beirut')" in fault(nested, "counterfact").reason
     flat = {key: value for key, value in FLAT.items() if key != "locality_ground_truth"}
-    assert "'locality_ground_truth'" in fault(flat, "counterfact-flat").mend
+    assert "'locality_ground_truth'" in fault(flat, "counterfact-flat").hint
     assert fault(FLAT | {"ground_truth": None}, "counterfact-flat").kind == "missing field"
     assert fault(FLAT | {"target_new": "Beirut"}, "counterfact-flat").case_id == "4"
     assert "'answers.0' is missing" in fault(ZSRE | {"answers": []}, "zsre").reason

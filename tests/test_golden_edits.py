@@ -27,7 +27,7 @@ from blue_callbacks import (
 from helpers import fit, load_model
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.support.errors import InputError
 
 METHODS = ("MEMIT", "MEMIT_seq", "MEMIT_rect", "MEMIT_prune", "AlphaEdit", "PMET", "PMET_seq")
@@ -69,9 +69,9 @@ def golden_requests(shared: Path) -> list[EditRequest]:
     ]
 
 
-def golden_search(method: str, hparams: dict) -> TargetSearch:
+def golden_search(method: str, hparams: dict) -> TargetOptimization:
     pmet = method.startswith("PMET")
-    return TargetSearch(
+    return TargetOptimization(
         steps=hparams["v_num_grad_steps"],
         learning_rate=hparams["v_lr"],
         weight_decay=hparams["v_weight_decay"],
@@ -98,11 +98,11 @@ def golden_update(method: str, variant: str, hparams: dict) -> dict:
         "covariance_weight": hparams["mom2_update_weight"],
         "past_keys": method.endswith("_seq") or method == "AlphaEdit",
         "rect_keep": 0.4 if method == "MEMIT_rect" else None,
-        "finish": "prune" if method == "MEMIT_prune" else None,
+        "post_edit_transform": "prune" if method == "MEMIT_prune" else None,
     }
 
 
-def golden_module(shared: Path, name: str, search: TargetSearch) -> EditModule:
+def golden_module(shared: Path, name: str, search: TargetOptimization) -> EditModule:
     common = json.loads((shared / "golden/edits/common.json").read_text())
     model, tokenizer = load_model(shared / "golden/models" / name)
     module = EditModule(
@@ -216,7 +216,7 @@ def test_closed_form_alone_equals_the_reference(shared, name, method):
 def test_prune_equals_the_reference(shared, name, variant):
     """Both readings, from the golden edited weights."""
     golden = load_file(shared / "golden/edits" / name / f"MEMIT_prune_{variant}.safetensors")
-    module = golden_module(shared, name, TargetSearch())
+    module = golden_module(shared, name, TargetOptimization())
     for layer in (1, 4):
         original = module._projection(layer).weight.detach()
         edited = golden[f"b2.weight_unpruned.layer{layer}"]

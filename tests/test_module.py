@@ -10,7 +10,7 @@ import torch
 from blue_callbacks import ClosedFormUpdate, NonFiniteError
 from helpers import fit
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.language_model.architectures import Architecture, find_architecture
 from lightning_blue.language_model.scoring import score_targets
 from lightning_blue.support.errors import InputError
@@ -21,7 +21,7 @@ from test_targets import PREFIXES, REQUESTS
 def editable(language_model, **settings) -> EditModule:
     """A module on a copy of the model, with a covariance that needs no text."""
     model, tokenizer = copy.deepcopy(language_model.model), language_model.tokenizer
-    search = TargetSearch(steps=15, learning_rate=0.5, clamp=4.0)
+    search = TargetOptimization(steps=15, learning_rate=0.5, clamp=4.0)
     module = EditModule(model, tokenizer, target=search, contexts=PREFIXES, **settings)
     module._covariances = {layer: torch.eye(96) * 0.01 for layer in range(4)}
     return module

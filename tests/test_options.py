@@ -15,7 +15,7 @@ from conftest import LanguageModel
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.fast.reader import PASS_PRICE, micro_batches
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.optimization import Readings, TargetSearch, search_targets
+from lightning_blue.editing.optimization import Readings, TargetOptimization, optimize_targets
 from lightning_blue.language_model.states import hidden_of
 from lightning_blue.support.errors import InputError
 from test_targets import PREFIXES, REQUESTS, one_edit_at_a_time
@@ -29,7 +29,7 @@ SAME_SUBJECT = [
 
 def module_of(language_model: LanguageModel, **settings) -> EditModule:
     search = {"steps": 12, "learning_rate": 0.3, "clamp": 2.0, **settings}
-    return EditModule(*language_model, target=TargetSearch(**search), contexts=PREFIXES)
+    return EditModule(*language_model, target=TargetOptimization(**search), contexts=PREFIXES)
 
 
 def steps_taken(module: EditModule, layer: int = 1) -> list[int]:
@@ -141,8 +141,8 @@ def test_a_shared_target_follows_the_mean_gradient():
         never = torch.zeros(len(edits), dtype=torch.bool)
         return Readings(losses(delta[0], goals[edits]), never, torch.zeros(len(edits), 1))
 
-    search = TargetSearch(steps=20, learning_rate=0.1, weight_decay=0.0, clamp=100.0)
-    found = search_targets(initial, read, search, torch.tensor([0, 1, 0])).values[0]
+    search = TargetOptimization(steps=20, learning_rate=0.1, weight_decay=0.0, clamp=100.0)
+    found = optimize_targets(initial, read, search, torch.tensor([0, 1, 0])).values[0]
     for edits in ([0, 2], [1]):
         delta = torch.zeros(8, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=0.1)

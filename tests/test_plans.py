@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import pytest
 
-from blue_callbacks import PlanStep, plan_steps
+from blue_callbacks import LayerUpdate, layer_updates
 
 
 def test_boundary_writes_first_and_last_layer_with_targets_of_their_own():
-    assert plan_steps("boundary", [4, 5, 6, 7, 8]) == [PlanStep(4, 4, 1), PlanStep(8, 8, 1)]
+    assert layer_updates("boundary", [4, 5, 6, 7, 8]) == [
+        LayerUpdate(4, 4, 1),
+        LayerUpdate(8, 8, 1),
+    ]
 
 
 def test_boundary_of_a_single_layer_writes_it_once():
-    assert plan_steps("boundary", [5]) == [PlanStep(5, 5, 1)]
+    assert layer_updates("boundary", [5]) == [LayerUpdate(5, 5, 1)]
 
 
 def test_even_shares_leave_an_equal_part_to_every_layer():
     """If each layer removes its share of what is left, all layers contribute the same (Eq. 6)."""
     left, contributions = 1.0, []
-    for step in plan_steps("even", [4, 5, 6, 7, 8]):
+    for step in layer_updates("even", [4, 5, 6, 7, 8]):
         assert step.target_layer == 8
         contributions.append(step.share * left)
         left -= contributions[-1]
@@ -27,9 +30,9 @@ def test_even_shares_leave_an_equal_part_to_every_layer():
 
 
 def test_controls():
-    assert plan_steps("computed", [1, 2]) == [PlanStep(1, 1, 1), PlanStep(2, 2, 1)]
-    assert plan_steps("first", [1, 2, 3]) == [PlanStep(1, 1, 1)]
-    assert plan_steps("last", [1, 2, 3]) == [PlanStep(3, 3, 1)]
+    assert layer_updates("computed", [1, 2]) == [LayerUpdate(1, 1, 1), LayerUpdate(2, 2, 1)]
+    assert layer_updates("first", [1, 2, 3]) == [LayerUpdate(1, 1, 1)]
+    assert layer_updates("last", [1, 2, 3]) == [LayerUpdate(3, 3, 1)]
 
 
 @pytest.mark.parametrize(
@@ -44,4 +47,4 @@ def test_controls():
 )
 def test_what_is_refused(plan, layers, said):
     with pytest.raises(ValueError, match=said):
-        plan_steps(plan, layers)
+        layer_updates(plan, layers)

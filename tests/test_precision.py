@@ -18,7 +18,7 @@ from helpers import fit
 from lightning_blue.data import read_requests
 from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.module import edit_module
-from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.optimization import TargetOptimization
 
 CONTEXTS = ["It is said.", "As we know.", "In short."]  # given: each precision would write others
 LAYERS = (0, 3)
@@ -36,7 +36,7 @@ class Edited(NamedTuple):
 def edit(tmp_path_factory):
     requests = read_requests("almanac")[0][:4]
     source = CovarianceSource(tokens_per_dim=1.5, cache=str(tmp_path_factory.mktemp("stats")))
-    search = TargetSearch(steps=15, learning_rate=3.0, weight_decay=0.1, clamp=3.0)
+    search = TargetOptimization(steps=15, learning_rate=3.0, weight_decay=0.1, clamp=3.0)
 
     def run(precision: str) -> Edited:
         dtype = "bfloat16" if precision == "bf16-true" else "float32"

@@ -13,14 +13,14 @@ from torch import distributed, multiprocessing
 
 from helpers import load_model
 from lightning_blue.support.errors import InputError
-from lightning_blue.support.processes import n_processes, share_work, spread
+from lightning_blue.support.processes import distribute, n_processes, share_work
 from test_cli import BASE
 from test_conf import flags, small_run  # noqa: F401  (a fixture)
 
 
 def test_alone_a_process_does_everything():
     assert n_processes() == 1
-    assert spread("abc", lambda some: [letter * 2 for letter in some]) == ["aa", "bb", "cc"]
+    assert distribute("abc", lambda some: [letter * 2 for letter in some]) == ["aa", "bb", "cc"]
 
 
 def shares_of(rank: int, folder: Path) -> None:
@@ -28,7 +28,7 @@ def shares_of(rank: int, folder: Path) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
-    alone = spread([0, 1, 2], list)
+    alone = distribute([0, 1, 2], list)
     share_work(True)
     done: list[int] = []
 
@@ -38,20 +38,20 @@ def shares_of(rank: int, folder: Path) -> None:
 
     def refuse(some: list[str]) -> list[str]:
         if "bad" in some:
-            raise InputError("a bad one", mend="leave it out")
+            raise InputError("a bad one", hint="leave it out")
         return some
 
     said = {
         "alone": alone,
         "world": n_processes(),
-        "squares": [int(square) for square in spread([0, 1, 2, 3, 4], work)],
-        "one": [int(square) for square in spread([7], work)],
-        "none": spread([], work),
+        "squares": [int(square) for square in distribute([0, 1, 2, 3, 4], work)],
+        "one": [int(square) for square in distribute([7], work)],
+        "none": distribute([], work),
         "done": done,
     }
     for name, items in (("error", ["good", "bad"]), ("differ", ["good"] * (1 + rank))):
         try:
-            spread(items, refuse)
+            distribute(items, refuse)
         except Exception as error:
             said[name] = f"{type(error).__name__}: {error}"
     (folder / f"{rank}.json").write_text(json.dumps(said))
@@ -67,7 +67,7 @@ def test_processes_share_the_work_and_its_failure(tmp_path):
         assert (said["squares"], said["one"], said["none"]) == ([0, 1, 4, 9, 16], [49], [])
     assert (first["done"], second["done"]) == ([0, 1], [2, 3, 4, 7])
     for said in (first, second):
-        assert said["error"] == "InputError: a bad one\n  mend:  leave it out"
+        assert said["error"] == "InputError: a bad one\n  hint:  leave it out"
         assert said["differ"].startswith("RuntimeError: processes")
 
 

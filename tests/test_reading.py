@@ -30,7 +30,7 @@ def save(folder: Path, name: str, content: Any) -> Path:
 def message(path: str | Path, *args: Any) -> str:
     with pytest.raises(InputError) as caught:
         read_requests(path, *args)
-    assert "mend:" in str(caught.value)
+    assert "hint:" in str(caught.value)
     return str(caught.value)
 
 
@@ -62,7 +62,7 @@ def test_format_can_be_forced(tmp_path: Path) -> None:
     assert read_requests(path)[0][0].target_true == "France"
     assert read_requests(path, "facts")[0][0].target_true is None
     assert "needs subject, src, answers" in message(path, "zsre")
-    assert "take one of: auto, counterfact" in message(path, "mend")
+    assert "take one of: auto, counterfact" in message(path, "hint")
 
 
 def test_csv_with_lists_quotes_and_lines_in_cells(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> No
     text = message("someone/counterfact")
     assert "DatasetNotFoundError: Dataset 'x/y' doesn't exist." in text
     assert "someone/counterfact, split 'train'" in text
-    assert "more" not in text.split("mend:")[0].replace("someone", "")
+    assert "more" not in text.split("hint:")[0].replace("someone", "")
 
 
 def test_saved_datasets(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_quick_start_reaches_what_the_readme_shows(tmp_path, capsys):
     shown = [float(cell.split("±")[0]) for cell in row.split("|")]
     names = ["efficacy", "generalization", "specificity", "fluency", "consistency", "perplexity"]
     config = f"--config={ROOT / 'conf' / 'quickstart.yaml'}"
-    flags = [f"--run.root={tmp_path}", "--run.wandb=off", "--measure.sofar=0"]
+    flags = [f"--run.root={tmp_path}", "--run.wandb=off", "--measure.cumulative=0"]
     assert main(["fit", config, *flags]) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
     for name, value in zip([*names, "recall"], shown, strict=True):

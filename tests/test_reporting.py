@@ -53,7 +53,7 @@ def test_batches_end_with_what_was_applied() -> None:
 
 def test_series_joins_stages_and_keeps_the_newest() -> None:
     history = small_history()
-    stages = ["pre", "batch", "sofar", "post"]
+    stages = ["pre", "batch", "cumulative", "post"]
     assert views.series(history, stages, "recall") == [(0, 98.0), (2, 97.5), (3, 97.0)]
     assert views.series(history, ["batch"], "efficacy") == [(2, 100.0), (3, 90.0)]
     assert views.series(history, ["batch"], "fluency") == []
@@ -193,7 +193,7 @@ def test_write_summary(tmp_path: Path) -> None:
     assert written["pre/efficacy/standard_error"] == 1.52
     assert written["pre/efficacy/prompts"] == 4
     assert written["post/perplexity/tokens"] == 8192
-    assert written["earliest/efficacy"] == 50.0
+    assert written["first_batch/efficacy"] == 50.0
     assert written["edits/applied"] == 3
     assert written["edits/requested"] == 4
     assert written["edits/rejected"] == 1
@@ -203,7 +203,7 @@ def test_write_summary(tmp_path: Path) -> None:
     assert written["versions/torch"] == torch.__version__
     assert written["versions/transformers"] == transformers.__version__
     assert written["versions/python"] == platform.python_version()
-    assert not any(key.startswith(("batch/", "sofar/")) or "fluency" in key for key in written)
+    assert not any(key.startswith(("batch/", "cumulative/")) or "fluency" in key for key in written)
 
 
 def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.optimization import TargetSearch, kl_divergence
+from lightning_blue.editing.optimization import TargetOptimization, kl_divergence
 
 REQUESTS = [
     EditRequest("a", "The mother tongue of {} is", "Danielle Darrieux", "English"),
@@ -84,7 +84,7 @@ def one_edit_at_a_time(language_model, request, layer, search):
 
 @pytest.mark.parametrize("stop_loss", [0.05, 3.0])
 def test_all_edits_together_equal_one_at_a_time(language_model, stop_loss):
-    search = TargetSearch(steps=12, learning_rate=0.3, stop_loss=stop_loss, clamp=2.0)
+    search = TargetOptimization(steps=12, learning_rate=0.3, stop_loss=stop_loss, clamp=2.0)
     module = EditModule(*language_model, target=search, contexts=PREFIXES)
     targets = module.edit_targets(REQUESTS, layer=1)
     lengths = []
@@ -103,7 +103,7 @@ def test_micro_batches_change_nothing(language_model):
     one, many = (
         EditModule(
             *language_model,
-            target=TargetSearch(steps=5, tokens_per_batch=tokens),
+            target=TargetOptimization(steps=5, tokens_per_batch=tokens),
             contexts=PREFIXES,
         ).edit_targets(REQUESTS, layer=1)
         for tokens in (1, 10_000)
@@ -113,7 +113,7 @@ def test_micro_batches_change_nothing(language_model):
 
 def test_delta_stays_in_its_ball(gpt2):
     module = EditModule(
-        *gpt2, target=TargetSearch(steps=10, learning_rate=5.0, clamp=0.3), contexts=[]
+        *gpt2, target=TargetOptimization(steps=10, learning_rate=5.0, clamp=0.3), contexts=[]
     )
     initial = module.edit_outputs(REQUESTS, 1)
     delta = module.edit_targets(REQUESTS, 1) - initial
@@ -130,4 +130,4 @@ def test_kl_is_of_now_against_before():
 
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match=r"target.steps must be positive"):
-        TargetSearch(steps=0)
+        TargetOptimization(steps=0)

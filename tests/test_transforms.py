@@ -126,12 +126,12 @@ class Watched(ClosedFormUpdate):
         self.seen = [weight.detach().clone() for weight in pl_module.weights]
 
 
-@pytest.mark.parametrize("finish", ["prune", "prune_official"])
-def test_prune_acts_once_on_the_update_of_all_batches(finish):
+@pytest.mark.parametrize("post_edit_transform", ["prune", "prune_official"])
+def test_prune_acts_once_on_the_update_of_all_batches(post_edit_transform):
     chain, twin = twins()
     data = [(x, 20 * y) for x, y in batches(3)]
     original = [weight.detach().clone() for weight in twin.weights]
-    update = Watched([0, 1, 2], "even", 0.5, past_keys=False, finish=finish)
+    update = Watched([0, 1, 2], "even", 0.5, past_keys=False, post_edit_transform=finish)
     fit(chain, update, data)
     for batch in data:
         straight_line(twin, batch, (0, 1, 2))
@@ -144,7 +144,7 @@ def test_prune_acts_once_on_the_update_of_all_batches(finish):
         limit = np.linalg.svd(before)[1][0]
         assert values[0] > 2 * limit > 0 < values[-1]
         squeezed = np.where(values > limit, np.log(values / limit) + limit, values)
-        base = edited if finish == "prune_official" else before
+        base = edited if post_edit_transform == "prune_official" else before
         expected = base + (left * squeezed) @ right
         np.testing.assert_allclose(chain.weights[layer].detach(), expected, rtol=0, atol=2e-3)
     assert torch.equal(chain.weights[3], original[3])
@@ -194,7 +194,7 @@ def test_state_survives_a_file_in_half_precision():
         chain.run = lambda x, layer, chain=chain: run(chain, x, layer)
 
     def update() -> ClosedFormUpdate:
-        return ClosedFormUpdate([0, 2], "boundary", 0.5, finish="prune")
+        return ClosedFormUpdate([0, 2], "boundary", 0.5, post_edit_transform="prune")
 
     def run(chain, x, layer):
         for weight in chain.weights[: layer + 1]:

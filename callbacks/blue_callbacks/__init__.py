@@ -7,7 +7,7 @@ from blue_callbacks.closed_form import (
     least_squares,
     null_space,
 )
-from blue_callbacks.plans import PLANS, PlanStep, plan_steps
+from blue_callbacks.plans import PLANS, LayerUpdate, layer_updates
 from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
 from blue_callbacks.transforms import prune, prune_official, rect
 from blue_callbacks.update import ClosedFormUpdate, NonFiniteError
@@ -18,14 +18,14 @@ __all__ = [
     "EditStepOptimizer",
     "EditableModule",
     "KeyMemory",
+    "LayerUpdate",
     "NonFiniteError",
-    "PlanStep",
     "SingularCovarianceError",
     "Whitening",
     "apply_edit_batch",
+    "layer_updates",
     "least_squares",
     "null_space",
-    "plan_steps",
     "prune",
     "prune_official",
     "rect",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
-class PlanStep(NamedTuple):
+class LayerUpdate(NamedTuple):
     """One weight to write: ``share * (target - output)`` at ``target_layer`` goes to ``layer``."""
 
     layer: int
@@ -14,42 +14,42 @@ class PlanStep(NamedTuple):
     share: float
 
 
-def even(layers: Sequence[int]) -> list[PlanStep]:
+def even(layers: Sequence[int]) -> list[LayerUpdate]:
     """Spread the last layer's residual over all critical layers (MEMIT, Eq. 6 of the paper).
 
     Each layer takes ``1 / layers left`` of what still remains when its turn comes.
     """
     last = layers[-1]
-    return [PlanStep(layer, last, 1 / (len(layers) - i)) for i, layer in enumerate(layers)]
+    return [LayerUpdate(layer, last, 1 / (len(layers) - i)) for i, layer in enumerate(layers)]
 
 
-def square_root(layers: Sequence[int]) -> list[PlanStep]:
+def square_root(layers: Sequence[int]) -> list[LayerUpdate]:
     """Spread the last layer's residual, each layer taking ``1 / sqrt(layers left)`` (PMET)."""
     last = layers[-1]
-    return [PlanStep(layer, last, (len(layers) - i) ** -0.5) for i, layer in enumerate(layers)]
+    return [LayerUpdate(layer, last, (len(layers) - i) ** -0.5) for i, layer in enumerate(layers)]
 
 
-def boundary(layers: Sequence[int]) -> list[PlanStep]:
+def boundary(layers: Sequence[int]) -> list[LayerUpdate]:
     """Give the first and the last critical layer a target of their own (BLUE, Sec. 4.3)."""
-    return [PlanStep(layer, layer, 1.0) for layer in dict.fromkeys((layers[0], layers[-1]))]
+    return [LayerUpdate(layer, layer, 1.0) for layer in dict.fromkeys((layers[0], layers[-1]))]
 
 
-def computed(layers: Sequence[int]) -> list[PlanStep]:
+def computed(layers: Sequence[int]) -> list[LayerUpdate]:
     """Give every critical layer a target of its own (Table 1 of the paper)."""
-    return [PlanStep(layer, layer, 1.0) for layer in layers]
+    return [LayerUpdate(layer, layer, 1.0) for layer in layers]
 
 
-def first(layers: Sequence[int]) -> list[PlanStep]:
+def first(layers: Sequence[int]) -> list[LayerUpdate]:
     """Write the first critical layer only; a control for what the boundary plan gains."""
-    return [PlanStep(layers[0], layers[0], 1.0)]
+    return [LayerUpdate(layers[0], layers[0], 1.0)]
 
 
-def last(layers: Sequence[int]) -> list[PlanStep]:
+def last(layers: Sequence[int]) -> list[LayerUpdate]:
     """Write the last critical layer only; a control for what the boundary plan gains."""
-    return [PlanStep(layers[-1], layers[-1], 1.0)]
+    return [LayerUpdate(layers[-1], layers[-1], 1.0)]
 
 
-Plan = Callable[[Sequence[int]], list[PlanStep]]
+Plan = Callable[[Sequence[int]], list[LayerUpdate]]
 
 PLANS: dict[str, Plan] = {
     "even": even,
@@ -61,7 +61,7 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def plan_steps(plan: str, layers: Sequence[int]) -> list[PlanStep]:
+def layer_updates(plan: str, layers: Sequence[int]) -> list[LayerUpdate]:
     """Lay out a named plan over the critical layers.
 
     Args:
@@ -71,8 +71,8 @@ def plan_steps(plan: str, layers: Sequence[int]) -> list[PlanStep]:
     Raises:
         ValueError: if the plan is unknown, or the layers are empty, repeated or not ascending.
 
-    >>> plan_steps("boundary", [4, 5, 6, 7, 8])
-    [PlanStep(layer=4, target_layer=4, share=1.0), PlanStep(layer=8, target_layer=8, share=1.0)]
+    >>> layer_updates("first", [4, 5, 6, 7, 8])
+    [LayerUpdate(layer=4, target_layer=4, share=1.0)]
     """
     if plan not in PLANS:
         raise ValueError(f"unknown plan {plan!r}; the plans are {', '.join(PLANS)}")

@@ -55,6 +55,9 @@ def _compressed(original: Tensor, edited: Tensor) -> Tensor:
     return (left * torch.where(values > largest, log_part, values)) @ right
 
 
-Finish = Callable[[Tensor, Tensor], Tensor]
+PostEditTransform = Callable[[Tensor, Tensor], Tensor]
 
-FINISHES: dict[str, Finish] = {"prune": prune, "prune_official": prune_official}
+POST_EDIT_TRANSFORMS: dict[str, PostEditTransform] = {
+    "prune": prune,
+    "prune_official": prune_official,
+}

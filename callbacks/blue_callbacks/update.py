@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from blue_callbacks.closed_form import KeyMemory, Whitening, least_squares, null_space
-from blue_callbacks.plans import PlanStep, plan_steps
+from blue_callbacks.plans import LayerUpdate, layer_updates
 from blue_callbacks.protocol import EditableModule
-from blue_callbacks.transforms import FINISHES, rect
+from blue_callbacks.transforms import POST_EDIT_TRANSFORMS, rect
 
 NEARLY_ALL, NEARLY_NONE = 0.98, 0.02  # share of key dimensions in a null space worth a warning
 
@@ -49,7 +49,7 @@ class ClosedFormUpdate(Callback):
         ridge: null space: AlphaEdit's L2.
         rect_keep: RECT: the share of entries of a batch's update to keep, 0.4 in its paper. None:
             all of them. The batch's layers are solved on whole updates, and cut when all are done.
-        finish: what is done once, after the last batch: ``prune`` compresses the singular values
+        post_edit_transform: what is done once, after the last batch: ``prune`` compresses the singular values
             of the whole update; ``prune_official`` reproduces BLUE's published code.
     """
 
@@ -64,7 +64,7 @@ class ClosedFormUpdate(Callback):
         energy: float | None = None,
         ridge: float = 10.0,
         rect_keep: float | None = None,
-        finish: Literal["prune", "prune_official"] | None = None,
+        post_edit_transform: Literal["prune", "prune_official"] | None = None,
     ) -> None:
         for name, value in (("covariance_weight", covariance_weight), ("ridge", ridge)):
             if value <= 0:
@@ -79,10 +79,12 @@ class ClosedFormUpdate(Callback):
         self.past_keys = past_keys
         self.threshold, self.energy, self.ridge = threshold, energy, ridge
         self.rect_keep = rect_keep
-        self.finish = finish
-        self.steps = plan_steps(plan, self.layers)
+        self.post_edit_transform = post_edit_transform
+        self.steps = layer_updates(plan, self.layers)
         self._remembered: dict[int, list[Tensor]] = {}  # layer -> keys of each earlier batch
-        self.original: dict[int, Tensor] = {}  # layer -> unedited weight, kept only to finish
+        self.original: dict[
+            int, Tensor
+        ] = {}  # layer -> unedited weight, kept for the post-edit transform
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
         self.notes: list[str] = []  # what a user should be told of the method's set-up
         self._precise: dict[int, Tensor] = {}  # layer -> float32 version of a half-precision weight
@@ -102,7 +104,7 @@ class ClosedFormUpdate(Callback):
         with torch.no_grad():
             for layer in self.written_layers:
                 self._memory_of(module, layer)
-                if self.finish is not None and layer not in self.original:
+                if self.post_edit_transform is not None and layer not in self.original:
                     self.original[layer] = self._weight(module, layer).clone()
 
     def on_edit_batch(self, trainer: Trainer, module: EditableModule, batch: Any) -> None:
@@ -126,17 +128,19 @@ class ClosedFormUpdate(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the whole update, where the method does."""
-        if self.finish is None:
+        if self.post_edit_transform is None:
             return
         module = cast(EditableModule, pl_module)
         for layer, original in self.original.items():
             edited = self._weight(module, layer)
-            finished = FINISHES[self.finish](original.to(edited), edited)
+            transformed = POST_EDIT_TRANSFORMS[self.post_edit_transform](
+                original.to(edited), edited
+            )
             with torch.no_grad():
-                self._set_weight(module, layer, finished)
+                self._set_weight(module, layer, transformed)
 
     def _write(
-        self, module: EditableModule, batch: Any, step: PlanStep, target: Tensor, keys: Tensor
+        self, module: EditableModule, batch: Any, step: LayerUpdate, target: Tensor, keys: Tensor
     ) -> None:
         residual = step.share * (target - module.edit_outputs(batch, step.target_layer))
         _require_finite(module, batch, step.layer, keys=keys, residual=residual)

@@ -69,7 +69,7 @@ class _CLI(LightningCLI):
             raise InputError(explain(error.message, parser.get_defaults().keys())) from error
 
     def instantiate_classes(self) -> None:
-        """Build everything; a value that a constructor refuses is the user's to mend."""
+        """Build everything; a value that a constructor refuses is the a user error."""
         try:
             super().instantiate_classes()
         except InputError:
@@ -125,8 +125,8 @@ def run_command(command: str, args: Sequence[str]) -> int:
     except InputError as error:
         return _complain(str(error), 2)
     except wandb.errors.UsageError as error:
-        mend = "\n  mend:  run `wandb login`, or choose --run.wandb=offline"
-        return _complain(f"W&B cannot be used: {error}{mend}", 2)
+        hint = "\n  hint:  run `wandb login`, or choose --run.wandb=offline"
+        return _complain(f"W&B cannot be used: {error}{hint}", 2)
     except SingularCovarianceError as error:
         return _complain(str(error), 2)
     except NonFiniteError as error:
@@ -176,7 +176,7 @@ def _settings(config: Any) -> dict[str, Any]:
     """Pick what the reader of a report wants to know."""
     keys = ["model.name_or_path", "model.target.site", "data.path", "data.batch_size"]
     keys += [f"update.{key}" for key in ("plan", "layers", "solver", "past_keys")]
-    keys += [f"update.{key}" for key in ("covariance_weight", "rect_keep", "finish")]
+    keys += [f"update.{key}" for key in ("covariance_weight", "rect_keep", "post_edit_transform")]
     names = {"model.name_or_path": "model", "data.path": "data"}
     return {names.get(key, key.rpartition(".")[2]): config[key] for key in keys}
 

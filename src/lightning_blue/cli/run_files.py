@@ -72,7 +72,7 @@ def _bases(path: Path) -> list[str]:
         raise InputError(
             f"base is {named!r}; it must be a run file or a list of run files",
             where=str(path),
-            mend="write it as base: FILE, or base: [FILE, FILE]",
+            hint="write it as base: FILE, or base: [FILE, FILE]",
         )
     return bases
 
@@ -84,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
         there = sorted(p.name for p in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
-        raise InputError("there is no such run file", where=str(path), mend=hint) from None
+        raise InputError("there is no such run file", where=str(path), hint=hint) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(
             f"the run file is not valid YAML: {' '.join(str(error).split())}", where=str(path)
@@ -105,4 +105,4 @@ def explain(message: str, keys: Iterable[str]) -> str:
     key = ".".join(part for part in (found.groupdict().get("group"), found["key"]) if part)
     known = list(keys)
     near = [] if key in known else difflib.get_close_matches(key, known, n=1)
-    return f"{message}\n  mend:  did you mean {near[0]}?" if near else message
+    return f"{message}\n  hint:  did you mean {near[0]}?" if near else message

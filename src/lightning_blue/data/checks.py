@@ -95,7 +95,7 @@ def apply_policy(rejected: Sequence[Rejected], total: int, on_unusable: str) -> 
         raise InputError(
             f"There is no policy {on_unusable!r} for requests that cannot be used",
             where="--data.on_unusable",
-            mend=f"take one of: {', '.join(POLICIES)}",
+            hint=f"take one of: {', '.join(POLICIES)}",
         )
     if not rejected or on_unusable == "skip":
         return
@@ -103,7 +103,7 @@ def apply_policy(rejected: Sequence[Rejected], total: int, on_unusable: str) -> 
     raise InputError(
         f"{len(rejected)} of {_count(total, 'request')} cannot be used ({kinds})",
         where=_listing([str(fault) for fault in rejected[:NAMED_AT_MOST]], len(rejected)),
-        mend="correct them, or go on without them: --data.on_unusable=skip",
+        hint="correct them, or go on without them: --data.on_unusable=skip",
     )
 
 
@@ -181,9 +181,9 @@ def _too_long(
     )
 
 
-def _rejected(request: EditRequest, kind: str, reason: str, mend: str) -> Rejected:
+def _rejected(request: EditRequest, kind: str, reason: str, hint: str) -> Rejected:
     """Reject a request that was read."""
-    return Rejected(request.source, request.case_id, kind, reason, mend)
+    return Rejected(request.source, request.case_id, kind, reason, hint)
 
 
 def _place(request: EditRequest) -> str:

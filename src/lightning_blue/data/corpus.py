@@ -49,13 +49,13 @@ def read_text(path: str) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError("there is no such text file", where=path, mend="check the path") from None
+        raise InputError("there is no such text file", where=path, hint="check the path") from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"the text is not UTF-8: {error}", where=path, mend="save it as UTF-8"
+            f"the text is not UTF-8: {error}", where=path, hint="save it as UTF-8"
         ) from error
     if not text.strip():
-        raise InputError("the text file is empty", where=path, mend="give a text with content")
+        raise InputError("the text file is empty", where=path, hint="give a text with content")
     return text
 
 
@@ -76,13 +76,13 @@ def _hub_texts(corpus: str, split: str) -> Iterator[str]:
         raise InputError(
             f"neither a text file nor a dataset that can be loaded: {error}",
             where=corpus,
-            mend="give a path to a text file, or a hub dataset as name:configuration",
+            hint="give a path to a text file, or a hub dataset as name:configuration",
         ) from error
     for row in rows:
         if "text" not in row:
             raise InputError(
                 f"the dataset has the columns {', '.join(row)}, but no 'text'",
                 where=corpus,
-                mend="choose a dataset of plain text",
+                hint="choose a dataset of plain text",
             )
         yield row["text"]

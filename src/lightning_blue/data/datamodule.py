@@ -68,7 +68,7 @@ class EditDataModule(LightningDataModule):
                 raise InputError(
                     f"{name} is {value}",
                     where=f"--data.{name}",
-                    mend=f"give a number from {least} up",
+                    hint=f"give a number from {least} up",
                 )
         apply_policy((), 0, on_unusable)  # refuses an unknown policy before anything is read
         self.path, self.format, self.split = path, format, split
@@ -163,7 +163,7 @@ class EditDataModule(LightningDataModule):
             raise InputError(
                 "0 usable requests are there",
                 where=f"{self.path}: {total} read, {rejected} unusable, offset {self.offset}",
-                mend="lower --data.offset, or give more data",
+                hint="lower --data.offset, or give more data",
             )
         if self.edits and found < self.edits:
             log.warning("%d edits were asked for, %d are there", self.edits, found)

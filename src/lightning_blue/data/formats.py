@@ -118,9 +118,9 @@ FORMATS = MappingProxyType({row.name: row for row in (COUNTERFACT, ZSRE, FLAT_CO
 class Unusable(Exception):
     """One record that cannot become a request; becomes a :class:`Rejected`."""
 
-    def __init__(self, kind: str, reason: str, mend: str) -> None:
+    def __init__(self, kind: str, reason: str, hint: str) -> None:
         super().__init__(reason)
-        self.kind, self.reason, self.mend = kind, reason, mend
+        self.kind, self.reason, self.hint = kind, reason, hint
 
 
 def choose_format(name: str, first: Iterable[str], columns: Sequence[str], *, where: str) -> Format:
@@ -139,7 +139,7 @@ def choose_format(name: str, first: Iterable[str], columns: Sequence[str], *, wh
         raise _unknown_columns(columns, FACTS, where)
     if name not in FORMATS:
         raise InputError(
-            f"There is no data format {name!r}", mend=f"take one of: auto, {', '.join(FORMATS)}"
+            f"There is no data format {name!r}", hint=f"take one of: auto, {', '.join(FORMATS)}"
         )
     if not set(columns).issuperset(FORMATS[name].marks):
         raise _unknown_columns(columns, FORMATS[name], where)
@@ -161,7 +161,7 @@ def _unknown_columns(columns: Sequence[str], wanted: Format, where: str) -> Inpu
     return InputError(
         f"The data has columns {has}; needs {', '.join(wanted.marks)}",
         where=where,
-        mend="; ".join(mends),
+        hint="; ".join(mends),
     )
 
 
@@ -192,7 +192,7 @@ def parse_record(record: Any, row: Format, *, source: str, index: int) -> EditRe
         case_id = _case_id(record, row, index)
         return _request(_unify_spelling(record, row), row, case_id, source)
     except Unusable as error:
-        return Rejected(source, case_id, error.kind, error.reason, error.mend)
+        return Rejected(source, case_id, error.kind, error.reason, error.hint)
 
 
 def _request(record: Mapping[str, Any], row: Format, case_id: str, source: str) -> EditRequest:

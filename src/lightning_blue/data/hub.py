@@ -31,7 +31,7 @@ def load_rows(path: str, split: str) -> list[Located]:
         raise InputError(
             f"The dataset cannot be loaded: {type(error).__name__}: {first_line}",
             where=f"{path}, split {split!r}",
-            mend="give a file that exists (.json, .jsonl, .csv, .parquet), a folder, or a dataset "
+            hint="give a file that exists (.json, .jsonl, .csv, .parquet), a folder, or a dataset "
             "on the hub and a split that it has (--data.split)",
         ) from error
     name = Path(path).name if Path(path).exists() else path

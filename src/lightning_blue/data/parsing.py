@@ -25,7 +25,7 @@ SEPARATOR = " | "
 class Located(NamedTuple):
     """A record and where it stands: ``facts.csv:12`` or ``facts.json record 3``, both from 1.
 
-    ``flaw`` is the reason and the mend where a record could not be read; ``record`` is then None.
+    ``flaw`` is the reason and the hint where a record could not be read; ``record`` is then None.
     """
 
     source: str
@@ -40,12 +40,12 @@ def parse_json(text: str, name: str) -> list[Located]:
     except json.JSONDecodeError as error:
         raise _malformed(error, name, error.lineno, hint_lines=True) from None
     except RecursionError:
-        raise InputError("The JSON is nested too deeply", where=name, mend="flatten it") from None
+        raise InputError("The JSON is nested too deeply", where=name, hint="flatten it") from None
     if not isinstance(content, list):
         raise InputError(
             "The JSON file does not hold a list of records",
             where=name,
-            mend="put the records in square brackets: [{...}, {...}]",
+            hint="put the records in square brackets: [{...}, {...}]",
         )
     return [Located(f"{name} record {i}", record) for i, record in enumerate(content, 1)]
 
@@ -62,7 +62,7 @@ def parse_jsonl(text: str, name: str) -> list[Located]:
             raise _malformed(error, name, number) from None
         except RecursionError:
             raise InputError(
-                "The JSON is nested too deeply", where=f"{name}:{number}", mend="flatten it"
+                "The JSON is nested too deeply", where=f"{name}:{number}", hint="flatten it"
             ) from None
     return located
 
@@ -91,7 +91,7 @@ def parse_csv(text: str, name: str) -> list[Located]:
         raise InputError(
             f"The CSV cannot be read: {error}",
             where=f"{name}:{line}",
-            mend='close every quotation mark, and write one inside a cell as ""',
+            hint='close every quotation mark, and write one inside a cell as ""',
         ) from None
     return located
 
@@ -102,7 +102,7 @@ def _header(cells: list[str], name: str) -> list[str]:
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
         raise InputError(
-            f"The column {twice[0]!r} comes twice", where=f"{name}:1", mend="rename or remove one"
+            f"The column {twice[0]!r} comes twice", where=f"{name}:1", hint="rename or remove one"
         )
     return header
 
@@ -122,7 +122,7 @@ def _csv_record(header: list[str], cells: list[str], source: str) -> Located:
                 record[column] = _list_cell(cell.strip())
             except json.JSONDecodeError as error:
                 flaw = f"the list in {column!r} is not a JSON array ({error.msg})"
-                return Located(source, None, (flaw, f"mend it, or separate texts by {SEPARATOR!r}"))
+                return Located(source, None, (flaw, f"fix it, or separate texts by {SEPARATOR!r}"))
     return Located(source, record)
 
 
@@ -135,9 +135,9 @@ def _malformed(
     error: json.JSONDecodeError, name: str, line: int, *, hint_lines: bool = False
 ) -> InputError:
     """The error for JSON that cannot be parsed."""
-    mend = "mend the JSON there (quotes, commas, brackets)"
+    hint = "correct the JSON there (quotes, commas, brackets)"
     if hint_lines and error.msg == "Extra data":
-        mend = "a file with one record a line has to be called .jsonl"
+        hint = "a file with one record a line has to be called .jsonl"
     return InputError(
-        f"Malformed JSON: {error.msg}", where=f"{name}:{line}, column {error.colno}", mend=mend
+        f"Malformed JSON: {error.msg}", where=f"{name}:{line}, column {error.colno}", hint=hint
     )

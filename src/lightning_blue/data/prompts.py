@@ -23,7 +23,7 @@ def find_subject(prompt: str, subject: str) -> int | None:
 
 
 def spelling_hint(prompt: str, subject: str) -> str | None:
-    """How to mend a subject that differs from the prompt's in capitals or Unicode form only."""
+    """How to correct a subject that differs from the prompt's in capitals or Unicode form only."""
     other_capitals = re.search(re.escape(subject), prompt, re.IGNORECASE)
     if other_capitals:
         return f"spell it as the prompt does, {other_capitals[0]!r}"

@@ -84,7 +84,7 @@ def read_records(path: str, split: str = "train") -> tuple[str, list[Located]]:
             raise InputError(
                 "The facts that ship with the package are not there",
                 where=str(bundled),
-                mend="install the package again, or give a file of your own (--data.path)",
+                hint="install the package again, or give a file of your own (--data.path)",
             )
         return ALMANAC, parse_jsonl(_decode(bundled.read_bytes(), ALMANAC), ALMANAC)
     place = Path(path).expanduser()
@@ -104,7 +104,7 @@ def _read_file(place: Path) -> list[Located]:
         raise InputError(
             f"Files that end with {place.suffix or 'nothing'!r} cannot be read",
             where=str(place),
-            mend=f"give a file that ends with {', '.join(SUFFIXES)}",
+            hint=f"give a file that ends with {', '.join(SUFFIXES)}",
         )
     try:
         content = place.read_bytes()
@@ -112,7 +112,7 @@ def _read_file(place: Path) -> list[Located]:
         raise InputError(
             f"The file cannot be opened: {error.strerror}",
             where=str(place),
-            mend="check its rights",
+            hint="check its rights",
         ) from None
     text = _decode(content, place.name)
     if not text.strip():
@@ -129,7 +129,7 @@ def _decode(content: bytes, name: str) -> str:
         raise InputError(
             f"The file is not UTF-8 text: byte 0x{content[error.start]:02x} cannot be decoded",
             where=f"{name}:{line}",
-            mend="save it as UTF-8",
+            hint="save it as UTF-8",
         ) from None
 
 
@@ -145,11 +145,11 @@ def _missing(place: Path) -> InputError:
         return InputError(
             f"There is no folder {str(place.parent)!r}",
             where=str(place),
-            mend="check the path; relative ones start at the current folder",
+            hint="check the path; relative ones start at the current folder",
         )
     near = difflib.get_close_matches(place.name, [x.name for x in place.parent.iterdir()], n=1)
-    mend = f"is {str(place.parent / near[0])!r} meant?" if near else "check the path"
-    return InputError("There is no such file", where=str(place), mend=mend)
+    hint = f"is {str(place.parent / near[0])!r} meant?" if near else "check the path"
+    return InputError("There is no such file", where=str(place), hint=hint)
 
 
 def _empty(name: str) -> InputError:
@@ -157,5 +157,5 @@ def _empty(name: str) -> InputError:
     return InputError(
         "There are no records",
         where=name,
-        mend="give at least one record with subject, prompt and target_new",
+        hint="give at least one record with subject, prompt and target_new",
     )

@@ -42,7 +42,7 @@ class EditRequest:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A request that cannot be used: where it was read, why, and how to mend it.
+    """A request that cannot be used: where it was read, why, and how to fix it.
 
     ``kind`` is a short class of reasons (``"missing field"``) to count by; ``reason`` names the
     field and its value. ``case_id`` is empty where the record has none that can be read.
@@ -52,7 +52,7 @@ class Rejected:
     case_id: str
     kind: str
     reason: str
-    mend: str
+    hint: str
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.reason}; {self.mend}"
+        return f"{self.source}: {self.reason}; {self.hint}"

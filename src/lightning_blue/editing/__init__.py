@@ -2,7 +2,7 @@
 
 from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.module import EditModule, edit_module
-from lightning_blue.editing.optimization import TargetSearch
+from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.language_model.architectures import ARCHITECTURES, Architecture
 
 __all__ = [
@@ -10,6 +10,6 @@ __all__ = [
     "Architecture",
     "CovarianceSource",
     "EditModule",
-    "TargetSearch",
+    "TargetOptimization",
     "edit_module",
 ]

@@ -230,7 +230,7 @@ class CovarianceFile:
             raise InputError(
                 f"the covariance file cannot be read: {error}",
                 where=str(self.path),
-                mend="delete it; it will be computed again",
+                hint="delete it; it will be computed again",
             ) from error
 
     def _verify(self, found: Mapping[str, str]) -> None:
@@ -240,7 +240,7 @@ class CovarianceFile:
                     f"this covariance file was computed from another {key}: "
                     f"{found.get(key, 'unknown')}, now {value}",
                     where=str(self.path),
-                    mend="give the file that belongs to this model and corpus, or leave "
+                    hint="give the file that belongs to this model and corpus, or leave "
                     "covariance.path empty to have it computed",
                 )
 
@@ -304,7 +304,7 @@ def load_or_collect(
         raise InputError(
             f"the covariance file has no layer {', '.join(map(str, missing))}",
             where=source.path,
-            mend="leave covariance.path empty to have them computed",
+            hint="leave covariance.path empty to have them computed",
         )
     if missing:
         new, change = _collect(model, tokenizer, missing, source, weight)
@@ -341,7 +341,7 @@ def _collect(
             f"the corpus holds {seen:,} tokens; {wanted:,} are wanted "
             f"({source.tokens_per_dim:g} for each of {d_in:,} key dimensions)",
             where=source.corpus,
-            mend="give a longer text, or lower --covariance.tokens_per_dim",
+            hint="give a longer text, or lower --covariance.tokens_per_dim",
         )
     if change is None:
         return new, {}

@@ -19,7 +19,7 @@ from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
 from lightning_blue.editing.fast.frozen import Shortcuts
 from lightning_blue.editing.fast.reader import PromptReader, micro_batches, usable_shortcuts
-from lightning_blue.editing.optimization import Targets, TargetSearch, search_targets
+from lightning_blue.editing.optimization import TargetOptimization, Targets, optimize_targets
 from lightning_blue.editing.prompts import EditPrompts, context_templates, edit_prompts
 from lightning_blue.language_model.architectures import (
     Architecture,
@@ -39,7 +39,7 @@ from lightning_blue.language_model.shared_prefixes import row_width, share_prefi
 from lightning_blue.language_model.states import precise, read_states
 from lightning_blue.language_model.tokens import Encoded
 from lightning_blue.support.errors import InputError
-from lightning_blue.support.processes import n_processes, progress_bar, spread
+from lightning_blue.support.processes import distribute, n_processes, progress_bar
 
 MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -68,7 +68,7 @@ class EditModule(LightningModule):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        target: TargetSearch = TargetSearch(),  # noqa: B008  (frozen)
+        target: TargetOptimization = TargetOptimization(),  # noqa: B008  (frozen)
         contexts: list[str] | None = None,
         context_tokens: int = 10,
         covariance: CovarianceSource = CovarianceSource(),  # noqa: B008  (frozen)
@@ -145,7 +145,7 @@ class EditModule(LightningModule):
             mean = (bare + prefixed.mean(1)) / 2 if prefixed.shape[1] else bare
             return [key.clone() for key in mean.cpu()]
 
-        return torch.stack(spread(self._prompts(batch), read), dim=1).to(self.device)
+        return torch.stack(distribute(self._prompts(batch), read), dim=1).to(self.device)
 
     @torch.no_grad()
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
@@ -156,7 +156,7 @@ class EditModule(LightningModule):
             outputs = self._at_lookups(rows, outputs_of={"output": self._written_module(layer)})
             return [output.clone() for output in outputs.cpu()]
 
-        return torch.stack(spread(self._prompts(batch), read), dim=1).to(self.device)
+        return torch.stack(distribute(self._prompts(batch), read), dim=1).to(self.device)
 
     def edit_targets(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Optimise the site's outputs that make the model say the new objects, ``(d_model, n)``.
@@ -169,13 +169,13 @@ class EditModule(LightningModule):
                 f"loss_layer {self.target.loss_layer} lies below the target layer {layer}, where "
                 "no delta can change the loss",
                 where="model.target.loss_layer",
-                mend="choose a higher layer, or null for the last one",
+                hint="choose a higher layer, or null for the last one",
             )
         prompts, members = self._prompts(batch), self._members(batch)
         if self.shortcuts is None:
             farthest = max(prompts, key=lambda one: one.rewriting[-1].lookup)
             self.shortcuts = usable_shortcuts(partial(self._reader, [farthest], layer))
-        found = spread(members, partial(self._search, prompts, layer))
+        found = distribute(members, partial(self._search, prompts, layer))
         order = torch.tensor([i for some in members for i in some]).argsort()
         losses = torch.cat([one.losses for one in found])[order].to(self.device)
         self._require_finite(batch, layer, losses)
@@ -273,7 +273,7 @@ class EditModule(LightningModule):
             top_k=5,
             seed=self.seed,
         )
-        texts = spread(list(CONTEXT_STARTS), write)
+        texts = distribute(list(CONTEXT_STARTS), write)
         whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
         return [f"{' '.join(text.split())}." for text in whole]
 
@@ -332,7 +332,7 @@ class EditModule(LightningModule):
                     [prompts[i] for i in edits], layer, self.shortcuts or Shortcuts()
                 )
                 with torch.enable_grad():
-                    values, losses = search_targets(
+                    values, losses = optimize_targets(
                         reader.initial, reader, self.target, owner.to(self.device)
                     )
                 parts = values.cpu().split(sizes, dim=1), losses.cpu().split(sizes)

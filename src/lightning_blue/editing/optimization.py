@@ -17,7 +17,7 @@ PMET_KL, PMET_FACTOR = 0.01, 0.1
 
 
 @dataclass(frozen=True)
-class TargetSearch:
+class TargetOptimization:
     """Settings of the inner optimisation.
 
     Args:
@@ -93,8 +93,8 @@ class Targets(NamedTuple):
 Read = Callable[[Tensor, Tensor], Readings]
 
 
-def search_targets(
-    initial: Tensor, read: Read, search: TargetSearch, owner: Tensor | None = None
+def optimize_targets(
+    initial: Tensor, read: Read, search: TargetOptimization, owner: Tensor | None = None
 ) -> Targets:
     """Minimise ``NLL(target) + kl_weight KL + weight_decay |delta| / |h|^2`` over delta.
 
@@ -158,7 +158,7 @@ def kl_divergence(log_probs: Tensor, before: Tensor) -> Tensor:
     return (log_probs.exp() * (log_probs - before)).sum(-1)
 
 
-def _still_running(search: TargetSearch, total: Tensor, hit: Tensor, kl: Tensor) -> Tensor:
+def _still_running(search: TargetOptimization, total: Tensor, hit: Tensor, kl: Tensor) -> Tensor:
     """Return which targets need another step, ``(n,)``; a loss that is not finite keeps running."""
     done = total < search.stop_loss
     if search.early_stop == "most_probable":

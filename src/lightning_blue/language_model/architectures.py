@@ -61,7 +61,7 @@ def find_architecture(model: PreTrainedModel, named: Architecture | None = None)
         raise InputError(
             f"architecture {model_type!r} is not known; known are {', '.join(ARCHITECTURES)}",
             where="model.name_or_path",
-            mend="name its modules, e.g. --model.architecture.block='model.layers.{}' "
+            hint="name its modules, e.g. --model.architecture.block='model.layers.{}' "
             "--model.architecture.down_projection=mlp.down_proj",
         )
     first = row.block.format(0)
@@ -73,7 +73,7 @@ def find_architecture(model: PreTrainedModel, named: Architecture | None = None)
             raise InputError(
                 f"{model_type} has no module {name!r}",
                 where="model.architecture",
-                mend="print the model and name its first block and the FFN's down projection",
+                hint="print the model and name its first block and the FFN's down projection",
             ) from None
     return row
 
@@ -89,13 +89,13 @@ def check_site(site: str, architecture: Architecture) -> None:
             "a norm follows the FFN's down projection in this architecture, so that the block's "
             "output is not linear in its weight and no closed form reaches a target there",
             where="model.target.site",
-            mend="take the down projection's own output: --model.target.site=ffn",
+            hint="take the down projection's own output: --model.target.site=ffn",
         )
     if site == "attention_and_ffn" and architecture.attention_output is None:
         raise InputError(
             "PMET's target site needs the name of the attention's output projection",
             where="model.architecture",
-            mend="give it, e.g. --model.architecture.attention_output=self_attn.o_proj",
+            hint="give it, e.g. --model.architecture.attention_output=self_attn.o_proj",
         )
 
 
@@ -142,5 +142,5 @@ def check_layers(layers: list[int], n_layers: int) -> None:
             f"the model has no layer {', '.join(map(str, missing))}: "
             f"its {n_layers} layers are 0 to {n_layers - 1}",
             where="update.layers",
-            mend="choose critical layers in that range",
+            hint="choose critical layers in that range",
         )

@@ -35,13 +35,13 @@ def check_prompts(
     limit = context_length(model)
     for prompt, start, length in zip(prompts, starts, lengths, strict=True):
         if start == 0:
-            raise InputError("a prompt is empty", mend="give every prompt some text")
+            raise InputError("a prompt is empty", hint="give every prompt some text")
         if limit is not None and length > limit:
             raise InputError(
                 f"a prompt takes {length} tokens, its target included; "
                 f"the model's context holds {limit}",
                 where=repr(prompt[:80]),
-                mend="shorten the prompt, or leave it out",
+                hint="shorten the prompt, or leave it out",
             )
 
 

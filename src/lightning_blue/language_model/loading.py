@@ -35,7 +35,7 @@ def load_language_model(
     """
     if dtype not in DTYPES:
         raise InputError(
-            f"unknown dtype {dtype!r}", where="model.dtype", mend=f"choose of {', '.join(DTYPES)}"
+            f"unknown dtype {dtype!r}", where="model.dtype", hint=f"choose of {', '.join(DTYPES)}"
         )
     source = name_or_path
     if name_or_path == "almanac":
@@ -50,7 +50,7 @@ def load_language_model(
         raise InputError(
             f"the model cannot be loaded: {str(error).splitlines()[0]}",
             where=f"model.name_or_path = {name_or_path}",
-            mend=_mend(name_or_path),
+            hint=_hint(name_or_path),
         ) from error
     if config.is_encoder_decoder:
         raise InputError(
@@ -61,7 +61,7 @@ def load_language_model(
     return cast(PreTrainedModel, model), tokenizer
 
 
-def _mend(name_or_path: str) -> str:
+def _hint(name_or_path: str) -> str:
     if Path(name_or_path).is_dir():
         return "the folder needs config.json, model.safetensors and the tokenizer's files"
     return "give an existing folder or a name on the hub (gated models need `hf auth login`)"

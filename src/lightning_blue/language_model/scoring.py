@@ -89,7 +89,7 @@ def score_targets(
     if not prompts:
         return []
     if not all(target.strip() for target in targets):
-        raise InputError("a target is empty", mend="give every prompt an object to score")
+        raise InputError("a target is empty", hint="give every prompt an object to score")
     encoded = tokenizer(list(prompts))["input_ids"]
     rows = [
         Row(prompt + target, len(prompt))
@@ -232,7 +232,7 @@ def perplexity(
     rows = _windows(ids, start_ids, length)
     if not rows:
         raise InputError(
-            "the text for perplexity is too short", mend="give a text of at least two tokens"
+            "the text for perplexity is too short", hint="give a text of at least two tokens"
         )
     nats = [nll for nll, _ in score_rows(model, rows, tokens_per_batch, progress)]
     metric = Perplexity(sync_on_compute=False)

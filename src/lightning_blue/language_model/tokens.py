@@ -86,7 +86,7 @@ def encode_with_subject(
             raise InputError(
                 f"The tokenizer makes no token of the subject {subjects[i]!r}",
                 where=f"prompt {text!r}",
-                mend="leave this request out, or take a model whose tokenizer knows the script",
+                hint="leave this request out, or take a model whose tokenizer knows the script",
             )
         encoded.append(Encoded(ids[i], lookup))
     return encoded
@@ -128,7 +128,7 @@ def _encode(
         raise InputError(
             f"The tokenizer {type(tokenizer).__name__} does not tell which characters a token "
             "covers",
-            mend="take the model's fast tokenizer (a tokenizer.json beside the weights)",
+            hint="take the model's fast tokenizer (a tokenizer.json beside the weights)",
         )
     if not texts:
         return [], []

@@ -22,15 +22,15 @@ class MeasureEdits(Callback):
     """Measure efficacy, generalization, specificity, fluency, consistency, and damage.
 
     Stages are kept apart by name: ``pre`` and ``post`` read all requests before any edit and at the
-    end, ``batch`` the batch just applied, ``sofar`` a sample of all edits applied until then,
-    ``earliest`` the first batch at the end. Texts are generated for ``pre`` and ``post`` only.
+    end, ``batch`` the batch just applied, ``cumulative`` a sample of all edits applied until then,
+    ``first_batch`` the first batch at the end. Texts are generated for ``pre`` and ``post`` only.
 
     Args:
         text: ordinary text for perplexity, see :func:`lightning_blue.data.corpus.corpus_texts`; None
             leaves perplexity out.
         text_split: split, where the text is a dataset on the hub.
         text_tokens: how many of its tokens are read.
-        sofar: edits in the sample after each batch; 0 leaves ``sofar`` out.
+        cumulative: edits in the sample after each batch; 0 leaves ``cumulative`` out.
         generate: whether to write texts for fluency and consistency.
         tokens_per_batch: tokens in one forward pass.
         seed: of the sampling of texts and of the sample of edits.
@@ -41,13 +41,13 @@ class MeasureEdits(Callback):
         text: str | None = None,
         text_split: str = "test",
         text_tokens: int = 8192,
-        sofar: int = 100,
+        cumulative: int = 100,
         generate: bool = True,
         tokens_per_batch: int = 4096,
         seed: int = 0,
     ) -> None:
         self.text, self.text_split, self.text_tokens = text, text_split, text_tokens
-        self.sofar = sofar
+        self.cumulative = cumulative
         self.generate = generate
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
@@ -92,17 +92,17 @@ class MeasureEdits(Callback):
         metrics = self._evaluate(pl_module, batch).metrics
         self._keep(trainer, "batch", metrics)
         self._log(trainer, _norms(trainer))
-        if self.sofar:
+        if self.cumulative:
             applied = self.history.requests[: self.history.applied]
             sampler = random.Random(self.seed)
-            sample = sampler.sample(applied, min(self.sofar, len(applied)))
+            sample = sampler.sample(applied, min(self.cumulative, len(applied)))
             metrics = self._evaluate(pl_module, sample).metrics
-            self._keep(trainer, "sofar", {**metrics, **self._damage(trainer, pl_module)})
+            self._keep(trainer, "cumulative", {**metrics, **self._damage(trainer, pl_module)})
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure everything again on the edited model."""
         first = self.history.requests[: trainer.datamodule.batch_size]  # type: ignore[attr-defined]
-        self._keep(trainer, "earliest", self._evaluate(pl_module, first).metrics)
+        self._keep(trainer, "first_batch", self._evaluate(pl_module, first).metrics)
         after = self._evaluate(pl_module, self.history.requests, whole=True)
         self.history.after = after.outcomes
         self._keep(trainer, "post", {**after.metrics, **self._damage(trainer, pl_module)})

@@ -26,7 +26,7 @@ from lightning_blue.metrics import (
 )
 from lightning_blue.metrics import functional as F
 from lightning_blue.support.errors import InputError
-from lightning_blue.support.processes import spread
+from lightning_blue.support.processes import distribute
 
 KINDS = ("efficacy", "generalization", "specificity")
 PROTOCOLS = ("counterfact", "zsre")
@@ -140,7 +140,7 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise InputError(
-            f"unknown protocol {protocol!r}", mend=f"choose one of {', '.join(PROTOCOLS)}"
+            f"unknown protocol {protocol!r}", hint=f"choose one of {', '.join(PROTOCOLS)}"
         )
     compare = protocol == "counterfact"
     questions = [q for i, request in enumerate(requests) for q in _ask(i, request, compare)]
@@ -170,7 +170,7 @@ def control_recall(
     Returns:
         ``value``, ``standard_error``, ``count`` and ``prompts``; empty without probes.
     """
-    scores = spread(
+    scores = distribute(
         probes,
         lambda some: scoring.score_targets(
             model,
@@ -234,7 +234,7 @@ def _answer(
             Answer(q.request, q.kind, w, o) for q, w, o in zip(some, wanted, other, strict=True)
         ]
 
-    return spread(questions, score)
+    return distribute(questions, score)
 
 
 def _teacher_forced(answers: Sequence[Answer], compare: bool) -> dict[str, Metric]:
@@ -316,7 +316,7 @@ def _write(
 ) -> list[tuple[int, str]]:
     """Continue all generation prompts; return each whole text with its request."""
     prompts = [(i, p) for i, request in enumerate(requests) for p in request.generation_prompts]
-    continuations = spread(
+    continuations = distribute(
         [prompt for _, prompt in prompts],
         lambda some: generation.generate(
             model, tokenizer, some, seed=seed, progress="texts" if progress else None
@@ -335,7 +335,7 @@ def _continue(
     """Return the model's greedy continuation of each request's prompt."""
     if not tokens:
         return [""] * len(requests)
-    return spread(
+    return distribute(
         [request.text for request in requests],
         lambda prompts: generation.generate(
             model,

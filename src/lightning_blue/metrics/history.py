@@ -16,7 +16,7 @@ class Measurement(NamedTuple):
 
     Attributes:
         stage: ``pre`` (all requests, before any edit), ``batch`` (the batch just applied),
-            ``sofar`` (a sample of all edits applied until now), ``earliest`` (the first batch, at
+            ``cumulative`` (a sample of all edits applied until now), ``first_batch`` (the first batch, at
             the end) or ``post`` (all requests, at the end).
         edits: edits applied when it was taken.
         metrics: name -> value, standard_error, count, prompts.

@@ -117,7 +117,7 @@ class FactCorpusModule(LightningDataModule):
         self.world = _open_world(path, facts, held_out, editable, reserved, seed)
         self.first_facts = min(first_facts, len(self.world.facts))
         if self.first_facts < 1:
-            raise InputError("no fact to learn", where="first_facts", mend="give 1 or more")
+            raise InputError("no fact to learn", where="first_facts", hint="give 1 or more")
         self._stream: RowStream | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -165,7 +165,7 @@ def _open_world(
             raise InputError(
                 f"facts={facts} without a file",
                 where="data.facts",
-                mend="give data.path as well, or data.editable and data.reserved for the almanac",
+                hint="give data.path as well, or data.editable and data.reserved for the almanac",
             )
         return Almanac(editable, reserved, seed)
     return open_records(path, facts, seed, held_out)

@@ -144,7 +144,7 @@ class PretrainModule(LightningModule):
             raise InputError(
                 "pretraining needs a number of steps",
                 where="trainer.max_steps",
-                mend="set it, to 3000 for instance",
+                hint="set it, to 3000 for instance",
             )
         matrices = [p for p in self.parameters() if p.ndim > 1]
         others = [p for p in self.parameters() if p.ndim <= 1]

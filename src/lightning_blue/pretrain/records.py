@@ -99,13 +99,13 @@ def open_records(
         raise InputError(
             f"{len(rejected)} records cannot be used; the first: {first.reason}",
             where=first.source,
-            mend=first.mend,
+            hint=first.hint,
         )
     if count is not None and not 0 < count <= len(requests):
         raise InputError(
             f"{count} facts asked for, the file has {len(requests)}",
             where=str(path),
-            mend="set data.facts to a number from 1 up to that",
+            hint="set data.facts to a number from 1 up to that",
         )
     rng = random.Random(f"records {seed}")
     facts = [_known_fact(request, rng, held_out) for request in requests[:count]]
@@ -121,7 +121,7 @@ def _known_fact(request: EditRequest, rng: random.Random, held_out: float) -> Kn
         raise InputError(
             "a fact to learn needs its true object",
             where=request.source,
-            mend="give target_true (ground_truth in the flat form)",
+            hint="give target_true (ground_truth in the flat form)",
         )
     hidden = [text for text in request.paraphrases if rng.random() < held_out]
     hidden = [text for text in hidden if text != request.text]

@@ -23,7 +23,7 @@ from lightning_blue.reporting.views import (
 )
 from lightning_blue.support.storage import write_atomic
 
-SUMMARY_STAGES = ("pre", "post", "earliest")
+SUMMARY_STAGES = ("pre", "post", "first_batch")
 
 
 def write_edits(path: Path, history: RunHistory) -> None:

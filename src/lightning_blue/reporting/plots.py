@@ -57,7 +57,7 @@ def plots(history: RunHistory) -> dict[str, bytes]:
 
 def metrics_figure(history: RunHistory) -> Figure | None:
     """Draw metrics over edits applied; None if nothing was measured after a batch."""
-    if not (history.of("batch") or history.of("sofar")):
+    if not (history.of("batch") or history.of("cumulative")):
         return None
     before = metrics_at(history, "pre")
     courses = {name: _damage(history, name) for name in DAMAGE}
@@ -152,13 +152,13 @@ def _draw_kinds(axis: Axes, history: RunHistory, before: Metrics) -> None:
     handles: list[Line2D] = []
     for name, (colour, marker) in KIND_STYLE.items():
         style: Style = {"color": colour, "marker": marker}
-        sofar, batch = (series(history, [stage], name) for stage in ("sofar", "batch"))
+        cumulative, batch = (series(history, [stage], name) for stage in ("cumulative", "batch"))
         hollow = {"markerfacecolor": "white", "markersize": 7.5}  # shows around a filled one
         _line(axis, batch, linestyle="--", linewidth=1, **hollow, **style)
-        _line(axis, sofar, linewidth=2, markersize=4.5, **style)
+        _line(axis, cumulative, linewidth=2, markersize=4.5, **style)
         if name in before:
             axis.axhline(before[name]["value"], color=colour, linestyle=":", linewidth=1.2)
-        if sofar or batch or name in before:
+        if cumulative or batch or name in before:
             handles.append(Line2D([], [], linewidth=2, label=name, **style))
     lines: dict[str, Style] = {
         "all edits so far (a sample)": {"linewidth": 2, "marker": "o"},
@@ -173,7 +173,7 @@ def _draw_kinds(axis: Axes, history: RunHistory, before: Metrics) -> None:
 
 
 def _damage(history: RunHistory, name: str) -> Points:
-    return series(history, ["pre", "batch", "sofar", "post"], name)
+    return series(history, ["pre", "batch", "cumulative", "post"], name)
 
 
 def _draw_damage(axis: Axes, course: Points, reference: float | None, label: str) -> None:

@@ -91,7 +91,7 @@ def _pictures(names: Iterable[str]) -> str:
 
 def _retention(history: RunHistory) -> str:
     """Compare the first batch then and now, where later batches could have disturbed it."""
-    taken, last = history.of("batch"), metrics_at(history, "earliest")
+    taken, last = history.of("batch"), metrics_at(history, "first_batch")
     if len(taken) < 2 or not last:
         return ""
     return stages_table({"right after": taken[0].metrics, "at the end": last}, SCORES)
@@ -134,10 +134,10 @@ def _probability(outcome: RequestOutcome | None) -> str:
 
 def _rejected(history: RunHistory) -> str:
     rows = [
-        [inline(one.source), inline(one.case_id), inline(one.reason), inline(one.mend)]
+        [inline(one.source), inline(one.case_id), inline(one.reason), inline(one.hint)]
         for one in history.rejected[:REJECTED_SHOWN]
     ]
-    table = _table(rows, ["where", "case", "why", "how to mend it"])
+    table = _table(rows, ["where", "case", "why", "how to fix it"])
     more = len(history.rejected) - REJECTED_SHOWN
     return table + (f"\n\nand {more:,} more, see `rejected.jsonl`." if more > 0 else "")
 

@@ -27,7 +27,7 @@ class EditStrategy(DDPStrategy):
     """
 
     def setup(self, trainer: Trainer) -> None:
-        """Let :func:`spread` share the work."""
+        """Let :func:`distribute` share the work."""
         super().setup(trainer)
         share_work(True)
 
@@ -55,7 +55,7 @@ def n_processes() -> int:
     return distributed.get_world_size() if _sharing.get() else 1
 
 
-def spread(
+def distribute(
     items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
 ) -> list[Result]:
     """Let each process do a share of the items; give all of them all results, in order.

@@ -24,7 +24,7 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(
             f"{path.name} could not be written: {reason}",
             where=str(path.absolute()),
-            mend="make room there, or choose another folder",
+            hint="make room there, or choose another folder",
         ) from error
 
 

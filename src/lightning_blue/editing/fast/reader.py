@@ -145,7 +145,7 @@ class PromptReader:
 
 @torch.no_grad()
 def usable_shortcuts(reader: Callable[[Shortcuts], PromptReader]) -> Shortcuts:
-    """Return all shortcuts if they leave a model's logits as they are; if not, warn and return none.
+    """Return all shortcuts if they leave the logits as they are; if not, warn and return none.
 
     A block may depend on more than its attention's keys and values: on how many columns there are,
     for one.
