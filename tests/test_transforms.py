@@ -131,7 +131,9 @@ def test_prune_acts_once_on_the_update_of_all_batches(post_edit_transform):
     chain, twin = twins()
     data = [(x, 20 * y) for x, y in batches(3)]
     original = [weight.detach().clone() for weight in twin.weights]
-    update = Watched([0, 1, 2], "even", 0.5, past_keys=False, post_edit_transform=finish)
+    update = Watched(
+        [0, 1, 2], "even", 0.5, past_keys=False, post_edit_transform=post_edit_transform
+    )
     fit(chain, update, data)
     for batch in data:
         straight_line(twin, batch, (0, 1, 2))

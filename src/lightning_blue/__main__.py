@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import difflib
 
         near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; choose of {', '.join(COMMANDS)}"
+        hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
         return 2
     from lightning_blue.cli.commands import run_command

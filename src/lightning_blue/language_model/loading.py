@@ -35,7 +35,9 @@ def load_language_model(
     """
     if dtype not in DTYPES:
         raise InputError(
-            f"unknown dtype {dtype!r}", where="model.dtype", hint=f"choose of {', '.join(DTYPES)}"
+            f"unknown dtype {dtype!r}",
+            where="model.dtype",
+            hint=f"choose one of {', '.join(DTYPES)}",
         )
     source = name_or_path
     if name_or_path == "almanac":

@@ -26,8 +26,8 @@ class MeasureEdits(Callback):
     ``first_batch`` the first batch at the end. Texts are generated for ``pre`` and ``post`` only.
 
     Args:
-        text: ordinary text for perplexity, see :func:`lightning_blue.data.corpus.corpus_texts`; None
-            leaves perplexity out.
+        text: ordinary text for perplexity, see
+            :func:`lightning_blue.data.corpus.corpus_texts`; None leaves perplexity out.
         text_split: split, where the text is a dataset on the hub.
         text_tokens: how many of its tokens are read.
         cumulative: edits in the sample after each batch; 0 leaves ``cumulative`` out.

@@ -16,8 +16,8 @@ class Measurement(NamedTuple):
 
     Attributes:
         stage: ``pre`` (all requests, before any edit), ``batch`` (the batch just applied),
-            ``cumulative`` (a sample of all edits applied until now), ``first_batch`` (the first batch, at
-            the end) or ``post`` (all requests, at the end).
+            ``cumulative`` (a sample of all edits applied until now), ``first_batch`` (the first
+            batch, at the end) or ``post`` (all requests, at the end).
         edits: edits applied when it was taken.
         metrics: name -> value, standard_error, count, prompts.
     """
