@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from benchmarks import textbook
 from benchmarks.floor import closed_form_operations
 from benchmarks.results import Row
 from benchmarks.timing import Clock
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, EditableWeights, WeightId
 
 WEIGHT = 15000.0
 
@@ -27,16 +29,13 @@ class LinearLayer:
     def __init__(self, weight: Tensor, covariance: Tensor) -> None:
         self.weight = weight
         self.covariance = covariance
+        self.editable_weights = EditableWeights(lambda _weight: self.weight)
 
-    def editable_weight(self, layer: int) -> Tensor:
-        """Return the weight, ``(d_out, d_in)``."""
-        return self.weight
-
-    def key_covariance(self, layer: int) -> Tensor:
+    def key_covariance(self, weight: WeightId) -> Tensor:
         """Return the second moment of ordinary keys, ``(d_in, d_in)``."""
         return self.covariance
 
-    def edit_keys(self, batch: tuple[Tensor, Tensor], layer: int) -> Tensor:
+    def edit_keys(self, batch: tuple[Tensor, Tensor], weight: WeightId) -> Tensor:
         """Return the batch's keys, ``(d_in, n)``."""
         return batch[0]
 
@@ -68,17 +67,18 @@ def run_closed_form(args: Namespace, clock: Clock) -> list[Row]:
     past_keys = torch.randn(d_in, args.past, device=device)
     new = (torch.randn(d_in, args.new, device=device), torch.randn(d_out, args.new, device=device))
     update = ClosedFormUpdate([0], "first", covariance_weight=WEIGHT)
+    trainer: Any = SimpleNamespace(callbacks=[update])
     with torch.no_grad(), clock.watched() as factoring:
-        update.on_fit_start(None, layer)  # type: ignore[arg-type]
+        update.on_fit_start(trainer, layer)  # type: ignore[arg-type]
     with torch.no_grad(), clock.watched() as filling:
         nothing = torch.zeros(d_out, args.past, device=device)
-        update.on_edit_batch(None, layer, (past_keys, nothing))  # type: ignore[arg-type]
+        update.on_edit_batch(trainer, layer, (past_keys, nothing))
     moment = past_keys.double() @ past_keys.double().T
 
     twin = torch.zeros_like(layer.weight)
 
     def ours() -> None:
-        update.on_edit_batch(None, layer, new)  # type: ignore[arg-type]
+        update.on_edit_batch(trainer, layer, new)
 
     def dense() -> None:
         keys, residual = new

@@ -15,11 +15,12 @@ from benchmarks.floor import EditRows, costs_of, search_operations, useful_token
 from benchmarks.results import Row
 from benchmarks.timing import Clock, now
 from benchmarks.workload import CONTEXTS, Workload
+from blue_callbacks import WeightId
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
 
-Ask = Callable[[Sequence[EditRequest], int], Tensor]
+Ask = Callable[[Sequence[EditRequest], Any], Tensor]
 
 
 def edit_module(workload: Workload, args: Namespace, **switches: Any) -> TimedModule:
@@ -49,17 +50,17 @@ class TimedModule(EditModule):
         """Optimise targets, on the clock."""
         return self._timed("targets", super().edit_targets, batch, layer)
 
-    def edit_keys(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
+    def edit_keys(self, batch: Sequence[EditRequest], weight: WeightId) -> Tensor:
         """Read keys, on the clock."""
-        return self._timed("keys", super().edit_keys, batch, layer)
+        return self._timed("keys", super().edit_keys, batch, weight)
 
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Read outputs, on the clock."""
         return self._timed("outputs", super().edit_outputs, batch, layer)
 
-    def _timed(self, what: str, ask: Ask, batch: Sequence[EditRequest], layer: int) -> Tensor:
+    def _timed(self, what: str, ask: Ask, batch: Sequence[EditRequest], where: Any) -> Tensor:
         began = now()
-        answer = ask(batch, layer)
+        answer = ask(batch, where)
         self.seconds[what] += now() - began
         return answer
 

@@ -25,7 +25,7 @@ from benchmarks.results import Row
 from benchmarks.textbook_evaluation import evaluate_record
 from benchmarks.timing import Clock, now
 from benchmarks.workload import Workload
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, WeightId
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing import EditModule
 from lightning_blue.editing.covariance import CovarianceSource
@@ -148,7 +148,7 @@ def _textbook_phases(
 ) -> dict[str, float]:
     """Edit a few requests of each batch; return seconds per edit, batch and record."""
     model, tokenizer = workload.model, workload.tokenizer
-    covariances = {layer: module.key_covariance(layer) for layer in args.layers}
+    covariances = {layer: module.key_covariance(WeightId(layer)) for layer in args.layers}
     past = {n: torch.zeros_like(c, dtype=torch.float64) for n, c in covariances.items()}
     edit = solve = score = 0.0
     for batch in batches:

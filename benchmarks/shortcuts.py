@@ -28,7 +28,7 @@ def _at(layer: int, workload: Workload, args: Namespace, clock: Clock) -> list[R
 
     def search(shortcuts: Shortcuts, **switches: int) -> Callable[[], Tensor]:
         module = edit_module(workload, args, **switches)
-        module.shortcuts = shortcuts
+        module.target_finder.shortcuts = shortcuts
         return partial(module.edit_targets, batch, layer)
 
     every = Shortcuts()

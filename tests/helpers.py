@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 from transformers import (
@@ -14,6 +15,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from blue_callbacks import CommittedBatches
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -24,7 +27,11 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def fit(
     module: LightningModule, update: Callback, batches: Sequence[Any], **kwargs: Any
 ) -> Trainer:
-    """Apply the edit batches in order with a silent Trainer on the CPU."""
+    """Apply the edit batches in order with a silent Trainer on the CPU.
+
+    With ``ckpt_path`` the run goes on from a checkpoint.
+    """
+    resumed = kwargs.pop("ckpt_path", None)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -35,5 +42,8 @@ def fit(
         enable_model_summary=False,
         **kwargs,
     )
-    trainer.fit(module, DataLoader(list(batches), batch_size=None, collate_fn=lambda x: x))
+    committed = torch.load(resumed, weights_only=True)["global_step"] if resumed else 0
+    sampler = CommittedBatches(len(batches), 1, committed)
+    loader = DataLoader(list(batches), batch_sampler=sampler, collate_fn=lambda some: some[0])
+    trainer.fit(module, loader, ckpt_path=resumed, weights_only=True if resumed else None)
     return trainer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,18 +17,19 @@ from transformers import (
 )
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, WeightId
 from blue_callbacks.closed_form import KeyMemory
 from conftest import byte_level_tokenizer
 from helpers import fit
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.fast.frozen import NO_SHORTCUTS, Shortcuts, freeze
+from lightning_blue.editing.fast.frozen import ALL_SHORTCUTS, NO_SHORTCUTS, Shortcuts, freeze
 from lightning_blue.editing.fast.passes import Pass, logits_with
-from lightning_blue.editing.fast.reader import PromptReader, usable_shortcuts
+from lightning_blue.editing.fast.plain import PlainPredictor
+from lightning_blue.editing.fast.predictor import FastPredictor, can_run_in_parts
 from lightning_blue.editing.fast.rows import AlignedRows
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
-from lightning_blue.editing.prompts import context_templates, edit_prompts
+from lightning_blue.editing.prompts import EditPrompts, context_templates, edit_prompts
 from lightning_blue.language_model.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -150,13 +151,16 @@ def test_an_edit_batch_raises_every_new_object_and_solves_its_normal_equations(c
 
     monkeypatch.setattr(KeyMemory, "update", update)
     module = case.module()
-    before, weights = nll(module), {n: module.editable_weight(n).double() for n in (0, 1, 2)}
+    before, weights = (
+        nll(module),
+        {n: module.editable_weights.read(WeightId(n)).double() for n in (0, 1, 2)},
+    )
     fit(module, ClosedFormUpdate([0, 1, 2], "boundary", 0.1), [REQUESTS])
     gains = [old - new for old, new in zip(before, nll(module), strict=True)]
     assert min(gains) > 2.0
-    assert torch.equal(module.editable_weight(1).double(), weights[1])
+    assert torch.equal(module.editable_weights.read(WeightId(1)).double(), weights[1])
     for layer, (residual, keys) in zip((0, 2), seen, strict=True):
-        delta = module.editable_weight(layer).double() - weights[layer]
+        delta = module.editable_weights.read(WeightId(layer)).double() - weights[layer]
         system = 0.1 * 0.01 * torch.eye(64).double() + keys @ keys.T
         wanted = residual @ keys.T
         assert (delta @ system - wanted).norm() < 1e-3 * wanted.norm()
@@ -201,7 +205,7 @@ def test_partial_passes_equal_whole_ones(case, site):
     for layer, block in enumerate(case.layers):
         sites = site_modules(site, block, case.row)
         found = []
-        for shortcuts in (Shortcuts(), NO_SHORTCUTS):
+        for shortcuts in (ALL_SHORTCUTS, NO_SHORTCUTS):
             start = layer if site == "block" else layer - 1
             frozen = freeze(case.model, case.layers, start, aligned(), sites, shortcuts)
             added = [(module, DELTA) for module in sites]
@@ -262,7 +266,7 @@ def test_the_unedited_pass_is_bitwise_as_before(case):
     left = leftovers(module.model)
     for layer in (0, 1, 2):
         module.edit_targets(REQUESTS, layer)
-        module.edit_keys(REQUESTS, layer)
+        module.edit_keys(REQUESTS, WeightId(layer))
         module.edit_outputs(REQUESTS, layer)
     assert torch.equal(module.model(IDS).logits, whole)
     assert leftovers(module.model) == left
@@ -317,41 +321,79 @@ def foreign() -> PreTrainedModel:
     return random_model(*SETTINGS["gpt2"])
 
 
-def reader_of(model: PreTrainedModel) -> Callable[[Shortcuts], PromptReader]:
-    """Readers of REQUESTS at layer 0."""
+def fast_predictor(
+    model: PreTrainedModel, prompts: Sequence[EditPrompts], shortcuts: Shortcuts = ALL_SHORTCUTS
+) -> FastPredictor:
     layers = blocks(model, find_architecture(model))
-    prompts = edit_prompts(tokenizer(False), REQUESTS, context_templates(PREFIXES))
-    return lambda shortcuts: PromptReader(
-        model, layers, 0, [layers[0]], False, prompts, shortcuts=shortcuts
-    )
+    return FastPredictor(model, layers, 0, [layers[0]], prompts, shortcuts=shortcuts)
+
+
+def plain_predictor(model: PreTrainedModel, prompts: Sequence[EditPrompts]) -> PlainPredictor:
+    layers = blocks(model, find_architecture(model))
+    return PlainPredictor(model, layers, [layers[0]], prompts)
+
+
+@pytest.fixture
+def prompts() -> list[EditPrompts]:
+    return edit_prompts(tokenizer(False), REQUESTS, context_templates(PREFIXES))
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [(Counting, r"change its logits by [1-9]"), (Whole, r"fails \(NotImplementedError: no cache")],
 )
-def test_a_model_that_cannot_be_run_in_part_is_run_whole(foreign, kind, message):
+def test_a_model_that_cannot_be_run_in_parts_is_found_out(foreign, prompts, kind, message):
     foreign.transformer.h[1].__class__ = kind
-    reader = reader_of(foreign)
+    fast = partial(fast_predictor, foreign, prompts[:1])
     with pytest.warns(UserWarning, match=message):
-        assert usable_shortcuts(reader) == NO_SHORTCUTS
-    with torch.no_grad():
-        delta = torch.zeros(1, 3, 32)
-        logits, said = reader(NO_SHORTCUTS).logits(delta)
-        rows = reader(NO_SHORTCUTS).rewriting.rows
-        whole = foreign(**rows.arguments(0), use_cache=False).logits
-    at = reader(NO_SHORTCUTS).reads
-    torch.testing.assert_close(logits, whole[at.rows, at.columns])
-    assert said.shape == (3, 480)
+        assert not can_run_in_parts(fast, plain_predictor(foreign, prompts[:1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_is_saved_where_the_logits_stay_the_same(foreign, dtype, recwarn):
-    assert usable_shortcuts(reader_of(foreign.to(dtype))) == Shortcuts()
+def test_nothing_is_warned_of_where_the_logits_stay_the_same(foreign, prompts, dtype, recwarn):
+    model = foreign.to(dtype)
+    fast = partial(fast_predictor, model, prompts[:1])
+    assert can_run_in_parts(fast, plain_predictor(model, prompts[:1]))
     assert not recwarn
 
 
-def test_a_forward_that_was_put_on_a_block_stays_there(foreign):
+def test_the_plain_predictor_adds_delta_in_the_model_s_own_pass(foreign, prompts):
+    """Against the embedding: what is added behind block 0 at a token, written out."""
+    delta = torch.linspace(-1, 1, 32)
+    plain = plain_predictor(foreign, prompts)
+    row, block = prompts[1].rewriting[-1], foreign.transformer.h[0]
+    real = block.forward
+
+    def forward(hidden_states, *args, **kwargs):
+        output = real(hidden_states, *args, **kwargs)
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[0, row.lookup] += delta
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    with torch.no_grad():
+        found = plain.target_logits(row, prompts[1], delta[None])
+        block.forward = forward
+        logits = foreign(torch.tensor([row.ids])).logits[0]
+        del block.forward
+    torch.testing.assert_close(found, logits[-len(prompts[1].target) :])
+
+
+@pytest.mark.parametrize("shortcuts", [ALL_SHORTCUTS, NO_SHORTCUTS])
+def test_fast_predictions_are_the_plain_ones(foreign, prompts, shortcuts):
+    """All edits first, then two of them, with a delta each."""
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(1, len(prompts), 32, generator=generator)
+    fast, plain = fast_predictor(foreign, prompts, shortcuts), plain_predictor(foreign, prompts)
+    torch.testing.assert_close(fast.initial, plain.initial)
+    with torch.no_grad():
+        for edits in (torch.arange(len(prompts)), torch.tensor([0, 2])):
+            ours, reference = (p(edits, delta[:, edits]) for p in (fast, plain))
+            torch.testing.assert_close(ours.nll, reference.nll, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours.subject, reference.subject, rtol=1e-4, atol=1e-4)
+            assert torch.equal(ours.most_probable, reference.most_probable)
+
+
+def test_a_forward_that_was_put_on_a_block_stays_there(foreign, prompts):
     """As accelerate's, for models spread over devices."""
     block = foreign.transformer.h[0]
     real, calls = block.forward, []
@@ -361,10 +403,10 @@ def test_a_forward_that_was_put_on_a_block_stays_there(foreign):
         return real(*args, **kwargs)
 
     block.forward = forward
-    reader = reader_of(foreign)(Shortcuts())
+    fast = fast_predictor(foreign, prompts)
     assert calls  # when the prompts were frozen
     calls.clear()
-    reader.logits(torch.zeros(1, 3, 32))
+    fast.logits(torch.zeros(1, 3, 32))
     assert block.forward is forward
     assert not calls
 
@@ -376,5 +418,5 @@ def test_the_module_finds_out_once_and_still_edits(foreign):
     with pytest.warns(UserWarning, match="running only parts") as said:
         fit(module, ClosedFormUpdate([0, 2], "boundary", 0.1), [REQUESTS, REQUESTS])
     assert len([w for w in said if "running only parts" in str(w.message)]) == 1
-    assert module.shortcuts == NO_SHORTCUTS
+    assert not module.target_finder.runs_in_parts
     assert all(new < old - 2 for old, new in zip(before, nll(module), strict=True))

@@ -21,7 +21,7 @@ from benchmarks.results import Row, markdown
 from benchmarks.textbook_evaluation import score_record, write_texts, write_texts_of_record
 from torch.utils.flop_counter import FlopCounterMode
 
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, WeightId
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.editing.covariance import CovarianceSource, collect_covariance
 from lightning_blue.editing.module import EditModule
@@ -69,7 +69,7 @@ def test_targets_and_weights_equal_the_textbook_in_float64(language_model, tmp_p
     )
     update = ClosedFormUpdate(LAYERS, covariance_weight=20.0)
     update.on_fit_start(None, module)
-    covariances = {layer: module.key_covariance(layer) for layer in LAYERS}
+    covariances = {layer: module.key_covariance(WeightId(layer)) for layer in LAYERS}
     past = {n: torch.zeros_like(c, dtype=torch.float64) for n, c in covariances.items()}
     unedited = {layer: textbook.weight_of(model, layer).clone() for layer in LAYERS}
     for batch in (REQUESTS[:2], REQUESTS[2:]):
@@ -79,7 +79,10 @@ def test_targets_and_weights_equal_the_textbook_in_float64(language_model, tmp_p
         for layer, ours in module.found[-2:]:
             assert relative(ours, targets[layer]) < 1e-8
         for layer in LAYERS:
-            ours, reference = module.editable_weight(layer), textbook.weight_of(model, layer)
+            ours, reference = (
+                module.editable_weights.read(WeightId(layer)),
+                textbook.weight_of(model, layer),
+            )
             assert relative(ours, reference) < 1e-8
             moved = reference - unedited[layer]
             assert relative(ours - unedited[layer], moved) < 1e-7, "the update, not the weight"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from blue_callbacks import (
     ClosedFormUpdate,
     KeyMemory,
+    WeightId,
     Whitening,
     least_squares,
     null_space,
@@ -144,9 +145,11 @@ class Recorder(ClosedFormUpdate):
             patch.setattr(KeyMemory, "update", update)
             super().on_edit_batch(trainer, module, batch)
         for layer in self.written_layers:
-            weight = module._projection(layer).weight.detach().clone()
+            weight = module._projection(WeightId(layer)).weight.detach().clone()
             self.seen[f"{b}.weight.layer{layer}"] = weight
-            left = self._remembered[layer][-1] if self.past_keys else module.edit_keys(batch, layer)
+            weight = WeightId(layer)
+            past = self._past[weight][-1].respected if self.past_keys else None
+            left = module.edit_keys(batch, weight) if past is None else past
             self.seen[f"{b}.post_keys.layer{layer}"] = left
 
 
@@ -162,7 +165,7 @@ def test_two_batches_equal_the_reference(shared, method, variant, name):
     fit(module, update, [requests[:4], requests[4:]])
     for layer in update.written_layers:  # PRUNE's reference keeps other things than the others'
         update.seen[f"b2.weight_unpruned.layer{layer}"] = update.seen[f"b2.weight.layer{layer}"]
-        final = module._projection(layer).weight.detach()
+        final = module._projection(WeightId(layer)).weight.detach()
         update.seen[f"final.weight_corrected.layer{layer}"] = final
     compared = [key for key in golden if key.split(".")[1] in LIMITS]
     assert {key.split(".")[1] for key in compared} >= (
@@ -199,7 +202,7 @@ def test_closed_form_alone_equals_the_reference(shared, name, method):
             memory = KeyMemory(Whitening(hparams["L2"] ** 0.5, basis))
         else:
             memory = KeyMemory(least_squares(covariance, 15.0))
-        weight = module.editable_weight(layer).double()
+        weight = module.editable_weights.read(WeightId(layer)).double()
         for b in ("b1", "b2"):
             left, right = memory.update(
                 golden[f"{b}.resid.layer{layer}"], golden[f"{b}.keys.layer{layer}"]
@@ -218,7 +221,7 @@ def test_prune_equals_the_reference(shared, name, variant):
     golden = load_file(shared / "golden/edits" / name / f"MEMIT_prune_{variant}.safetensors")
     module = golden_module(shared, name, TargetOptimization())
     for layer in (1, 4):
-        original = module._projection(layer).weight.detach()
+        original = module._projection(WeightId(layer)).weight.detach()
         edited = golden[f"b2.weight_unpruned.layer{layer}"]
         for ours, reading in ((prune, "corrected"), (prune_official, "official")):
             reference = golden[f"final.weight_{reading}.layer{layer}"]

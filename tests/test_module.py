@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from blue_callbacks import ClosedFormUpdate, NonFiniteError
+from blue_callbacks import ClosedFormUpdate, NonFiniteError, WeightId
 from helpers import fit
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
@@ -57,8 +57,8 @@ def test_only_the_planned_weights_change(language_model):
 def test_keys_weigh_the_bare_prompt_one_half(language_model):
     """Against single forward passes over whole prompts."""
     module = editable(language_model)
-    keys = module.edit_keys(REQUESTS, 1)
-    projection = module._projection(1)
+    keys = module.edit_keys(REQUESTS, WeightId(1))
+    projection = module._projection(WeightId(1))
     for column, request in enumerate(REQUESTS):
         seen = []
         for prefix in ["", *(f"{p} " for p in PREFIXES)]:
@@ -89,10 +89,10 @@ def test_non_finite_loss_names_the_request_and_writes_nothing(language_model):
     module = editable(language_model)
     with torch.no_grad():
         module.blocks[3].get_submodule(module.architecture.down_projection).weight.fill_(torch.inf)
-    before = module.editable_weight(0).clone()
+    before = module.editable_weights.read(WeightId(0)).clone()
     with pytest.raises(NonFiniteError, match=r"request a .*Danielle Darrieux.*layer 0"):
         fit(module, ClosedFormUpdate([0, 1], "boundary", 0.1), [REQUESTS])
-    assert torch.equal(module.editable_weight(0), before)
+    assert torch.equal(module.editable_weights.read(WeightId(0)), before)
 
 
 def test_contexts_are_written_by_the_model_and_do_not_change(gpt2):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from conftest import LanguageModel
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.fast.reader import PASS_PRICE, micro_batches
 from lightning_blue.editing.module import EditModule
-from lightning_blue.editing.optimization import Readings, TargetOptimization, optimize_targets
+from lightning_blue.editing.optimization import Predictions, TargetOptimization, optimize_targets
+from lightning_blue.editing.targets import PASS_PRICE, micro_batches
 from lightning_blue.language_model.states import hidden_of
 from lightning_blue.support.errors import InputError
 from test_targets import PREFIXES, REQUESTS, one_edit_at_a_time
@@ -109,7 +109,7 @@ def test_same_subject_shares_one_target_and_the_mean_of_the_losses(language_mode
     alone = module_of(language_model)
     with pytest.warns(UserWarning, match=r"requests a, c of one batch are about 'Danielle Dar"):
         apart = alone.edit_targets(SAME_SUBJECT, 1)
-    shared = module_of(language_model, share_subjects=True)
+    shared = module_of(language_model, merge_subjects=True)
     together = shared.edit_targets(SAME_SUBJECT, 1)
     assert torch.equal(together[:, 0], together[:, 2])
     assert not torch.isclose(apart[:, 0], apart[:, 2]).all()
@@ -125,7 +125,7 @@ def test_same_subject_shares_one_target_and_the_mean_of_the_losses(language_mode
 
 def test_other_subjects_are_not_warned_about(gpt2, recwarn):
     module_of(gpt2, steps=1).edit_targets(REQUESTS, 1)
-    module_of(gpt2, steps=1, share_subjects=True).edit_targets(SAME_SUBJECT, 1)
+    module_of(gpt2, steps=1, merge_subjects=True).edit_targets(SAME_SUBJECT, 1)
     assert not [w for w in recwarn if "one batch" in str(w.message)]
 
 
@@ -137,9 +137,9 @@ def test_a_shared_target_follows_the_mean_gradient():
     def losses(delta: Tensor, goals: Tensor) -> Tensor:
         return (delta - goals).square().sum(-1)
 
-    def read(edits: Tensor, delta: Tensor) -> Readings:
+    def read(edits: Tensor, delta: Tensor) -> Predictions:
         never = torch.zeros(len(edits), dtype=torch.bool)
-        return Readings(losses(delta[0], goals[edits]), never, torch.zeros(len(edits), 1))
+        return Predictions(losses(delta[0], goals[edits]), never, torch.zeros(len(edits), 1))
 
     search = TargetOptimization(steps=20, learning_rate=0.1, weight_decay=0.0, clamp=100.0)
     found = optimize_targets(initial, read, search, torch.tensor([0, 1, 0])).values[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, WeightId
 from helpers import fit
 from lightning_blue.data import read_requests
 from lightning_blue.editing.covariance import CovarianceSource
@@ -42,16 +42,16 @@ def edit(tmp_path_factory):
         dtype = "bfloat16" if precision == "bf16-true" else "float32"
         module = edit_module(dtype=dtype, target=search, contexts=CONTEXTS)
         whole = edit_module(contexts=CONTEXTS, covariance=source)  # one covariance for all
-        whole.prepare(LAYERS, LAYERS)
+        whole.prepare(LAYERS, [WeightId(layer) for layer in LAYERS])
         module.key_covariance = whole.key_covariance
-        before = {n: module.editable_weight(n).clone().float() for n in LAYERS}
+        before = {n: module.editable_weights.read(WeightId(n)).clone() for n in LAYERS}
         keys: dict[int, Tensor] = {}
         ask = module.edit_keys
-        module.edit_keys = lambda batch, n: keys.setdefault(n, ask(batch, n))
+        module.edit_keys = lambda batch, weight: keys.setdefault(weight.layer, ask(batch, weight))
         module.prepare = lambda *_: None
         update = ClosedFormUpdate([0, 1, 2, 3], "boundary", 1000)
         fit(module, update, [requests], precision=precision)
-        weights = {**{n: module.editable_weight(n).float() for n in LAYERS}, **update._precise}
+        weights = {n: module.editable_weights.read(WeightId(n)) for n in LAYERS}
         targets = {n: values[-1] for n, values in module.target_values.items()}
         return Edited(keys, targets, {n: weights[n] - before[n] for n in LAYERS})
 

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from blue_callbacks import WeightId
 from conftest import ROOT
 from lightning_blue.__main__ import main
 
@@ -79,7 +80,7 @@ def test_python_example_edits_a_model():
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["trainer"].global_step == 1
-    assert scope["update"].remembered[0].shape[1] == 20
+    assert scope["update"].past_keys_by_weight[WeightId(0)].shape[1] == 20
 
 
 def test_own_facts_work_as_shown(tmp_path, monkeypatch, capsys):

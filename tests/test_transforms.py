@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
+from lightning import Callback
 
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, WeightId
 from blue_callbacks.transforms import prune, prune_official, rect
 from helpers import fit
 from test_update_callback import Chain, batches
@@ -70,7 +73,9 @@ def twins(seed: int = 0) -> tuple[Chain, Chain]:
     torch.manual_seed(seed)
     chain, twin = Chain(), Chain()
     twin.load_state_dict(chain.state_dict())
-    covariances = {n: chain.key_covariance(n).detach().clone() for n in range(4)}
+    covariances = {
+        WeightId(n): chain.key_covariance(WeightId(n)).detach().clone() for n in range(4)
+    }
     chain.key_covariance = twin.key_covariance = covariances.__getitem__
     return chain, twin
 
@@ -82,9 +87,9 @@ def straight_line(
     last, deltas = layers[-1], {}
     target = chain.edit_targets(batch, last)
     for n, layer in enumerate(layers):
-        keys = chain.edit_keys(batch, layer).detach().double()
+        keys = chain.edit_keys(batch, WeightId(layer)).detach().double()
         residual = (target - chain.edit_outputs(batch, last)).detach().double() / (len(layers) - n)
-        system = 0.5 * chain.key_covariance(layer).double() + keys @ keys.T
+        system = 0.5 * chain.key_covariance(WeightId(layer)).double() + keys @ keys.T
         if past is not None:
             system = system + past[layer] @ past[layer].T
         deltas[layer] = (residual @ keys.T @ torch.linalg.inv(system)).float()
@@ -113,7 +118,7 @@ def test_rect_cuts_when_all_layers_were_solved_on_whole_updates(past_keys):
         for layer, delta in deltas.items():
             twin.weights[layer].data = before[layer] + keep_largest(before[layer], delta, 0.4)
         for layer, keys in past.items():
-            left = twin.edit_keys(batch, layer).detach().double()
+            left = twin.edit_keys(batch, WeightId(layer)).detach().double()
             past[layer] = torch.cat((keys, left), dim=1)
     for ours, reference in zip(chain.weights, twin.weights, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
@@ -186,7 +191,7 @@ def test_a_hundred_tiny_updates_add_up_in_bfloat16():
     assert lost > 0.2, "these updates would not even be lost without a float32 version"
 
 
-def test_state_survives_a_file_in_half_precision():
+def test_a_run_in_half_precision_resumes_from_its_checkpoint(tmp_path):
     """Stopped after two of four batches and resumed: equal to the run that never stopped."""
     whole, halves = twins()
     data = [(x, 5 * y) for x, y in batches(4)]
@@ -194,6 +199,7 @@ def test_state_survives_a_file_in_half_precision():
         for weight in chain.weights:
             weight.data = weight.data.bfloat16()
         chain.run = lambda x, layer, chain=chain: run(chain, x, layer)
+    unedited = copy.deepcopy(halves.state_dict())
 
     def update() -> ClosedFormUpdate:
         return ClosedFormUpdate([0, 2], "boundary", 0.5, post_edit_transform="prune")
@@ -205,25 +211,23 @@ def test_state_survives_a_file_in_half_precision():
         return key, x
 
     fit(whole, update(), data)
-    first, second = update(), update()
-    first.on_train_end = lambda *_: None  # as when a run is interrupted
-    fit(halves, first, data[:2])
-    file = {
-        f"{kind}/{layer}": tensor
-        for kind, tensors in first.state_dict().items()
-        for layer, tensor in tensors.items()
-    }
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in load(save(file)).items():
-        kind, layer = name.split("/")
-        state.setdefault(kind, {})[layer] = tensor
-    assert {kind: sorted(tensors) for kind, tensors in state.items()} == {
-        kind: ["0", "2"] for kind in ("past_keys", "precise", "original")
-    }
-    assert state["past_keys"]["0"].shape == (10, 6)
-    assert state["precise"]["2"].dtype == torch.float32
-    second.load_state_dict(state)
-    fit(halves, second, data[2:])
+    checkpoint = tmp_path / "two.ckpt"
+    trainer = fit(halves, update(), data, callbacks=[SaveAfter(2, checkpoint)])
+    assert trainer.global_step == 4
+    halves.load_state_dict(unedited)
+    halves.edit_batches_held = 0
+    fit(halves, update(), data, ckpt_path=checkpoint)
     for ours, reference in zip(halves.weights, whole.weights, strict=True):
         assert ours.dtype == torch.bfloat16
         assert torch.equal(ours, reference)
+
+
+class SaveAfter(Callback):
+    """Save a checkpoint after some batches."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.batches:
+            trainer.save_checkpoint(self.path)

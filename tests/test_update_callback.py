@@ -13,8 +13,10 @@ from lightning import LightningModule
 
 from blue_callbacks import (
     ClosedFormUpdate,
+    EditableWeights,
     EditStepOptimizer,
     NonFiniteError,
+    WeightId,
     apply_edit_batch,
 )
 from helpers import fit
@@ -33,7 +35,7 @@ def test_readme_example_edits_a_plain_network_in_under_60_lines():
     exec(compile(code, "callbacks/README.md", "exec"), scope)
     assert scope["error"] < 0.05
     assert scope["trainer"].global_step == 3
-    assert scope["update"].remembered[0].shape == (64, 12)
+    assert scope["update"].past_keys_by_weight[WeightId(0)].shape == (64, 12)
 
 
 HIDE = """
@@ -72,6 +74,7 @@ class Chain(LightningModule):
         self.weights = torch.nn.ParameterList(torch.randn(d, d) * 0.1 for _ in range(n_layers))
         self.ordinary = torch.randn(400, d)
         self.asked: list[tuple[str, int]] = []
+        self.editable_weights = EditableWeights(lambda weight: self.weights[weight.layer].data)
 
     def run(self, x: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return key and output of a layer, row by row."""
@@ -86,16 +89,13 @@ class Chain(LightningModule):
     def configure_optimizers(self):
         return EditStepOptimizer(self.parameters())
 
-    def editable_weight(self, layer):
-        return self.weights[layer].data
-
-    def key_covariance(self, layer):
-        keys = self.run(self.ordinary, layer)[0]
+    def key_covariance(self, weight):
+        keys = self.run(self.ordinary, weight.layer)[0]
         return keys.T @ keys / len(keys)
 
-    def edit_keys(self, batch, layer):
-        self.asked.append(("keys", layer))
-        return self.run(batch[0], layer)[0].T
+    def edit_keys(self, batch, weight):
+        self.asked.append(("keys", weight.layer))
+        return self.run(batch[0], weight.layer)[0].T
 
     def edit_targets(self, batch, layer):
         self.asked.append(("targets", layer))
@@ -137,7 +137,7 @@ def test_sequence_equals_a_straight_line_of_dense_solves(plan):
     twin.load_state_dict(chain.state_dict())
     twin.ordinary = chain.ordinary
     fit(chain, ClosedFormUpdate([0, 1, 2], plan, 0.5), data)
-    c = {layer: twin.key_covariance(layer).double() for layer in (0, 1, 2)}
+    c = {layer: twin.key_covariance(WeightId(layer)).double() for layer in (0, 1, 2)}
     past = {layer: torch.empty(10, 0).double() for layer in (0, 1, 2)}
     written = (0, 2) if plan == "boundary" else (0, 1, 2)
     for batch in data:
@@ -146,12 +146,12 @@ def test_sequence_equals_a_straight_line_of_dense_solves(plan):
             at = layer if plan == "boundary" else 2
             target = twin.edit_targets(batch, layer) if fixed is None else fixed
             share = 1.0 if plan == "boundary" else 1 / (3 - layer)
-            k = twin.edit_keys(batch, layer).detach().double()
+            k = twin.edit_keys(batch, WeightId(layer)).detach().double()
             r = share * (target - twin.edit_outputs(batch, at)).detach().double()
             a = 0.5 * c[layer] + past[layer] @ past[layer].T + k @ k.T
             twin.weights[layer].data += (r @ k.T @ torch.linalg.inv(a)).float()
         for layer in written:
-            keys = twin.edit_keys(batch, layer).detach().double()
+            keys = twin.edit_keys(batch, WeightId(layer)).detach().double()
             past[layer] = torch.cat((past[layer], keys), dim=1)
     for ours, reference in zip(chain.weights, twin.weights, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
@@ -168,7 +168,7 @@ def test_a_failure_in_the_second_layer_leaves_all_weights_as_before_the_batch():
 
     chain.edit_targets = targets
     chain.edit_name = lambda batch, column: f"fact number {column}"
-    with pytest.raises(NonFiniteError, match="residual at layer 2 not finite for fact number 0"):
+    with pytest.raises(NonFiniteError, match="residual of layer2 not finite for fact number 0"):
         fit(chain, ClosedFormUpdate([0, 1, 2], "boundary", 1.0), batches(1))
     for weight, old in zip(chain.weights, before, strict=True):
         assert torch.equal(weight, old)
@@ -180,7 +180,7 @@ def test_past_keys_survive_in_the_callback_state():
     whole, halves = Chain(), Chain()
     halves.load_state_dict(whole.state_dict())
     halves.ordinary = whole.ordinary
-    covariances = {layer: whole.key_covariance(layer) for layer in (0, 2)}
+    covariances = {WeightId(layer): whole.key_covariance(WeightId(layer)) for layer in (0, 2)}
     whole.key_covariance = halves.key_covariance = covariances.__getitem__
     fit(whole, ClosedFormUpdate([0, 1, 2], "boundary", 0.5), data)
     first, second = (ClosedFormUpdate([0, 1, 2], "boundary", 0.5) for _ in range(2))

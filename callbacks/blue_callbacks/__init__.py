@@ -1,5 +1,6 @@
 """Lightning callbacks for closed-form model editing; needs torch and Lightning only."""
 
+from blue_callbacks.batches import CommittedBatches
 from blue_callbacks.closed_form import (
     KeyMemory,
     SingularCovarianceError,
@@ -7,20 +8,31 @@ from blue_callbacks.closed_form import (
     least_squares,
     null_space,
 )
+from blue_callbacks.errors import EditRejected, InputError, NonFiniteError
 from blue_callbacks.plans import PLANS, LayerUpdate, layer_updates
 from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
+from blue_callbacks.records import EditRecord, WeightChange
 from blue_callbacks.transforms import prune, prune_official, rect
-from blue_callbacks.update import ClosedFormUpdate, NonFiniteError
+from blue_callbacks.update import ClosedFormUpdate
+from blue_callbacks.weights import EditableWeights, WeightId, WeightStore
 
 __all__ = [
     "PLANS",
     "ClosedFormUpdate",
+    "CommittedBatches",
+    "EditRecord",
+    "EditRejected",
     "EditStepOptimizer",
     "EditableModule",
+    "EditableWeights",
+    "InputError",
     "KeyMemory",
     "LayerUpdate",
     "NonFiniteError",
     "SingularCovarianceError",
+    "WeightChange",
+    "WeightId",
+    "WeightStore",
     "Whitening",
     "apply_edit_batch",
     "layer_updates",

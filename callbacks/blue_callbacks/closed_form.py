@@ -40,9 +40,16 @@ class Whitening:
         self.factor = Triangle(factor) if isinstance(factor, Tensor) else factor
         self.basis = basis
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where keys are whitened; None where a number is all that there is."""
+        if isinstance(self.factor, Triangle):
+            return self.factor.matrix.device
+        return None if self.basis is None else self.basis.device
+
     def apply(self, keys: Tensor) -> Tensor:
         """Return ``(B keys)^T``: ``(d_in, n)`` to ``(n, r)``, float64."""
-        rows = keys.double().T
+        rows = keys.double().T.to(self.device)
         if self.basis is not None:
             rows = rows @ self.basis
         return self.factor.solve(rows) if isinstance(self.factor, Triangle) else rows / self.factor
@@ -125,6 +132,19 @@ class KeyMemory:
 
     Args:
         whitening: from :func:`least_squares` or :func:`null_space`.
+
+    Two batches of one edit each, on keys that overlap. The first moves the output at its key by
+    nearly all of its residual, the second leaves the first nearly where it is:
+
+    >>> memory = KeyMemory(least_squares(torch.eye(2), weight=0.01))
+    >>> first, second = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.6], [0.8]])
+    >>> left, right = memory.update(torch.tensor([[1.0]]), first)
+    >>> weight = left @ right
+    >>> memory.remember(first)
+    >>> left, right = memory.update(torch.tensor([[1.0]]), second)
+    >>> weight += left @ right
+    >>> [round(float(weight @ key.double()), 2) for key in (first, second)]
+    [1.0, 1.58]
     """
 
     def __init__(self, whitening: Whitening) -> None:
@@ -144,8 +164,19 @@ class KeyMemory:
         Returns:
             Factors of Delta in float64, ``(d_out, n_edits)`` and ``(n_edits, d_in)``.
         """
-        waiting = sum(one.shape[1] for one in self._waiting)
-        whitened = self.whitening.apply(torch.cat([*self._waiting, keys], dim=1))
+        _, whitened, half, corner = self.observe(keys)
+        coefficients = torch.cholesky_solve(residual.to(corner).T, corner).T
+        projections = solve_triangular(self.cholesky.to(half).T, half, upper=True)
+        for block, part in zip(self.past, projections.split(self._sizes), strict=True):
+            whitened = torch.addmm(whitened, part.T, block, alpha=-1)
+        return coefficients, self.whitening.apply_transposed(whitened)
+
+    def observe(self, keys: Tensor) -> _Solved:
+        """Whiten the keys of a batch, ``(d_in, n_edits)``, and hold them ready to be remembered."""
+        waiting = sum(block.shape[1] for block in self._waiting)
+        whitened = self.whitening.apply(
+            torch.cat([*(old.to(keys) for old in self._waiting), keys], 1)
+        )
         half, corner = self._grow(whitened)
         if waiting:
             self._waiting = []
@@ -157,11 +188,7 @@ class KeyMemory:
                 half = torch.cat((half[:, waiting:], corner[waiting:, :waiting].T))
                 corner = corner[waiting:, waiting:]
         self._newest = _Solved(keys, whitened, half, corner)
-        coefficients = torch.cholesky_solve(residual.to(corner).T, corner).T
-        shares = solve_triangular(self.cholesky.to(half).T, half, upper=True)
-        for block, share in zip(self.past, shares.split(self._sizes), strict=True):
-            whitened = torch.addmm(whitened, share.T, block, alpha=-1)
-        return coefficients, self.whitening.apply_transposed(whitened)
+        return self._newest
 
     def remember(self, keys: Tensor) -> None:
         """Add the keys of a committed batch, ``(d_in, n_edits)``, to those to be respected.
@@ -170,7 +197,7 @@ class KeyMemory:
         they are others where layers below were changed after it, as RECT does.
         """
         newest, self._newest = self._newest, None
-        if newest is not None and torch.equal(keys, newest.keys):
+        if newest is not None and torch.equal(keys.to(newest.keys), newest.keys):
             self._append(newest.whitened, newest.half, newest.corner)
         else:
             self._waiting.append(keys)
@@ -209,6 +236,6 @@ class KeyMemory:
 
 
 def _identity_plus(matrix: Tensor) -> Tensor:
-    """Add one to the diagonal of a matrix that is nobody else's, in place."""
+    """Add one to the diagonal of a matrix that nothing else aliases, in place."""
     matrix.diagonal().add_(1)
     return matrix

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
+
+from blue_callbacks.errors import EditRejected, InputError
+from blue_callbacks.weights import WeightId, WeightStore
 
 
 class EditableModule(Protocol):
@@ -16,18 +19,25 @@ class EditableModule(Protocol):
 
     ``batch`` is whatever the module's own dataloader yields: the edits that are applied together.
     ``n`` is the number of edits in it; columns keep their order in every answer.
+
+    Optional, and used where they are there: ``weights_of(layer)`` returns the ids of a layer's
+    edited weights (by default one, without a name); ``prepare(critical, written, weight)`` is
+    called once before the first batch with the critical layers, the written weights' ids and the
+    covariance's weight; ``request_ids(batch)`` and ``edit_name(batch, column)`` name edits in
+    records and in messages.
     """
 
-    def editable_weight(self, layer: int) -> Tensor:
-        """Return the weight as a ``(d_out, d_in)`` view; writing to it changes the model."""
+    @property
+    def editable_weights(self) -> WeightStore:
+        """The weights by id; :class:`EditableWeights` where they are plain tensors."""
         ...
 
-    def key_covariance(self, layer: int) -> Tensor:
-        """Return the second moment of the layer's keys over ordinary inputs, ``(d_in, d_in)``."""
+    def key_covariance(self, weight: WeightId) -> Tensor:
+        """Return the second moment of the weight's inputs over ordinary data, ``(d_in, d_in)``."""
         ...
 
-    def edit_keys(self, batch: Any, layer: int) -> Tensor:
-        """Return the inputs of the layer's weight for each edit, now, ``(d_in, n)``."""
+    def edit_keys(self, batch: Any, weight: WeightId) -> Tensor:
+        """Return the inputs of the weight for each edit, now, ``(d_in, n)``."""
         ...
 
     def edit_targets(self, batch: Any, layer: int) -> Tensor:
@@ -37,6 +47,24 @@ class EditableModule(Protocol):
     def edit_outputs(self, batch: Any, layer: int) -> Tensor:
         """Return the outputs at the layer for each edit, now, ``(d_out, n)``."""
         ...
+
+
+def weights_of(module: EditableModule, layer: int) -> Sequence[WeightId]:
+    """Return the ids of the weights that are edited at a layer, in the order of writing."""
+    own = getattr(module, "weights_of", None)
+    return [WeightId(layer)] if own is None else cast(Sequence[WeightId], own(layer))
+
+
+def edit_name(module: EditableModule, batch: Any, column: int) -> str:
+    """Name an edit of the batch in a message."""
+    own = getattr(module, "edit_name", None)
+    return f"edit {column} of the batch" if own is None else str(own(batch, column))
+
+
+def request_ids(module: EditableModule, batch: Any, n: int) -> tuple[str, ...]:
+    """Return an id for each of the n edits of a batch; their column where the module has none."""
+    own = getattr(module, "request_ids", None)
+    return tuple(map(str, range(n))) if own is None else tuple(own(batch))
 
 
 class EditStepOptimizer(Optimizer):
@@ -58,15 +86,33 @@ def apply_edit_batch(module: LightningModule, batch: Any) -> None:
     """Apply one edit batch: call this in ``training_step``, with manual optimisation.
 
     Steps the module's optimizer once; inside that step every callback of the trainer that has a
-    method ``on_edit_batch(trainer, module, batch)`` is called in order.
+    method ``on_edit_batch(trainer, module, batch)`` is called in order. Where a callback rejects
+    the batch (:class:`EditRejected`), the weights are as before it, and the run goes on or stops as
+    the rejection says.
+
+    Raises:
+        InputError: if no callback of the trainer edits.
     """
     trainer = module.trainer
+    hooks = edit_hooks(trainer, "on_edit_batch")
+    if not hooks:
+        raise InputError(
+            "no callback of the trainer edits: the batch would change nothing",
+            hint="add ClosedFormUpdate(layers=[...]) to the trainer's callbacks",
+        )
 
     def edit() -> None:
-        with torch.no_grad():
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                hook = getattr(callback, "on_edit_batch", None)
-                if hook is not None:
+        try:
+            with torch.no_grad():
+                for hook in hooks:
                     hook(trainer, module, batch)
+        except EditRejected as rejection:
+            trainer.should_stop = trainer.should_stop or rejection.stop
 
     module.optimizers().step(closure=edit)  # type: ignore[union-attr]
+
+
+def edit_hooks(trainer: Trainer, name: str) -> list[Callable[..., None]]:
+    """Return the methods of that name of all callbacks that have one, in order."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [getattr(callback, name) for callback in callbacks if hasattr(callback, name)]

@@ -10,19 +10,25 @@ from torch import Tensor
 
 
 def rect(weight: Tensor, delta: Tensor, keep: float) -> Tensor:
-    """Keep the entries that change most, relative to the weight (RECT, Gu et al. 2024).
+    """Set the entries of an update that RECT does not keep to zero; see `rect_kept`."""
+    return torch.where(rect_kept(weight, delta, keep), delta, 0)
+
+
+def rect_kept(weight: Tensor, delta: Tensor, keep: float) -> Tensor:
+    """Flag the entries that change most, relative to the weight (RECT, Gu et al. 2024).
 
     Args:
         weight: before the batch, ``(d_out, d_in)``.
         delta: the batch's whole update of it, same shape.
-        keep: share of entries to keep, from 0 to 1; RECT's 40% is 0.4.
+        keep: fraction of entries to keep, from 0 to 1; RECT's 40% is 0.4.
 
     Returns:
-        delta with all entries below the ``1 - keep`` quantile of ``|delta / weight|`` set to zero.
+        Booleans, ``(d_out, d_in)``: those at or above the ``1 - keep`` quantile of
+        ``|delta / weight|``.
     """
     change = (delta / (weight + 1e-8)).abs()
     rank = math.floor((1 - keep) * (change.numel() - 1)) + 1
-    return torch.where(change >= change.flatten().kthvalue(rank).values, delta, 0)
+    return change >= change.flatten().kthvalue(rank).values
 
 
 def prune(original: Tensor, edited: Tensor) -> Tensor:

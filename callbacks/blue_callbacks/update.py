@@ -2,55 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, cast
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from blue_callbacks.closed_form import KeyMemory, Whitening, least_squares, null_space
+from blue_callbacks.closed_form import KeyMemory, Whitening
+from blue_callbacks.errors import InputError, NonFiniteError
 from blue_callbacks.plans import LayerUpdate, layer_updates
-from blue_callbacks.protocol import EditableModule
-from blue_callbacks.transforms import POST_EDIT_TRANSFORMS, rect
+from blue_callbacks.protocol import (
+    EditableModule,
+    edit_hooks,
+    edit_name,
+    request_ids,
+    weights_of,
+)
+from blue_callbacks.records import EditRecord, WeightChange, pack_bits
+from blue_callbacks.solvers import Solver, kept_dimensions, worth_a_warning
+from blue_callbacks.trainer_checks import check_trainer, leave_gradients_unscaled
+from blue_callbacks.transforms import POST_EDIT_TRANSFORMS, rect_kept
+from blue_callbacks.weights import WeightId, restored_on_error
 
-NEARLY_ALL, NEARLY_NONE = 0.98, 0.02  # share of key dimensions in a null space worth a warning
-
-
-class NonFiniteError(RuntimeError):
-    """An update would have put NaN or infinity into the weights; they were left as before."""
+EDITED_WEIGHTS = "edited_weights"  # in a checkpoint
+SAMPLED_VALUES = 65536  # of a covariance, for its fingerprint
 
 
 class ClosedFormUpdate(Callback):
     """Write each edit batch into the critical layers, one layer after the other.
 
-    For every step of the plan it asks the module for targets (once per target layer, on the weights
-    as they are then), for keys and for current outputs, solves
+    For every layer update of the plan it asks the module for targets (once per target layer, on the
+    weights as they are then), for keys and for current outputs, solves
 
         Delta = R K1^T (lambda K0 K0^T + Kp Kp^T + K1 K1^T)^-1
 
-    (Eq. 8; Eq. 5 without past keys), adds Delta to the weight, and goes on with the next step. If
-    anything fails, the weights are put back to what they were before the batch. Weights in half
-    precision are accumulated in float32, so that small updates are not lost to rounding.
+    (Eq. 8; Eq. 5 without past keys), adds Delta to the weight, and goes on. If anything fails, the
+    weights are put back to what they were before the batch. Where a layer has several edited
+    weights, they are written one after the other, each with an even share of what is still missing.
+
+    Other callbacks follow the batches: ``on_edit_written(trainer, module, record)`` is called when
+    the weights are written and may raise :class:`EditRejected` to have them put back;
+    ``on_edit_committed(trainer, module, record)`` when the batch is there to stay.
 
     Args:
         layers: critical layers, ascending. Without them the callback cannot be used for editing.
         plan: which layers are written with whose residual: ``boundary`` (BLUE), ``even`` (MEMIT),
             ``square_root`` (PMET), ``computed``, ``first`` or ``last``.
-        covariance_weight: least squares: weight of ordinary text's keys against new ones (lambda).
+        covariance_weight: least squares: weight lambda of the covariance (mom2_update_weight).
         past_keys: whether keys of earlier batches are respected too (Eq. 8).
         solver: ``least_squares`` weighs ordinary text's keys; ``null_space`` (AlphaEdit) does not
             touch them at all.
         threshold: null space: directions whose eigenvalue in the covariance is below it are kept.
-        energy: null space: instead of a threshold, the share of the covariance's trace that the
+        energy: null space: instead of a threshold, the fraction of the covariance's trace that the
             kept directions may hold.
         ridge: null space: AlphaEdit's L2.
-        rect_keep: RECT: the share of entries of a batch's update to keep, 0.4 in its paper. None:
-            all of them. The batch's layers are solved on whole updates, and cut when all are done.
-        post_edit_transform: what is done once, after the last batch: ``prune`` compresses the singular values
-            of the whole update; ``prune_official`` reproduces BLUE's published code.
+        rect_keep: RECT: the fraction of entries of a batch's update to keep, 0.4 in its paper;
+            None: all of them. The batch's layers are solved on whole updates, then cut.
+        post_edit_transform: what is done once, after the last batch: ``prune`` compresses the
+            singular values of the whole update; ``prune_official`` is what BLUE's published code
+            does.
     """
 
     def __init__(
@@ -66,192 +80,366 @@ class ClosedFormUpdate(Callback):
         rect_keep: float | None = None,
         post_edit_transform: Literal["prune", "prune_official"] | None = None,
     ) -> None:
-        for name, value in (("covariance_weight", covariance_weight), ("ridge", ridge)):
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, not {value:g}")
-        for name, share in (("energy", energy), ("rect_keep", rect_keep)):
-            if share is not None and not 0 < share <= 1:
-                raise ValueError(f"{name} is a share, above 0 and at most 1, not {share:g}")
+        if rect_keep is not None and not 0 < rect_keep <= 1:
+            raise ValueError(f"rect_keep is a fraction, above 0 and at most 1, not {rect_keep:g}")
         self.layers = list(layers)
         self.plan = plan
-        self.solver = solver
-        self.covariance_weight = covariance_weight
+        self.solver = Solver(solver, covariance_weight, threshold, energy, ridge)
         self.past_keys = past_keys
-        self.threshold, self.energy, self.ridge = threshold, energy, ridge
         self.rect_keep = rect_keep
         self.post_edit_transform = post_edit_transform
-        self.steps = layer_updates(plan, self.layers)
-        self._remembered: dict[int, list[Tensor]] = {}  # layer -> keys of each earlier batch
-        self.original: dict[
-            int, Tensor
-        ] = {}  # layer -> unedited weight, kept for the post-edit transform
+        self.layer_updates = layer_updates(plan, self.layers)
+        self.committed = 0  # batches whose edits are in the weights
+        self.original: dict[WeightId, Tensor] = {}  # unedited, kept for the post-edit transform
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
         self.notes: list[str] = []  # what a user should be told of the method's set-up
-        self._precise: dict[int, Tensor] = {}  # layer -> float32 version of a half-precision weight
-        self._memory: dict[int, KeyMemory] = {}
+        self._request_ids: list[list[str]] = []  # of each committed batch
+        self._past: dict[WeightId, list[PastBatch]] = {}
+        self._covariances: dict[str, str] = {}  # weight -> fingerprint
+        self._resumed: dict[WeightId, Tensor] = {}  # edited weights of a checkpoint, until they fit
+        self._memory: dict[WeightId, KeyMemory] = {}
+        self._resuming = False  # until the first batch after a resume is seen to be a new one
 
     @property
     def written_layers(self) -> list[int]:
         """The layers that the plan writes."""
-        return [step.layer for step in self.steps]
+        return [update.layer for update in self.layer_updates]
+
+    def written_weights(self, module: EditableModule) -> list[WeightId]:
+        """Return the ids of the weights that the plan writes, in order."""
+        return [weight for layer in self.written_layers for weight in weights_of(module, layer)]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would edit wrongly, before anything is computed.
+
+        Raises:
+            InputError: for settings of the Trainer that cannot be right, see `check_trainer`; for a
+                second callback of this kind; for a module that holds edits of another one.
+        """
+        if stage != "fit":
+            return
+        check_trainer(trainer)
+        leave_gradients_unscaled(trainer)
+        updates = [c for c in trainer.callbacks if isinstance(c, ClosedFormUpdate)]  # type: ignore[attr-defined]
+        if len(updates) > 1:
+            raise InputError(
+                f"{len(updates)} ClosedFormUpdate callbacks would apply each batch as many times",
+                hint="give the trainer one of them",
+            )
+        held = getattr(pl_module, "edit_batches_held", 0)
+        if held != self.committed:
+            raise InputError(
+                f"the module holds {held} edit batches, and this callback knows the keys of "
+                f"{self.committed}: past keys would be forgotten",
+                hint="go on with the callback that wrote them, or load the model anew",
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the covariances from the unedited model, all of them before the first write."""
+        module = cast(EditableModule, pl_module)
+        weights = self.written_weights(module)
         prepare = getattr(pl_module, "prepare", None)
         if prepare is not None:
-            prepare(self.layers, self.written_layers, self.covariance_weight)
-        module = cast(EditableModule, pl_module)
+            prepare(self.layers, weights, self.solver.covariance_weight)
         with torch.no_grad():
-            for layer in self.written_layers:
-                self._memory_of(module, layer)
-                if self.post_edit_transform is not None and layer not in self.original:
-                    self.original[layer] = self._weight(module, layer).clone()
+            for weight in weights:
+                self._same_covariance(weight, module.key_covariance(weight))
+                self._memory_of(module, weight)
+                if self.post_edit_transform is not None and weight not in self.original:
+                    self.original[weight] = module.editable_weights.read(weight).clone()
+            for weight, value in self._resumed.items():
+                module.editable_weights.write(weight, value)
+        if self._resumed:
+            self._resumed, self._resuming = {}, True
+            cast(Any, module).edit_batches_held = self.committed
 
     def on_edit_batch(self, trainer: Trainer, module: EditableModule, batch: Any) -> None:
         """Walk the plan over one edit batch, then remember its keys."""
-        with self._restored_on_error(module) as before:
-            targets: dict[int, Tensor] = {}
-            keys: dict[int, Tensor] = {}  # no later step changes them: plans go up the layers
-            for step in self.steps:
-                if step.target_layer not in targets:
-                    targets[step.target_layer] = module.edit_targets(batch, step.target_layer)
-                keys[step.layer] = module.edit_keys(batch, step.layer).detach()
-                self._write(module, batch, step, targets[step.target_layer], keys[step.layer])
+        weights = self.written_weights(module)
+        self._refuse_a_second_time(module, batch)
+        with restored_on_error(module.editable_weights, weights) as before:
+            changes = self._write_all(module, batch)
             if self.rect_keep is not None:
-                for layer, weight in before.items():
-                    delta = rect(weight, self._weight(module, layer) - weight, self.rect_keep)
-                    self._set_weight(module, layer, weight + delta)
-            if self.past_keys:
-                if self.rect_keep is not None:
-                    keys = {layer: module.edit_keys(batch, layer).detach() for layer in keys}
-                self._remember(module, keys)
+                changes = self._cut(module, before, changes, self.rect_keep)
+            if self.past_keys and self.rect_keep is not None:
+                changes = self._keys_read_again(module, batch, changes)
+            ids = request_ids(module, batch, changes[0].keys.shape[1])
+            record = EditRecord(self.committed, ids, tuple(changes))
+            self.norms |= _norms(changes)
+            for hook in edit_hooks(trainer, "on_edit_written"):
+                hook(trainer, module, record)
+        self._commit(module, record)
+        for hook in edit_hooks(trainer, "on_edit_committed"):
+            hook(trainer, module, record)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish the whole update, where the method does."""
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Transform the whole update, where the method does.
+
+        Before ``on_train_end``, in which other callbacks measure and save, in whatever order.
+        """
         if self.post_edit_transform is None:
             return
-        module = cast(EditableModule, pl_module)
-        for layer, original in self.original.items():
-            edited = self._weight(module, layer)
-            transformed = POST_EDIT_TRANSFORMS[self.post_edit_transform](
-                original.to(edited), edited
+        store = cast(EditableModule, pl_module).editable_weights
+        transform = POST_EDIT_TRANSFORMS[self.post_edit_transform]
+        with torch.no_grad():
+            for weight, original in self.original.items():
+                edited = store.read(weight)
+                store.write(weight, transform(original.to(edited), edited))
+
+    def _refuse_a_second_time(self, module: EditableModule, batch: Any) -> None:
+        """Refuse the first batch after a resume if it is one that was applied before."""
+        resuming, self._resuming = self._resuming, False
+        if not resuming or not hasattr(module, "request_ids"):
+            return
+        ids = list(request_ids(module, batch, 0))
+        if ids in self._request_ids:
+            raise InputError(
+                f"the run goes on with batch {self._request_ids.index(ids)}, which was applied "
+                f"before: the dataloader starts at its beginning, not behind the {self.committed} "
+                "batches that were committed",
+                where="the dataloader",
+                hint="let its sampler start at trainer.global_step, as CommittedBatches does",
             )
-            with torch.no_grad():
-                self._set_weight(module, layer, transformed)
+
+    def _write_all(self, module: EditableModule, batch: Any) -> list[WeightChange]:
+        """Write every layer of the plan; a target layer's targets are found when first needed."""
+        targets: dict[int, Tensor] = {}
+        changes: list[WeightChange] = []
+        for update in self.layer_updates:
+            if update.target_layer not in targets:
+                targets[update.target_layer] = module.edit_targets(batch, update.target_layer)
+            ids = weights_of(module, update.layer)
+            for place, weight in enumerate(ids):
+                share = update.share / (len(ids) - place)
+                part = update._replace(share=share)
+                target = targets[update.target_layer]
+                changes.append(self._write(module, batch, part, weight, target))
+        return changes
 
     def _write(
-        self, module: EditableModule, batch: Any, step: LayerUpdate, target: Tensor, keys: Tensor
-    ) -> None:
-        residual = step.share * (target - module.edit_outputs(batch, step.target_layer))
-        _require_finite(module, batch, step.layer, keys=keys, residual=residual)
+        self,
+        module: EditableModule,
+        batch: Any,
+        update: LayerUpdate,
+        weight: WeightId,
+        target: Tensor,
+    ) -> WeightChange:
+        """Solve for one weight and add the update to it."""
+        keys = module.edit_keys(batch, weight).detach()
+        residual = update.share * (target - module.edit_outputs(batch, update.target_layer))
+        _require_finite(module, batch, weight, keys=keys, residual=residual)
+        memory = self._memory_of(module, weight)
         with torch.autocast(keys.device.type, enabled=False):
-            left, right = self._memory_of(module, step.layer).update(residual, keys)
-            weight = self._weight(module, step.layer)
-            weight.addmm_(left.to(weight), right.to(weight))
-        self._publish(module, step.layer, weight)
-        squared = ((left.T @ left) * (right @ right.T)).sum()
-        self.norms[f"layer{step.layer}/delta_norm"] = float(squared.clamp(min=0).sqrt())
-        self.norms[f"layer{step.layer}/residual_norm"] = float(residual.norm(dim=0).mean())
+            left, right = memory.update(residual, keys)
+            module.editable_weights.add(weight, left, right)
+            squared = ((left.T @ left) * (right @ right.T)).sum()
+        dtype = module.editable_weights.read(weight).dtype
+        return WeightChange(
+            weight=weight,
+            target_layer=update.target_layer,
+            share=update.share,
+            left=left.to("cpu", dtype),
+            right=right.to("cpu", dtype),
+            keys=keys.cpu(),
+            past_keys=None,
+            kept=None,
+            change_norm=float(squared.clamp(min=0).sqrt()),
+            residual_norm=float(residual.norm(dim=0).mean()),
+        )
 
-    def _remember(self, module: EditableModule, keys: dict[int, Tensor]) -> None:
-        for layer, newest in keys.items():
-            self._memory_of(module, layer).remember(newest)
-        for layer, newest in keys.items():
-            self._remembered.setdefault(layer, []).append(newest)
+    def _cut(
+        self,
+        module: EditableModule,
+        before: dict[WeightId, Tensor],
+        changes: Sequence[WeightChange],
+        keep: float,
+    ) -> list[WeightChange]:
+        """Leave of each weight's change what RECT keeps."""
+        store, cut = module.editable_weights, []
+        for change in changes:
+            weight = before[change.weight]
+            whole = store.read(change.weight) - weight
+            kept = rect_kept(weight, whole, keep)
+            delta = torch.where(kept, whole, 0)
+            store.write(change.weight, weight + delta)
+            cut.append(replace(change, kept=pack_bits(kept), change_norm=float(delta.norm())))
+        return cut
 
-    def _memory_of(self, module: EditableModule, layer: int) -> KeyMemory:
-        """Return the layer's memory, built on first use and after a restart."""
-        if layer not in self._memory:
-            covariance = module.key_covariance(layer).to(module.editable_weight(layer).device)
-            memory = KeyMemory(self._whitening(covariance, layer))
-            for keys in self._remembered.get(layer, []):
-                memory.remember(keys.to(covariance.device))
-            self._memory[layer] = memory
-        return self._memory[layer]
+    def _keys_read_again(
+        self, module: EditableModule, batch: Any, changes: Sequence[WeightChange]
+    ) -> list[WeightChange]:
+        """Note the keys as they are when layers below were changed after a layer was solved."""
+        read = [(change, module.edit_keys(batch, change.weight)) for change in changes]
+        return [replace(change, past_keys=keys.detach().cpu()) for change, keys in read]
 
-    def _whitening(self, covariance: Tensor, layer: int) -> Whitening:
-        if self.solver == "least_squares":
-            return least_squares(covariance, self.covariance_weight)
-        whitening = null_space(covariance, self.ridge, self.threshold, self.energy)
-        kept, every = cast(Tensor, whitening.basis).shape[1], covariance.shape[0]
-        self.norms[f"layer{layer}/null_space"] = kept
-        said = f"layer {layer}: the null space keeps {kept} of {every} key dimensions"
-        if not NEARLY_NONE < kept / every < NEARLY_ALL:
-            rank_zero_warn(f"{said}; choose another update.threshold, or give update.energy")
-        self.notes = list(dict.fromkeys([*self.notes, said]))
-        return whitening
+    def _commit(self, module: EditableModule, record: EditRecord) -> None:
+        """Remember the batch: from now on its keys are respected."""
+        self.committed += 1
+        self._request_ids.append(list(record.request_ids))
+        cast(Any, module).edit_batches_held = self.committed
+        if not self.past_keys:
+            return
+        for change in record.changes:
+            respected = change.keys if change.past_keys is None else change.past_keys
+            past = PastBatch(change.keys, respected)
+            self._past.setdefault(change.weight, []).append(past)
+            self._memory[change.weight].remember(past.respected)
 
-    def _weight(self, module: EditableModule, layer: int) -> Tensor:
-        """Return the layer's weight in float32 or better, ``(d_out, d_in)``."""
-        weight = module.editable_weight(layer)
-        if weight.dtype in (torch.float32, torch.float64):
-            return weight
-        if layer not in self._precise:
-            self._precise[layer] = weight.float()
-        return self._precise[layer]
+    def _memory_of(self, module: EditableModule, weight: WeightId) -> KeyMemory:
+        """Return the weight's memory, built on first use and after a restart."""
+        if weight not in self._memory:
+            memory = KeyMemory(self.solver.whitening(module.key_covariance(weight)))
+            self._note_null_space(weight, memory.whitening)
+            for past in self._past.get(weight, []):
+                memory.observe(past.solved)
+                memory.remember(past.respected)
+            self._memory[weight] = memory
+        return self._memory[weight]
 
-    def _set_weight(self, module: EditableModule, layer: int, edited: Tensor) -> None:
-        weight = self._weight(module, layer).copy_(edited)
-        self._publish(module, layer, weight)
-
-    def _publish(self, module: EditableModule, layer: int, weight: Tensor) -> None:
-        """Let the model see a weight that was changed, if it is finite in the model's precision."""
-        seen = module.editable_weight(layer)
-        if seen.dtype != weight.dtype:
-            seen.copy_(weight)
-        if not bool(torch.isfinite(seen.sum(dtype=weight.dtype))):
-            raise NonFiniteError(f"the update of layer {layer} is not finite in {seen.dtype}")
-
-    @contextmanager
-    def _restored_on_error(self, module: EditableModule) -> Iterator[dict[int, Tensor]]:
-        """Give the weights as they are now, and put them back if anything goes wrong."""
-        before = {layer: self._weight(module, layer).clone() for layer in self.written_layers}
-        try:
-            yield before
-        except BaseException:
-            for layer, weight in before.items():
-                self._weight(module, layer).copy_(weight)
-                module.editable_weight(layer).copy_(weight)
-            self._memory = {}  # built again from what is remembered
-            raise
+    def _note_null_space(self, weight: WeightId, whitening: Whitening) -> None:
+        """Keep for the report, and warn of, what a null space leaves to write in."""
+        dimensions = kept_dimensions(whitening)
+        if dimensions is None:
+            return
+        kept, total = dimensions
+        note = f"{weight}: the null space keeps {kept} of {total} key dimensions"
+        if worth_a_warning(kept, total):
+            rank_zero_warn(f"{note}; choose another update.threshold, or give update.energy")
+        self.norms[f"{weight}/null_space"] = kept
+        self.notes = list(dict.fromkeys([*self.notes, note]))
 
     @property
-    def remembered(self) -> dict[int, Tensor]:
-        """Keys of all earlier batches by layer, ``(d_in, n)``."""
+    def past_keys_by_weight(self) -> dict[WeightId, Tensor]:
+        """Keys of all earlier batches that are respected, ``(d_in, n)``, on the CPU."""
         return {
-            layer: torch.cat([some.to(keys[-1]) for some in keys], dim=1)
-            for layer, keys in self._remembered.items()
+            weight: torch.cat([batch.respected for batch in past], dim=1)
+            for weight, past in self._past.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what earlier batches left, by layer.
+        """Return what earlier batches left behind, as tensors and plain values.
 
-        ``past_keys`` are ``(d_in, n)``; ``precise`` holds the float32 version of weights
-        in half precision, ``original`` the unedited weights that the end of the run needs.
+        Past keys are kept batch by batch, so that a resumed run adds them up as the run did.
         """
-        kept = {"past_keys": self.remembered, "precise": self._precise, "original": self.original}
         return {
-            name: {str(layer): tensor for layer, tensor in tensors.items()}
-            for name, tensors in kept.items()
+            "settings": self._settings(),
+            "committed": self.committed,
+            "request_ids": self._request_ids,
+            "past": {
+                str(weight): [batch._asdict() for batch in past]
+                for weight, past in self._past.items()
+            },
+            "original": {str(weight): tensor for weight, tensor in self.original.items()},
+            "covariances": self._covariances,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what earlier batches left."""
-        past, self._precise, self.original = (
-            {int(layer): tensor for layer, tensor in state_dict[name].items()}
-            for name in ("past_keys", "precise", "original")
-        )
-        self._remembered = {layer: [keys] for layer, keys in past.items()}
+        """Take over what earlier batches left behind.
+
+        Raises:
+            InputError: if they were applied under other settings, naming which.
+        """
+        for name, value in self._settings().items():
+            before = state_dict["settings"][name]
+            if before != value:
+                raise InputError(
+                    f"the run was started with {name} {before}, not {value}",
+                    where=f"update.{name}",
+                    hint=f"resume it with {name} {before}, or start a new run",
+                )
+        self.committed = state_dict["committed"]
+        self._request_ids = state_dict["request_ids"]
+        self._past = {
+            WeightId.parse(name): [PastBatch(**batch) for batch in past]
+            for name, past in state_dict["past"].items()
+        }
+        self.original = {
+            WeightId.parse(name): tensor for name, tensor in state_dict["original"].items()
+        }
+        self._covariances = state_dict["covariances"]
         self._memory = {}
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the edited weights into the checkpoint, in the precision they are accumulated in."""
+        module = cast(EditableModule, pl_module)
+        checkpoint[EDITED_WEIGHTS] = {
+            str(weight): module.editable_weights.read(weight).cpu()
+            for weight in dict.fromkeys(self.written_weights(module))
+        }
 
-def _require_finite(module: EditableModule, batch: Any, layer: int, **columns: Tensor) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the edited weights until the covariances are taken from the unedited model."""
+        self._resumed = {
+            WeightId.parse(name): value for name, value in checkpoint[EDITED_WEIGHTS].items()
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what must not change within a run, as plain values."""
+        return {
+            "layers": self.layers,
+            "plan": self.plan,
+            "past_keys": self.past_keys,
+            "rect_keep": self.rect_keep,
+            "post_edit_transform": self.post_edit_transform,
+            **{"solver" if k == "kind" else k: v for k, v in asdict(self.solver).items()},
+        }
+
+    def _same_covariance(self, weight: WeightId, covariance: Tensor) -> None:
+        """Refuse to go on with a covariance that is not the one a run was started with."""
+        newest = fingerprint(covariance)
+        if self._covariances.setdefault(str(weight), newest) != newest:
+            raise InputError(
+                f"the covariance of {weight} is not the one that the run was started with",
+                where="the statistics file",
+                hint="bring the file back, or start a new run",
+            )
+
+
+class PastBatch(NamedTuple):
+    """Keys of a committed batch at one weight, on the CPU.
+
+    Attributes:
+        solved: those that its update was solved for, ``(d_in, n)``.
+        respected: those that later batches respect, ``(d_in, n)``; others only under RECT.
+    """
+
+    solved: Tensor
+    respected: Tensor
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Hash the shape and an even sample of the values of a tensor."""
+    flat = tensor.detach().flatten()
+    sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().contiguous()
+    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
+    digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _norms(changes: Sequence[WeightChange]) -> dict[str, float]:
+    """Return the norms of a batch's changes under flat names."""
+    return {
+        f"{change.weight}/{name}": value
+        for change in changes
+        for name, value in (
+            ("delta_norm", change.change_norm),
+            ("residual_norm", change.residual_norm),
+        )
+    }
+
+
+def _require_finite(
+    module: EditableModule, batch: Any, weight: WeightId, **columns: Tensor
+) -> None:
     for what, values in columns.items():
         bad = (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
         if bad:
-            name = getattr(module, "edit_name", lambda _, column: f"edit {column} of the batch")
             raise NonFiniteError(
-                f"{what} at layer {layer} not finite for {name(batch, bad[0])}"
+                f"{what} of {weight} not finite for {edit_name(module, batch, bad[0])}"
                 + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
                 + "; the weights are as they were before this batch"
             )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from blue_callbacks import CommittedBatches
 from lightning_blue.data.checks import (
     apply_policy,
     check_tokens,
@@ -149,11 +150,14 @@ class EditDataModule(LightningDataModule):
         return "counterfact" if known else "zsre"
 
     def train_dataloader(self) -> DataLoader[EditRequest]:
-        """Edit batches: lists of at most ``batch_size`` requests, in order."""
+        """Edit batches: lists of at most ``batch_size`` requests, in order.
+
+        A resumed run goes on behind the batches that were committed.
+        """
+        committed = self.trainer.global_step if self.trainer else 0
         return DataLoader(
             self.requests,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            shuffle=False,
+            batch_sampler=CommittedBatches(len(self.requests), self.batch_size, committed),
             collate_fn=list,
         )
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,35 +12,37 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blue_callbacks import EditStepOptimizer, NonFiniteError, apply_edit_batch
+from blue_callbacks import (
+    EditableWeights,
+    EditStepOptimizer,
+    NonFiniteError,
+    WeightId,
+    apply_edit_batch,
+)
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
-from lightning_blue.editing.fast.frozen import Shortcuts
-from lightning_blue.editing.fast.reader import PromptReader, micro_batches, usable_shortcuts
-from lightning_blue.editing.optimization import TargetOptimization, Targets, optimize_targets
-from lightning_blue.editing.prompts import EditPrompts, context_templates, edit_prompts
+from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
+from lightning_blue.editing.optimization import TargetOptimization
+from lightning_blue.editing.prompts import (
+    EditPrompts,
+    context_templates,
+    edit_prompts,
+    written_contexts,
+)
+from lightning_blue.editing.targets import TargetFinder, losses_not_finite
 from lightning_blue.language_model.architectures import (
     Architecture,
-    blocks,
     check_layers,
     check_site,
     down_projection,
-    feed_forward,
     find_architecture,
     site_modules,
     weight_view,
 )
 from lightning_blue.language_model.batching import context_length
-from lightning_blue.language_model.generation import generate
 from lightning_blue.language_model.loading import load_language_model
-from lightning_blue.language_model.shared_prefixes import row_width, share_prefixes
-from lightning_blue.language_model.states import precise, read_states
-from lightning_blue.language_model.tokens import Encoded
 from lightning_blue.support.errors import InputError
-from lightning_blue.support.processes import distribute, n_processes, progress_bar
-
-MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
-CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
+from lightning_blue.support.seeds import run_seed
 
 
 class EditModule(LightningModule):
@@ -55,13 +55,13 @@ class EditModule(LightningModule):
     Args:
         model: a causal language model, in eval mode.
         tokenizer: its fast tokenizer.
-        target: settings of the inner optimisation.
+        target: settings of the target optimisation.
         contexts: prefixes put before each prompt. None: the model writes one for each of
             "The", "Therefore", "Because", "I", "You". An empty list: the bare prompt only.
         context_tokens: length of the prefixes that the model writes.
         covariance: where the covariance of keys comes from.
         architecture: module names, for a model whose architecture has no row.
-        seed: of the contexts that the model writes.
+        seed: of the contexts that the model writes; None: the one of ``seed_everything``.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class EditModule(LightningModule):
         context_tokens: int = 10,
         covariance: CovarianceSource = CovarianceSource(),  # noqa: B008  (frozen)
         architecture: Architecture | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -85,17 +85,21 @@ class EditModule(LightningModule):
         self.context_tokens = context_tokens
         self.covariance = covariance
         self.architecture = find_architecture(model, architecture)
-        self.seed = seed
         check_site(target.site, self.architecture)
-        self.shortcuts: Shortcuts | None = None  # found out at the first target search
-        self.blocks = blocks(model, self.architecture)  # a plain list: already in self.model
+        self.seed = seed
+        self.target_finder = TargetFinder(model, self.architecture, target)
+        self.blocks = self.target_finder.blocks  # a plain list: already in self.model
+        self.editable_weights = EditableWeights(
+            lambda weight: weight_view(self._projection(weight))
+        )
+        self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
         self.preparation_seconds = 0.0
         self._covariances: dict[int, Tensor] = {}
         self._templates: list[str] | None = None
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
-        self._named: set[str] = set()  # subjects that several requests of a batch were about
+        self._warned_of: set[str] = set()  # subjects that several requests of a batch were about
 
     # Lightning
 
@@ -106,6 +110,12 @@ class EditModule(LightningModule):
     def training_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         """Apply one edit batch."""
         apply_edit_batch(self, batch)
+
+    def validation_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        """Leave measuring to the callback that is there for it."""
+
+    def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
+        """Leave measuring to the callback that is there for it."""
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -119,70 +129,45 @@ class EditModule(LightningModule):
 
     # What the callbacks ask for
 
-    def editable_weight(self, layer: int) -> Tensor:
-        """Return the layer's down projection as a ``(d_model, d_in)`` view."""
-        return weight_view(self._projection(layer))
+    def key_covariance(self, weight: WeightId) -> Tensor:
+        """Return the covariance of the weight's keys, ``(d_in, d_in)``; see :meth:`prepare`."""
+        if weight.layer not in self._covariances:
+            self.prepare([weight.layer], [weight])
+        return self._covariances[weight.layer].to(self.device)
 
-    def key_covariance(self, layer: int) -> Tensor:
-        """Return the layer's covariance, ``(d_in, d_in)``; see :meth:`prepare`."""
-        if layer not in self._covariances:
-            self.prepare([layer], [layer])
-        return self._covariances[layer]
+    def edit_keys(self, batch: Sequence[EditRequest], weight: WeightId) -> Tensor:
+        """Return the key of each edit, averaged over contexts, ``(d_in, n)``."""
+        return keys_at_lookups(self.model, self._projection(weight), self._prompts(batch))
 
-    @torch.no_grad()
-    def edit_keys(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
-        """Return the key of each edit, ``(d_in, n)``.
-
-        Averaged inside each kind of context first, then over kinds: the bare prompt weighs one
-        half, all prefixed ones together the other half.
-        """
-
-        def read(prompts: Sequence[EditPrompts]) -> list[Tensor]:
-            rows = [row for prompt in prompts for row in prompt.rewriting]
-            states = self._at_lookups(rows, inputs_of={"key": self._projection(layer)})
-            keys = states.view(len(prompts), len(self.templates), -1)
-            bare, prefixed = keys[:, 0], keys[:, 1:]
-            mean = (bare + prefixed.mean(1)) / 2 if prefixed.shape[1] else bare
-            return [key.clone() for key in mean.cpu()]
-
-        return torch.stack(distribute(self._prompts(batch), read), dim=1).to(self.device)
-
-    @torch.no_grad()
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Return the output at the target site at the bare lookup, ``(d_model, n)``."""
-
-        def read(prompts: Sequence[EditPrompts]) -> list[Tensor]:
-            rows = [prompt.rewriting[0] for prompt in prompts]
-            outputs = self._at_lookups(rows, outputs_of={"output": self._written_module(layer)})
-            return [output.clone() for output in outputs.cpu()]
-
-        return torch.stack(distribute(self._prompts(batch), read), dim=1).to(self.device)
+        site = site_modules(self.target.site, self.blocks[layer], self.architecture)[-1]
+        return outputs_at_lookups(self.model, site, self._prompts(batch))
 
     def edit_targets(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Optimise the site's outputs that make the model say the new objects, ``(d_model, n)``.
 
         Raises:
+            InputError: if the loss is read below the target layer.
             NonFiniteError: naming the request whose loss was not finite.
         """
-        if self.target.loss_layer is not None and self.target.loss_layer < layer:
-            raise InputError(
-                f"loss_layer {self.target.loss_layer} lies below the target layer {layer}, where "
-                "no delta can change the loss",
-                where="model.target.loss_layer",
-                hint="choose a higher layer, or null for the last one",
+        self._check_loss_layer(layer)
+        values, losses = self.target_finder.find(
+            self._prompts(batch), self._edits_by_target(batch), layer
+        )
+        bad = losses_not_finite(losses)
+        if bad:
+            raise NonFiniteError(
+                f"the loss of {self.edit_name(batch, bad[0])} at layer {layer} is not finite; "
+                "the weights are as they were before this batch"
             )
-        prompts, members = self._prompts(batch), self._members(batch)
-        if self.shortcuts is None:
-            farthest = max(prompts, key=lambda one: one.rewriting[-1].lookup)
-            self.shortcuts = usable_shortcuts(partial(self._reader, [farthest], layer))
-        found = distribute(members, partial(self._search, prompts, layer))
-        order = torch.tensor([i for some in members for i in some]).argsort()
-        losses = torch.cat([one.losses for one in found])[order].to(self.device)
-        self._require_finite(batch, layer, losses)
-        self.target_losses[layer] = losses
-        values = torch.cat([one.values for one in found], dim=1)[:, order].to(self.device)
-        self.target_values[layer] = values
-        return values[-1].T
+        self.target_losses[layer] = losses.to(self.device)
+        self.target_values[layer] = values.to(self.device)
+        return self.target_values[layer][-1].T
+
+    def request_ids(self, batch: Sequence[EditRequest]) -> list[str]:
+        """Return the id of each request of a batch."""
+        return [request.case_id for request in batch]
 
     def edit_name(self, batch: Sequence[EditRequest], column: int) -> str:
         """Name an edit of the batch in a message."""
@@ -197,18 +182,19 @@ class EditModule(LightningModule):
         if self._templates is None:
             prefixes = self.contexts
             if prefixes is None:
-                prefixes = self._written_contexts()
+                seed = run_seed(self.seed)
+                prefixes = written_contexts(self.model, self.tokenizer, self.context_tokens, seed)
             self._templates = context_templates(prefixes)
         return self._templates
 
     def prepare(
-        self, critical: Sequence[int], written: Sequence[int], weight: float = 15_000.0
+        self, critical: Sequence[int], written: Sequence[WeightId], weight: float = 15_000.0
     ) -> None:
         """Load or collect what must come from the unedited model: contexts and covariances.
 
         Args:
             critical: all critical layers of the method, to be checked against the model.
-            written: the layers whose covariance is needed.
+            written: the weights whose covariance is needed.
             weight: of the covariance in the update, for the report on whether its text was enough.
 
         Raises:
@@ -217,9 +203,9 @@ class EditModule(LightningModule):
         started = time.perf_counter()
         check_layers(list(critical), len(self.blocks))
         _ = self.templates
-        missing = sorted(set(written) - set(self._covariances))
+        missing = sorted({each.layer for each in written} - set(self._covariances))
         if missing:
-            projections = {layer: self._projection(layer) for layer in missing}
+            projections = {layer: self._projection(WeightId(layer)) for layer in missing}
             self._covariances |= load_or_collect(
                 self.model, self.tokenizer, projections, self.covariance, weight
             )
@@ -238,11 +224,8 @@ class EditModule(LightningModule):
         """The most tokens the model can read."""
         return context_length(self.model) or 2**31
 
-    def _projection(self, layer: int) -> nn.Module:
-        return down_projection(self.blocks[layer], self.architecture)
-
-    def _written_module(self, layer: int) -> nn.Module:
-        return site_modules(self.target.site, self.blocks[layer], self.architecture)[-1]
+    def _projection(self, weight: WeightId) -> nn.Module:
+        return down_projection(self.blocks[weight.layer], self.architecture)
 
     def _prompts(self, batch: Sequence[EditRequest]) -> list[EditPrompts]:
         """Tokenise a batch, once for all that is asked about it."""
@@ -250,114 +233,30 @@ class EditModule(LightningModule):
             self._tokenised = batch, edit_prompts(self.tokenizer, batch, self.templates)
         return self._tokenised[1]
 
-    def _at_lookups(self, rows: Sequence[Encoded], **module: Mapping[str, nn.Module]) -> Tensor:
-        """Read one module at each row's lookup, ``(n_rows, d)``; what follows changes nothing."""
-        sequences = [row.ids[: row.lookup + 1] for row in rows]
-        longest = max(map(len, sequences))
-        width, step = row_width(self.model, longest), max(1, MAX_TOKENS // longest)
-        found = []
-        for first in range(0, len(rows), step):
-            some = sequences[first : first + step]
-            shared = share_prefixes(self.model, some, width)
-            (states,) = read_states(self.model, shared.arguments, **module).values()
-            last = torch.tensor([[len(ids) - 1] for ids in some], device=self.device)
-            found.append(states.flatten(0, 1)[shared.nodes.gather(1, last)[:, 0]])
-        return precise(torch.cat(found))
-
-    def _written_contexts(self) -> list[str]:
-        write = partial(
-            generate,
-            self.model,
-            self.tokenizer,
-            max_new_tokens=self.context_tokens,
-            top_k=5,
-            seed=self.seed,
-        )
-        texts = distribute(list(CONTEXT_STARTS), write)
-        whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
-        return [f"{' '.join(text.split())}." for text in whole]
-
-    def _members(self, batch: Sequence[EditRequest]) -> list[list[int]]:
-        """Group the edits that have one target; name edits that ought to share one."""
-        together: dict[str, list[int]] = {}
+    def _edits_by_target(self, batch: Sequence[EditRequest]) -> list[list[int]]:
+        """Group the edits that have one target; name edits that ought to have one together."""
+        by_subject: dict[str, list[int]] = {}
         for index, request in enumerate(batch):
-            together.setdefault(request.subject, []).append(index)
-        if self.target.share_subjects:
-            return list(together.values())
-        for subject, group in together.items():
-            if len(group) > 1 and subject not in self._named:
-                self._named.add(subject)
-                names = ", ".join(batch[i].case_id for i in group)
+            by_subject.setdefault(request.subject, []).append(index)
+        if self.target.merge_subjects:
+            return list(by_subject.values())
+        for subject, edits in by_subject.items():
+            if len(edits) > 1 and subject not in self._warned_of:
+                self._warned_of.add(subject)
+                names = ", ".join(batch[i].case_id for i in edits)
                 rank_zero_warn(
                     f"requests {names} of one batch are about {subject!r}, and one key cannot "
-                    "hold several targets; --model.target.share_subjects=true gives them one"
+                    "hold several targets; --model.target.merge_subjects=true gives them one"
                 )
-        return [[i] for i in range(len(batch))]
+        return [[index] for index in range(len(batch))]
 
-    def _reader(
-        self, prompts: Sequence[EditPrompts], layer: int, shortcuts: Shortcuts
-    ) -> PromptReader:
-        sites = site_modules(self.target.site, self.blocks[layer], self.architecture)
-        return PromptReader(
-            self.model,
-            self.blocks,
-            layer,
-            sites,
-            self.target.site != "block",
-            prompts,
-            self.target.loss_layer,
-            partial(feed_forward, architecture=self.architecture),
-            shortcuts,
-        )
-
-    def _search(
-        self, prompts: Sequence[EditPrompts], layer: int, members: Sequence[Sequence[int]]
-    ) -> list[Targets]:
-        """Optimise a target for each group of edits, as many at once as memory holds.
-
-        What is found is on the CPU.
-        """
-        groups = micro_batches(
-            [max(prompts[i].length for i in edits) for edits in members],
-            [len(edits) * len(self.templates) for edits in members],
-            self._tokens_at_once(layer),
-        )
-        found: dict[int, Targets] = {}
-        with progress_bar(sum(map(len, members)), f"targets, layer {layer}") as bar:
-            for group in groups:
-                sizes = [len(members[member]) for member in group]
-                edits = [i for member in group for i in members[member]]
-                owner = torch.arange(len(group)).repeat_interleave(torch.tensor(sizes))
-                reader = self._reader(
-                    [prompts[i] for i in edits], layer, self.shortcuts or Shortcuts()
-                )
-                with torch.enable_grad():
-                    values, losses = optimize_targets(
-                        reader.initial, reader, self.target, owner.to(self.device)
-                    )
-                parts = values.cpu().split(sizes, dim=1), losses.cpu().split(sizes)
-                for member, value, course in zip(group, *parts, strict=True):
-                    found[member] = Targets(value.clone(), course.clone())
-                bar.update(len(edits))
-        return [found[member] for member in range(len(members))]
-
-    def _tokens_at_once(self, layer: int) -> int:
-        """Return how many tokens the target search may hold at once."""
-        if self.target.tokens_per_batch is not None:
-            return self.target.tokens_per_batch
-        d_model, d_in = self.editable_weight(layer).shape
-        vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        floats = (len(self.blocks) - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
-        return max(MIN_TOKENS, min(MAX_TOKENS, free_memory(self.device) // (2 * 4 * floats)))
-
-    def _require_finite(self, batch: Sequence[EditRequest], layer: int, losses: Tensor) -> None:
-        total = losses[..., 0]
-        bad = (torch.isinf(total) | torch.isnan(total[:, :1])).any(1)
-        if bool(bad.any()):
-            column = int(bad.nonzero()[0])
-            raise NonFiniteError(
-                f"the loss of {self.edit_name(batch, column)} at layer {layer} is not finite; "
-                "the weights are as they were before this batch"
+    def _check_loss_layer(self, layer: int) -> None:
+        if self.target.loss_layer is not None and self.target.loss_layer < layer:
+            raise InputError(
+                f"loss_layer {self.target.loss_layer} lies below the target layer {layer}, where "
+                "no delta can change the loss",
+                where="model.target.loss_layer",
+                hint="choose a higher layer, or null for the last one",
             )
 
 
@@ -377,12 +276,3 @@ def edit_module(
     """
     model, tokenizer = load_language_model(name_or_path, dtype, revision)
     return EditModule(model, tokenizer, **settings)
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device, for each process on it."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if not hasattr(os, "sysconf"):
-        return 4 * 2**30
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_processes()

@@ -35,7 +35,7 @@ class TargetOptimization:
             tenth).
         keep_norm: rescale each target to the norm of the state it replaces (NAS, arXiv
             2602.02543).
-        share_subjects: let requests of a batch with the same subject share one target
+        merge_subjects: let requests of a batch with the same subject have one target
             (MEMIT-Merge, arXiv 2502.07322).
         loss_layer: the block whose output is read for the NLL, through the final norm and the
             head. None: the last.
@@ -52,7 +52,7 @@ class TargetOptimization:
     site: Literal["block", "ffn", "attention_and_ffn"] = "block"
     early_stop: Literal["most_probable", "pmet"] | None = None
     keep_norm: bool = False
-    share_subjects: bool = False
+    merge_subjects: bool = False
     loss_layer: int | None = None
     tokens_per_batch: int | None = None
 
@@ -63,8 +63,8 @@ class TargetOptimization:
                 raise ValueError(f"target.{name} must be positive, not {value}")
 
 
-class Readings(NamedTuple):
-    """What one step reads of m edits.
+class Predictions(NamedTuple):
+    """What the model predicts for m edits at one step.
 
     Attributes:
         nll: of the target, nats, the mean over its tokens and over the rewriting prompts, ``(m,)``.
@@ -78,7 +78,7 @@ class Readings(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What the search found.
+    """What the optimisation found.
 
     Attributes:
         values: the targets at each site, ``(n_sites, n, d_model)``.
@@ -90,11 +90,11 @@ class Targets(NamedTuple):
     losses: Tensor
 
 
-Read = Callable[[Tensor, Tensor], Readings]
+Predict = Callable[[Tensor, Tensor], Predictions]
 
 
 def optimize_targets(
-    initial: Tensor, read: Read, search: TargetOptimization, owner: Tensor | None = None
+    initial: Tensor, predict: Predict, settings: TargetOptimization, owner: Tensor | None = None
 ) -> Targets:
     """Minimise ``NLL(target) + kl_weight KL + weight_decay |delta| / |h|^2`` over delta.
 
@@ -104,9 +104,9 @@ def optimize_targets(
     Args:
         initial: the sites' outputs at the lookup of the bare prompt, h, ``(n_sites, n, d_model)``,
             float32 or float64.
-        read: maps indices of the edits that still run, ``(m,)``, and their deltas,
-            ``(n_sites, m, d_model)``, to what the model then says.
-        search: settings.
+        predict: maps indices of the edits that are still active, ``(m,)``, and their deltas,
+            ``(n_sites, m, d_model)``, to what the model then predicts.
+        settings: of the optimisation.
         owner: which target each edit belongs to, from 0, ``(n,)``. Edits that share one have the
             mean of their states for h and the mean of their losses. None: each has its own.
 
@@ -118,34 +118,34 @@ def optimize_targets(
     start = _mean_by(owner, initial.transpose(0, 1)).transpose(0, 1)
     norms = start.norm(dim=-1)  # (n_sites, n_targets)
     delta = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=search.learning_rate)
-    losses = initial.new_full((len(every), search.steps, 4), torch.nan)
+    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
+    losses = initial.new_full((len(every), settings.steps, 4), torch.nan)
     factor = torch.ones_like(norms[0])  # of the NLL, by target
     edits, before = every, None
 
-    for step in range(search.steps):
-        now = read(edits, delta[:, owner[edits]])
+    for step in range(settings.steps):
+        now = predict(edits, delta[:, owner[edits]])
         before = now.subject.detach() if before is None else before
-        active, mine = owner[edits].unique(return_inverse=True)
-        kl = _mean_by(mine, kl_divergence(now.subject, before[edits]))
+        active, which = owner[edits].unique(return_inverse=True)
+        kl = _mean_by(which, kl_divergence(now.subject, before[edits]))
         decay = (delta[:, active].norm(dim=-1) / norms[:, active] ** 2).sum(0)
-        nll = factor[active] * _mean_by(mine, now.nll)
-        terms = torch.stack((nll, search.kl_weight * kl, search.weight_decay * decay), dim=1)
+        nll = factor[active] * _mean_by(which, now.nll)
+        terms = torch.stack((nll, settings.kl_weight * kl, settings.weight_decay * decay), dim=1)
         total = terms.sum(1)
-        losses[edits, step] = torch.cat((total[:, None], terms), dim=1).detach()[mine]
+        losses[edits, step] = torch.cat((total[:, None], terms), dim=1).detach()[which]
 
-        hit = _mean_by(mine, now.most_probable.float()) == 1
-        running = _still_running(search, total.detach(), hit, kl.detach())
-        if search.early_stop == "pmet":
+        hit = _mean_by(which, now.most_probable.float()) == 1
+        running = _still_active(settings, total.detach(), hit, kl.detach())
+        if settings.early_stop == "pmet":
             factor[active] = torch.where(hit, PMET_FACTOR, 1.0).to(factor)
-        if step == search.steps - 1 or not bool(running.any()):
+        if step == settings.steps - 1 or not bool(running.any()):
             break
         (delta.grad,) = torch.autograd.grad(total[running].sum(), [delta])
         _step_some(optimizer, delta, active[running])
-        _clamp(delta, search.clamp * norms)
-        edits = edits[running[mine]]
+        _clamp(delta, settings.clamp * norms)
+        edits = edits[running[which]]
     values = start + delta.detach()
-    if search.keep_norm:
+    if settings.keep_norm:
         values = values * (norms / values.norm(dim=-1))[..., None]
     return Targets(values[:, owner], losses)
 
@@ -158,12 +158,12 @@ def kl_divergence(log_probs: Tensor, before: Tensor) -> Tensor:
     return (log_probs.exp() * (log_probs - before)).sum(-1)
 
 
-def _still_running(search: TargetOptimization, total: Tensor, hit: Tensor, kl: Tensor) -> Tensor:
+def _still_active(settings: TargetOptimization, total: Tensor, hit: Tensor, kl: Tensor) -> Tensor:
     """Return which targets need another step, ``(n,)``; a loss that is not finite keeps running."""
-    done = total < search.stop_loss
-    if search.early_stop == "most_probable":
+    done = total < settings.stop_loss
+    if settings.early_stop == "most_probable":
         done |= hit
-    elif search.early_stop == "pmet":
+    elif settings.early_stop == "pmet":
         done |= hit & (kl < PMET_KL)
     return ~done | ~torch.isfinite(total)
 

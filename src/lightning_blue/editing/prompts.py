@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.language_model.generation import generate
 from lightning_blue.language_model.tokens import Encoded, encode_targets, encode_with_subject
+from lightning_blue.support.processes import distribute
 
+CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
 KL_PROMPT = "{} is a"
 
 
 class EditPrompts(NamedTuple):
-    """What one edit's target search reads.
+    """The prompts that one edit's target is optimised on.
 
     Attributes:
         rewriting: the request in every context, the bare one first, followed by the target's
@@ -69,3 +73,20 @@ def edit_prompts(
         )
         for group, target, kl_row in zip(groups, targets, kl, strict=True)
     ]
+
+
+def written_contexts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int
+) -> list[str]:
+    """Let the model write a context for each of `CONTEXT_STARTS`.
+
+    Args:
+        model: a causal language model in eval mode, not yet edited.
+        tokenizer: its tokenizer.
+        tokens: length of each context.
+        seed: of the sampling.
+    """
+    write = partial(generate, model, tokenizer, max_new_tokens=tokens, top_k=5, seed=seed)
+    texts = distribute(list(CONTEXT_STARTS), write)
+    whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
+    return [f"{' '.join(text.split())}." for text in whole]

@@ -1,9 +1,9 @@
-"""Read what modules take in and give out, in a forward pass that stops when all is read."""
+"""Read what modules take in and give out, and change what they give out, with hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -67,3 +67,41 @@ def read_states(
         with torch.no_grad(), suppress(Reached):
             model(**arguments, use_cache=False)
     return states
+
+
+@contextmanager
+def adding(module: nn.Module, delta: Tensor, column: int) -> Iterator[None]:
+    """Add ``(n_rows, d)`` to a module's output at a column.
+
+    The sum is formed in float32 or better, on the output's device.
+    """
+
+    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+        whole = hidden_of(output)
+        rows = whole.reshape(len(delta), -1, whole.shape[-1])  # OPT's FFN works on flat tokens
+        changed = (precise(rows[:, column]) + delta.to(whole.device)).to(whole.dtype)
+        parts = (rows[:, :column], changed[:, None], rows[:, column + 1 :])
+        result = torch.cat(parts, dim=1).reshape(whole.shape)
+        return (result, *output[1:]) if isinstance(output, tuple) else result
+
+    hook = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def bypassed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let blocks give out the hidden states that they take in."""
+
+    def pass_on(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    hooks = [block.register_forward_hook(pass_on, with_kwargs=True) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -34,6 +34,7 @@ class Shortcuts:
     read_few: bool = True
 
 
+ALL_SHORTCUTS = Shortcuts()
 NO_SHORTCUTS = Shortcuts(
     skip_blocks=False, reuse_prefix=False, share_prefixes=False, read_few=False
 )
@@ -79,7 +80,7 @@ def freeze(
     start: int,
     rows: AlignedRows,
     watched: Sequence[nn.Module] = (),
-    shortcuts: Shortcuts = Shortcuts(),
+    shortcuts: Shortcuts = ALL_SHORTCUTS,
 ) -> Frozen:
     """Run the rows once; keep what later passes can start from.
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from lightning_blue.editing.fast.frozen import Frozen, Shortcuts
-from lightning_blue.language_model.states import Reached, hidden_of, precise
+from lightning_blue.editing.fast.frozen import ALL_SHORTCUTS, Frozen, Shortcuts
+from lightning_blue.language_model.states import Reached, adding, precise
 
 
 class Pass(NamedTuple):
@@ -43,7 +43,7 @@ def logits_with(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
     passes: Sequence[Pass],
-    shortcuts: Shortcuts = Shortcuts(),
+    shortcuts: Shortcuts = ALL_SHORTCUTS,
 ) -> tuple[Tensor, ...]:
     """Run rows with something added to modules' outputs; read logits at few positions.
 
@@ -88,7 +88,7 @@ def _run(model: PreTrainedModel, blocks: Sequence[nn.Module], one: Pass) -> Tens
             given = frozen.hidden if block is blocks[frozen.start] and frozen.start >= 0 else None
             stack.enter_context(_replaced(block, given, frozen.returns_tuple))
         for module, delta in one.added:
-            stack.enter_context(_added(module, delta, frozen.rows.column - frozen.first))
+            stack.enter_context(adding(module, delta, frozen.rows.column - frozen.first))
         arguments = frozen.rows.arguments(frozen.first)
         cache = _cache(frozen.before, frozen.start)
         logits: Tensor = model(**arguments, past_key_values=cache, use_cache=bool(cache)).logits
@@ -101,8 +101,8 @@ def _cache(before: Sequence[tuple[Tensor, ...]], start: int) -> DynamicCache | N
         return None
     cache = DynamicCache()
     for index, (keys, values) in enumerate(before):
-        some = slice(0, 1) if index <= start else slice(None)
-        cache.update(keys[some], values[some], index)
+        rows = slice(0, 1) if index <= start else slice(None)
+        cache.update(keys[rows], values[rows], index)
     return cache
 
 
@@ -142,22 +142,3 @@ def _only_at(ffn: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _added(module: nn.Module, delta: Tensor, column: int) -> Iterator[None]:
-    """Add ``(n_rows, d)`` to a module's output at a column."""
-
-    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
-        whole = hidden_of(output)
-        rows = whole.reshape(len(delta), -1, whole.shape[-1])  # OPT's FFN works on flat tokens
-        changed = (precise(rows[:, column]) + delta).to(whole.dtype)
-        parts = (rows[:, :column], changed[:, None], rows[:, column + 1 :])
-        result = torch.cat(parts, dim=1).reshape(whole.shape)
-        return (result, *output[1:]) if isinstance(output, tuple) else result
-
-    hook = module.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -1,0 +1,35 @@
+"""What can go wrong for a user: input that cannot be used, and numbers that are not finite."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Input that cannot be used: what is wrong, where, and how to fix it.
+
+    Raised before any weight is touched. The command line prints it without a traceback.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, hint: str | None = None) -> None:
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if hint:
+            lines.append(f"  hint:  {hint}")
+        super().__init__("\n".join(lines))
+
+
+class NonFiniteError(RuntimeError):
+    """An update would have put NaN or infinity into the weights; they were left as before."""
+
+
+class EditRejected(RuntimeError):
+    """Raised in ``on_edit_written`` by a callback that refuses a batch; the weights go back.
+
+    Args:
+        reason: which number crossed which line.
+        stop: whether the run ends with the batches before it, or goes on with the next one.
+    """
+
+    def __init__(self, reason: str, *, stop: bool) -> None:
+        super().__init__(reason)
+        self.stop = stop

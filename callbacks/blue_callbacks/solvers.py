@@ -1,0 +1,58 @@
+"""Which keys an update must respect, and how: the choice between the methods' solvers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from blue_callbacks.closed_form import Whitening, least_squares, null_space
+
+NEARLY_ALL, NEARLY_NONE = 0.98, 0.02  # fractions of key dimensions worth a warning
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Settings that turn a covariance into a whitening map.
+
+    Args:
+        kind: ``least_squares`` (MEMIT) or ``null_space`` (AlphaEdit).
+        covariance_weight: least squares: lambda of Eq. 5 and 8.
+        threshold: null space: eigenvalue below which a direction is kept.
+        energy: null space: instead of it, the fraction of the trace that may be kept.
+        ridge: null space: AlphaEdit's L2.
+    """
+
+    kind: Literal["least_squares", "null_space"] = "least_squares"
+    covariance_weight: float = 15000.0
+    threshold: float = 0.02
+    energy: float | None = None
+    ridge: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("covariance_weight", "ridge"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, not {getattr(self, name):g}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"energy is a fraction, above 0 and at most 1, not {self.energy:g}")
+
+    def whitening(self, covariance: Tensor) -> Whitening:
+        """Return the whitening map for a covariance, ``(d_in, d_in)``.
+
+        Raises:
+            SingularCovarianceError: see `least_squares` and `null_space`.
+        """
+        if self.kind == "least_squares":
+            return least_squares(covariance, self.covariance_weight)
+        return null_space(covariance, self.ridge, self.threshold, self.energy)
+
+
+def kept_dimensions(whitening: Whitening) -> tuple[int, int] | None:
+    """Return how many key dimensions a null space keeps, and of how many; None without one."""
+    return None if whitening.basis is None else (whitening.basis.shape[1], whitening.basis.shape[0])
+
+
+def worth_a_warning(kept: int, total: int) -> bool:
+    """Say whether a null space keeps so much or so little that its threshold looks wrong."""
+    return not NEARLY_NONE < kept / total < NEARLY_ALL

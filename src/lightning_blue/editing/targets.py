@@ -1,0 +1,192 @@
+"""The targets of a batch: which edits have one together, and how many are optimised at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_blue.editing.fast.frozen import ALL_SHORTCUTS, Shortcuts
+from lightning_blue.editing.fast.plain import PlainPredictor
+from lightning_blue.editing.fast.predictor import FastPredictor, can_run_in_parts
+from lightning_blue.editing.optimization import TargetOptimization, Targets, optimize_targets
+from lightning_blue.editing.prompts import EditPrompts
+from lightning_blue.language_model.architectures import (
+    Architecture,
+    blocks,
+    feed_forward,
+    site_modules,
+    weight_view,
+)
+from lightning_blue.support.processes import distribute, n_processes, progress_bar
+
+MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
+PASS_PRICE = 128  # tokens whose computation costs as much as one more pass, about
+
+
+class TargetFinder:
+    """Optimises the targets of edit batches.
+
+    Args:
+        model: a causal language model in eval mode.
+        architecture: where its modules are.
+        settings: of the optimisation.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, settings: TargetOptimization
+    ) -> None:
+        self.model, self.architecture, self.settings = model, architecture, settings
+        self.blocks = blocks(model, architecture)
+        self.shortcuts: Shortcuts | None = None  # None: not known; found out at the first batch
+        self.runs_in_parts = True
+
+    def find(
+        self, prompts: Sequence[EditPrompts], groups: Sequence[Sequence[int]], layer: int
+    ) -> Targets:
+        """Optimise the targets of n edits at a layer; processes that work together share them.
+
+        Args:
+            prompts: of the n edits.
+            groups: indices of edits that have one target, by target; each edit is in one group.
+            layer: target layer.
+
+        Returns:
+            Targets and losses in the order of the edits, on the CPU.
+        """
+        if self.shortcuts is None:
+            self._try_parts(prompts, layer)
+        parts = distribute(groups, partial(self._find_groups, prompts, layer))
+        order = torch.tensor([index for group in groups for index in group]).argsort()
+        values = torch.cat([part.values for part in parts], dim=1)[:, order]
+        return Targets(values, torch.cat([part.losses for part in parts])[order])
+
+    def predictor(
+        self, prompts: Sequence[EditPrompts], layer: int
+    ) -> FastPredictor | PlainPredictor:
+        """Return what predicts for these edits, with a delta at the layer."""
+        return (self._fast if self.runs_in_parts else self._plain)(prompts, layer)
+
+    def _plain(self, prompts: Sequence[EditPrompts], layer: int) -> PlainPredictor:
+        sites = site_modules(self.settings.site, self.blocks[layer], self.architecture)
+        return PlainPredictor(self.model, self.blocks, sites, prompts, self.settings.loss_layer)
+
+    def _fast(self, prompts: Sequence[EditPrompts], layer: int) -> FastPredictor:
+        return FastPredictor(
+            self.model,
+            self.blocks,
+            layer - 1 if self.settings.site != "block" else layer,
+            site_modules(self.settings.site, self.blocks[layer], self.architecture),
+            prompts,
+            self.settings.loss_layer,
+            partial(feed_forward, architecture=self.architecture),
+            self.shortcuts or ALL_SHORTCUTS,
+        )
+
+    def _try_parts(self, prompts: Sequence[EditPrompts], layer: int) -> None:
+        """Find out whether this model's numbers stay the same when it is run in parts."""
+        farthest = max(prompts, key=lambda prompt: prompt.rewriting[-1].lookup)
+        self.shortcuts = ALL_SHORTCUTS
+        plain = self._plain([farthest], layer)
+        self.runs_in_parts = can_run_in_parts(partial(self._fast, [farthest], layer), plain)
+
+    def _find_groups(
+        self, prompts: Sequence[EditPrompts], layer: int, groups: Sequence[Sequence[int]]
+    ) -> list[Targets]:
+        """Optimise a target for each group of edits, as many at once as memory holds."""
+        batches = micro_batches(
+            [max(prompts[i].length for i in group) for group in groups],
+            [sum(len(prompts[i].rewriting) for i in group) for group in groups],
+            self._tokens_at_once(layer),
+        )
+        found: dict[int, Targets] = {}
+        with progress_bar(sum(map(len, groups)), f"targets, layer {layer}") as bar:
+            for batch in batches:
+                sizes = [len(groups[member]) for member in batch]
+                edits = [i for member in batch for i in groups[member]]
+                owner = torch.arange(len(batch)).repeat_interleave(torch.tensor(sizes))
+                predictor = self.predictor([prompts[i] for i in edits], layer)
+                with torch.enable_grad():
+                    values, losses = optimize_targets(
+                        predictor.initial, predictor, self.settings, owner.to(self.model.device)
+                    )
+                parts = values.cpu().split(sizes, dim=1), losses.cpu().split(sizes)
+                for member, value, course in zip(batch, *parts, strict=True):
+                    found[member] = Targets(value.clone(), course.clone())
+                bar.update(len(edits))
+        return [found[member] for member in range(len(groups))]
+
+    def _tokens_at_once(self, layer: int) -> int:
+        """Return how many tokens an optimisation may hold at once."""
+        if self.settings.tokens_per_batch is not None:
+            return self.settings.tokens_per_batch
+        projection = site_modules("ffn", self.blocks[layer], self.architecture)[0]
+        d_model, d_in = weight_view(projection).shape
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        floats = (len(self.blocks) - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
+        fitting = free_memory(self.model.device) // (2 * 4 * floats)
+        return max(MIN_TOKENS, min(MAX_TOKENS, fitting))
+
+
+class _Split(NamedTuple):
+    """The cheapest way to split the first items: its cost, and where its last group begins."""
+
+    cost: float
+    begin: int
+
+
+def micro_batches(
+    lengths: Sequence[int], rows: Sequence[int], tokens_at_once: int
+) -> list[list[int]]:
+    """Split items into micro-batches of similar length, so that little is padding.
+
+    Args:
+        lengths: tokens of each item's longest prompt.
+        rows: prompts of each item.
+        tokens_at_once: tokens in a micro-batch, padding counted; a larger item stands alone.
+
+    Returns:
+        Indices of the items, by micro-batch; the split whose padded tokens, with the price of a
+        pass for each micro-batch, are fewest.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    splits = [_Split(0.0, 0)]
+    for end in range(1, len(order) + 1):
+        width, height = lengths[order[end - 1]], 0
+        best = _Split(float("inf"), end - 1)
+        for begin in range(end - 1, -1, -1):
+            height += rows[order[begin]]
+            if begin < end - 1 and height * width > tokens_at_once:
+                break
+            best = min(best, _Split(splits[begin].cost + height * width + PASS_PRICE, begin))
+        splits.append(best)
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[splits[end].begin : end])
+        end = splits[end].begin
+    return groups[::-1]
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device, for each process on it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if not hasattr(os, "sysconf"):
+        return 4 * 2**30
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_processes()
+
+
+def losses_not_finite(losses: Tensor) -> list[int]:
+    """Return the edits whose loss was infinite, or not a number at the first step.
+
+    Args:
+        losses: from :func:`optimize_targets`, ``(n, steps, 4)``.
+    """
+    total = losses[..., 0]
+    bad = (torch.isinf(total) | torch.isnan(total[:, :1])).any(1)
+    return bad.nonzero().flatten().tolist()
