@@ -300,7 +300,7 @@ def test_report_shows_everything_and_its_pictures_exist(tmp_path: Path) -> None:
     failed = text.split("missed their own prompt")[1]
     assert "| Tower 2 lies in | Bern       | Paris, the city | Bern  | " in failed
     assert "Tower 3" not in text  # never applied
-    assert "| facts.jsonl:5 | c9   | no subject | add one        |" in text
+    assert "| facts.jsonl:5 | c9   | no subject | add one       |" in text
     assert "2 seconds per edit" in text
     assert 'from_pretrained("model")' in text
     for name in ("metrics", "losses", "before_after"):
