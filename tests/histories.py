@@ -61,7 +61,7 @@ def small_history() -> RunHistory:
         },
         requests=requests,
         rejected=[Rejected("facts.jsonl:5", "c9", "missing field", "no subject", "add one")],
-        applied=3,
+        batches={0: [0, 1], 1: [2]},
         measurements=measurements(),
         loss_curves=[
             LossCurve(0, 1, losses([4.0, 2.0, 1.0], [2.0, NAN, NAN])),
@@ -70,7 +70,7 @@ def small_history() -> RunHistory:
             LossCurve(1, 3, losses([5.0, 2.5, 1.5])),
         ],
         before=[outcome(f"c{i}", 0.0, " Paris,\nthe city") for i in range(4)],
-        after=[outcome(f"c{i}", float(i != 2), f" {place}") for i, place in enumerate(places)],
+        after={i: outcome(f"c{i}", float(i != 2), f" {places[i]}") for i in range(3)},
         seconds={"edit": 6.0, "total": 10.5},
     )
 

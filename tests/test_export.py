@@ -125,6 +125,6 @@ def test_the_card_names_a_local_model_without_its_path() -> None:
 
 def test_the_card_lists_at_most_200_edits() -> None:
     requests = [EditRequest(str(i), "{} is", f"Subject {i}", "new") for i in range(230)]
-    card = model_card(RunHistory(requests=requests, applied=230))
+    card = model_card(RunHistory(requests=requests, batches={0: list(range(230))}))
     assert card.count("- Subject ") == 200
     assert "- Subject 199 is … **new**\n\nand 30 facts more." in card

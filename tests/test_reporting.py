@@ -46,9 +46,7 @@ def test_final_losses_belong_to_the_request_in_the_batch() -> None:
 def test_batches_end_with_what_was_applied() -> None:
     history = small_history()
     assert [views.batch_of(history, i) for i in range(4)] == [0, 0, 1, None]
-    assert views.batches(history) == 2
-    del history.settings["batch_size"]
-    assert views.batches(history) is None
+    assert len(history.batches) == 2
 
 
 def test_series_joins_stages_and_keeps_the_newest() -> None:
@@ -166,7 +164,7 @@ def test_write_edits(tmp_path: Path) -> None:
 
 def test_write_edits_of_a_run_that_stopped_early(tmp_path: Path) -> None:
     history = small_history()
-    history.after = []
+    history.after = {}
     history.before[0] = replace(history.before[0], nll_new=math.inf)
     files.write_edits(tmp_path / "edits.jsonl", history)
     lines = read_lines(tmp_path / "edits.jsonl")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -148,6 +150,45 @@ class EditDataModule(LightningDataModule):
         """
         known = all(request.target_true is not None for request in self.requests)
         return "counterfact" if known else "zsre"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what tells these requests, in this order and these batches, from others."""
+        return {"requests": self._fingerprint(), "batch_size": self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Make sure that a resumed run goes on with the requests it was started with.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        if state_dict["batch_size"] != self.batch_size:
+            raise InputError(
+                f"the run was started with batches of {state_dict['batch_size']}, "
+                f"not of {self.batch_size}",
+                where="data.batch_size",
+                hint="resume it with the same, or start a new run",
+            )
+        if state_dict["requests"] != self._fingerprint():
+            raise InputError(
+                "the run was started with other requests, or the same in another order",
+                where=f"data.path = {self.path}",
+                hint="bring the file and the options under data back to what they were",
+            )
+
+    def _fingerprint(self) -> str:
+        """Hash the requests in their order; where they were read does not matter."""
+        digest = hashlib.sha256()
+        for request in self.requests:
+            digest.update(repr(replace(request, source="")).encode())
+        return digest.hexdigest()[:16]
+
+    def val_dataloader(self) -> DataLoader[list[EditRequest]]:
+        """One batch of all requests: what is measured of them is up to the callback."""
+        return DataLoader([self.requests], batch_size=None)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[list[EditRequest]]:
+        """One batch of all requests: what is measured of them is up to the callback."""
+        return DataLoader([self.requests], batch_size=None)  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[EditRequest]:
         """Edit batches: lists of at most ``batch_size`` requests, in order.

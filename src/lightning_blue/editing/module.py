@@ -20,7 +20,7 @@ from blue_callbacks import (
     apply_edit_batch,
 )
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
+from lightning_blue.editing.covariance import CovarianceSource, load_or_collect, model_fingerprint
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.editing.prompts import (
@@ -97,6 +97,7 @@ class EditModule(LightningModule):
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
         self.preparation_seconds = 0.0
         self._covariances: dict[int, Tensor] = {}
+        self._identity: str | None = None
         self._templates: list[str] | None = None
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
         self._warned_of: set[str] = set()  # subjects that several requests of a batch were about
@@ -116,6 +117,29 @@ class EditModule(LightningModule):
 
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         """Leave measuring to the callback that is there for it."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what cannot be found out again once the model is edited; not the model itself.
+
+        The edited weights are put into the checkpoint by the callback that writes them.
+        """
+        checkpoint["state_dict"] = {}
+        checkpoint["edit_module"] = {"model": self.identity, "templates": self.templates}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the contexts that the unedited model wrote.
+
+        Raises:
+            InputError: if this is not the model that the run was started with.
+        """
+        saved = checkpoint["edit_module"]
+        if saved["model"] != self.identity:
+            raise InputError(
+                "the run was started with another model: its unedited weights differ from these",
+                where="model.name_or_path",
+                hint="resume it with the model, revision and dtype that it was started with",
+            )
+        self._templates = saved["templates"]
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -177,6 +201,13 @@ class EditModule(LightningModule):
     # Set-up
 
     @property
+    def identity(self) -> str:
+        """A hash of the unedited weights, by which covariances and checkpoints are known."""
+        if self._identity is None:
+            self._identity = model_fingerprint(self.model)
+        return self._identity
+
+    @property
     def templates(self) -> list[str]:
         """Context templates, the bare one first; written by the model as it was at first use."""
         if self._templates is None:
@@ -202,7 +233,7 @@ class EditModule(LightningModule):
         """
         started = time.perf_counter()
         check_layers(list(critical), len(self.blocks))
-        _ = self.templates
+        _ = self.identity, self.templates
         missing = sorted({each.layer for each in written} - set(self._covariances))
         if missing:
             projections = {layer: self._projection(WeightId(layer)) for layer in missing}

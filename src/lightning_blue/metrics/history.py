@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,7 +17,8 @@ class Measurement(NamedTuple):
     Attributes:
         stage: ``pre`` (all requests, before any edit), ``batch`` (the batch just applied),
             ``cumulative`` (a sample of all edits applied until now), ``first_batch`` (the first
-            batch, at the end) or ``post`` (all requests, at the end).
+            batch, at the end), ``post`` (all applied requests, at the end) or ``test`` (all
+            requests of a file, without editing).
         edits: edits applied when it was taken.
         metrics: name -> value, standard_error, count, prompts.
     """
@@ -51,25 +52,62 @@ class RunHistory:
         protocol: ``counterfact`` or ``zsre``.
         requests: the requests of the run, in order.
         rejected: requests that could not be used.
-        applied: how many requests were applied.
+        batches: of each committed batch, by its number, the places of its requests in ``requests``.
         measurements: in the order they were taken.
         loss_curves: in the order of the batches.
         before: outcome of each request on the unedited model.
-        after: outcome of each request at the end.
-        seconds: time spent by part: ``edit``, ``evaluate``, ``covariance``, ``total``.
+        after: outcome of each applied request at the end, by its place in ``requests``.
+        seconds: time spent by part: ``edit``, ``evaluate``, ``prepare``, ``total``.
+        resumed_after: edits applied where the run was resumed, each time.
+        ended_early: why requests are left that were never applied; empty if none are.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     protocol: str = "counterfact"
     requests: list[EditRequest] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
-    applied: int = 0
+    batches: dict[int, list[int]] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
     loss_curves: list[LossCurve] = field(default_factory=list)
     before: list[RequestOutcome] = field(default_factory=list)
-    after: list[RequestOutcome] = field(default_factory=list)
+    after: dict[int, RequestOutcome] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    resumed_after: list[int] = field(default_factory=list)
+    ended_early: str = ""
+
+    @property
+    def applied(self) -> int:
+        """How many requests were applied."""
+        return sum(map(len, self.batches.values()))
+
+    @property
+    def applied_places(self) -> list[int]:
+        """The places in ``requests`` of those that were applied, in the order of their batches."""
+        return [place for places in self.batches.values() for place in places]
 
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""
-        return [one for one in self.measurements if one.stage == stage]
+        return [taken for taken in self.measurements if taken.stage == stage]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run cannot find out again, as plain values and tensors."""
+        return {
+            "batches": self.batches,
+            "measurements": [taken._asdict() for taken in self.measurements],
+            "loss_curves": [curve._asdict() for curve in self.loss_curves],
+            "before": [asdict(outcome) for outcome in self.before],
+            "seconds": self.seconds,
+            "resumed_after": self.resumed_after,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was gathered until a checkpoint."""
+        self.batches = state["batches"]
+        self.measurements = [Measurement(**taken) for taken in state["measurements"]]
+        self.loss_curves = [LossCurve(**curve) for curve in state["loss_curves"]]
+        self.before = [
+            RequestOutcome(**{**outcome, "correct": tuple(outcome["correct"])})
+            for outcome in state["before"]
+        ]
+        self.seconds = state["seconds"]
+        self.resumed_after = [*state["resumed_after"], self.applied]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from lightning_blue.reporting.views import (
 )
 from lightning_blue.support.storage import write_atomic
 
-SUMMARY_STAGES = ("pre", "post", "first_batch")
+SUMMARY_STAGES = ("pre", "post", "first_batch", "test")
 
 
 def write_edits(path: Path, history: RunHistory) -> None:
@@ -75,11 +75,24 @@ def summary(history: RunHistory) -> dict[str, Any]:
         "edits/applied": history.applied,
         "edits/requested": len(history.requests),
         "edits/rejected": len(history.rejected),
+        "edits/ended_early": history.ended_early,
         "protocol": history.protocol,
     }
     flat |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     flat |= _flat("settings", history.settings)
     return flat | {f"versions/{name}": number for name, number in versions().items()}
+
+
+def logged(history: RunHistory) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield edits applied and the flat values of each measurement, as loggers get them."""
+    for taken in history.measurements:
+        values = {f"{taken.stage}/{key}": value for key, value in flatten(taken.metrics).items()}
+        yield taken.edits, {**values, "edits/applied": taken.edits}
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def write_summary(path: Path, history: RunHistory) -> None:

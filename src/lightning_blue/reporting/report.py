@@ -11,7 +11,7 @@ from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.plots import plots
 from lightning_blue.reporting.tables import SCORES, markdown_table, score_table, stages_table
 from lightning_blue.reporting.text import CELL, DEFINITIONS, inline, settings_rows
-from lightning_blue.reporting.views import batches, failed, metrics_at, outcome_pairs
+from lightning_blue.reporting.views import failed, metrics_at, outcome_pairs
 from lightning_blue.support.storage import write_atomic
 
 EXAMPLES = 10  # edits shown, and as many that failed
@@ -72,15 +72,24 @@ def _sentence(history: RunHistory) -> str:
     text += " were edited"
     if "model" in settings:
         text += f" in {inline(str(settings['model']))}"
-    number = batches(history)
-    if number is not None:
+    number = len(history.batches)
+    if number:
         text += f", in {number} {'batch' if number == 1 else 'batches'}"
+    if number and "batch_size" in settings:
         text += f" of up to {settings['batch_size']}"
     if "plan" in settings:
         text += f", with the plan {inline(str(settings['plan']))}"
     if history.rejected:
         text += f"; {len(history.rejected):,} more could not be used"
-    return text + "."
+    text += "."
+    if history.ended_early:
+        never = len(history.requests) - history.applied
+        text += f"\n\n**Partial:** {never:,} requests were never applied ({history.ended_early}); "
+        text += "what is measured at the end is measured on those that were."
+    if history.resumed_after:
+        places = ", ".join(f"{edits:,}" for edits in history.resumed_after)
+        text += f"\n\nThe run was stopped and resumed after {places} edits."
+    return text
 
 
 def _pictures(names: Iterable[str]) -> str:
@@ -98,7 +107,8 @@ def _retention(history: RunHistory) -> str:
 
 
 def _examples(history: RunHistory) -> str:
-    applied = outcome_pairs(history)[: history.applied]
+    pairs = outcome_pairs(history)
+    applied = [pairs[place] for place in history.applied_places]
     missed = [example for example in applied if failed(example[2])]
     parts = [_example_table(applied[:EXAMPLES])] if applied else []
     if missed:

@@ -47,23 +47,19 @@ def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:
 
 def batch_of(history: RunHistory, index: int) -> int | None:
     """Return the number of the batch that a request was applied in, from 0; None if in none."""
-    size = history.settings.get("batch_size")
-    return index // size if size and index < history.applied else None
-
-
-def batches(history: RunHistory) -> int | None:
-    """Return how many batches were applied, where the size of a batch is known."""
-    last = batch_of(history, history.applied - 1)
-    return None if last is None else last + 1
+    numbers = (number for number, places in history.batches.items() if index in places)
+    return next(numbers, None)
 
 
 def outcome_pairs(
     history: RunHistory,
 ) -> list[tuple[EditRequest, RequestOutcome | None, RequestOutcome | None]]:
     """Return each request with its outcome before and after; None where there is none."""
-    n = len(history.requests)
-    padded = [(*side, *[None] * n)[:n] for side in (history.before, history.after)]
-    return list(zip(history.requests, *padded, strict=True))
+    before = dict(enumerate(history.before))
+    return [
+        (request, before.get(place), history.after.get(place))
+        for place, request in enumerate(history.requests)
+    ]
 
 
 def failed(outcome: RequestOutcome | None) -> bool:
@@ -90,14 +86,11 @@ def mean_losses(curve: LossCurve) -> Tensor:
 
 def final_losses(history: RunHistory) -> dict[int, dict[int, FinalLoss]]:
     """Return, by request and target layer, how each target optimisation ended."""
-    size = history.settings.get("batch_size")
     ends: dict[int, dict[int, FinalLoss]] = {}
     for curve in history.loss_curves:
-        if not size and curve.batch:
-            continue  # which request a row belongs to is not known
-        for row, losses in enumerate(curve.losses[:, :, 0].tolist()):
+        rows = curve.losses[:, :, 0].tolist()
+        for place, losses in zip(history.batches.get(curve.batch, []), rows, strict=False):
             taken = [loss for loss in losses if not math.isnan(loss)]
             if taken:
-                index = curve.batch * (size or 0) + row
-                ends.setdefault(index, {})[curve.layer] = FinalLoss(taken[-1], len(taken))
+                ends.setdefault(place, {})[curve.layer] = FinalLoss(taken[-1], len(taken))
     return ends
