@@ -36,7 +36,7 @@ class MeasureEdits(Callback):
     and ``post`` only. ``Trainer.test`` measures all requests without editing, as ``test``.
 
     ``cumulative`` is measured in Lightning's validation: after every edit batch with
-    ``Trainer(val_check_interval=1)``, less often with a higher number. All values are in
+    ``Trainer(val_check_interval=1, check_val_every_n_epoch=None)``, less often with a higher number. All values are in
     ``trainer.callback_metrics`` as ``batch/efficacy``, ``cumulative/score`` and so on, so that
     ``EarlyStopping`` and ``ModelCheckpoint`` can monitor them; the loggers get them, with their
     standard errors, over edits applied.
@@ -217,6 +217,7 @@ class MeasureEdits(Callback):
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         applied = self.history.applied
+        self.history.logged.append((applied, {**values, "edits/applied": applied}))
         for logger in trainer.loggers:
             logger.log_metrics({**values, "edits/applied": applied}, step=applied)
 

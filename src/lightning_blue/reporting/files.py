@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -81,13 +81,6 @@ def summary(history: RunHistory) -> dict[str, Any]:
     flat |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     flat |= _flat("settings", history.settings)
     return flat | {f"versions/{name}": number for name, number in versions().items()}
-
-
-def logged(history: RunHistory) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield edits applied and the flat values of each measurement, as loggers get them."""
-    for taken in history.measurements:
-        values = {f"{taken.stage}/{key}": value for key, value in flatten(taken.metrics).items()}
-        yield taken.edits, {**values, "edits/applied": taken.edits}
 
 
 def first_line(error: BaseException) -> str:
