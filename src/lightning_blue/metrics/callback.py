@@ -14,12 +14,18 @@ from lightning_blue.data.corpus import corpus_texts
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
 from lightning_blue.language_model.scoring import perplexity
-from lightning_blue.metrics.evaluation import Evaluation, Metrics, control_recall, evaluate, flatten
+from lightning_blue.metrics.evaluation import (
+    Evaluation,
+    Metrics,
+    evaluate,
+    evaluate_control_facts,
+    flatten,
+)
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
 
 
 class MeasureEdits(Callback):
-    """Measure efficacy, generalization, specificity, fluency, consistency, and damage.
+    """Measure efficacy, generalization, specificity, fluency, consistency, and side effects.
 
     Stages are kept apart by name: ``pre`` and ``post`` read all requests before any edit and at the
     end, ``batch`` the batch just applied, ``cumulative`` a sample of all edits applied until then,
@@ -68,7 +74,7 @@ class MeasureEdits(Callback):
         """Measure the unedited model."""
         before = self._evaluate(pl_module, self.history.requests, whole=True)
         self.history.before = before.outcomes
-        self._keep(trainer, "pre", {**before.metrics, **self._damage(trainer, pl_module)})
+        self._keep(trainer, "pre", {**before.metrics, **self._side_effects(trainer, pl_module)})
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
@@ -97,7 +103,7 @@ class MeasureEdits(Callback):
             sampler = random.Random(self.seed)
             sample = sampler.sample(applied, min(self.cumulative, len(applied)))
             metrics = self._evaluate(pl_module, sample).metrics
-            self._keep(trainer, "cumulative", {**metrics, **self._damage(trainer, pl_module)})
+            self._keep(trainer, "cumulative", {**metrics, **self._side_effects(trainer, pl_module)})
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure everything again on the edited model."""
@@ -105,7 +111,7 @@ class MeasureEdits(Callback):
         self._keep(trainer, "first_batch", self._evaluate(pl_module, first).metrics)
         after = self._evaluate(pl_module, self.history.requests, whole=True)
         self.history.after = after.outcomes
-        self._keep(trainer, "post", {**after.metrics, **self._damage(trainer, pl_module)})
+        self._keep(trainer, "post", {**after.metrics, **self._side_effects(trainer, pl_module)})
 
     def _evaluate(
         self, module: EditModule, requests: Sequence[EditRequest], whole: bool = False
@@ -125,15 +131,16 @@ class MeasureEdits(Callback):
         self._count_seconds("evaluate", time.perf_counter() - started)
         return evaluation
 
-    def _damage(self, trainer: Trainer, module: EditModule) -> Metrics:
-        """Perplexity on ordinary text and recall of known facts that are not edited."""
+    def _side_effects(self, trainer: Trainer, module: EditModule) -> Metrics:
+        """Perplexity on ordinary text and retained knowledge of control facts."""
         started = time.perf_counter()
-        metrics: Metrics = {}
-        controls = trainer.datamodule.controls  # type: ignore[attr-defined]
-        if controls:
-            metrics["recall"] = control_recall(
-                module.model, module.tokenizer, controls, tokens_per_batch=self.tokens_per_batch
-            )
+        metrics = evaluate_control_facts(
+            module.model,
+            module.tokenizer,
+            trainer.datamodule.controls,  # type: ignore[attr-defined]
+            protocol=self.history.protocol,
+            tokens_per_batch=self.tokens_per_batch,
+        )
         if self._text is not None:
             metrics["perplexity"] = perplexity(
                 module.model,

@@ -72,4 +72,8 @@ class RunHistory:
 
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""
-        return [one for one in self.measurements if one.stage == stage]
+        return [taken for taken in self.measurements if taken.stage == stage]
+
+    def stages(self) -> list[str]:
+        """Return the stages that were measured, each once, in order."""
+        return list(dict.fromkeys(taken.stage for taken in self.measurements))
