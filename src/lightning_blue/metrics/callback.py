@@ -17,8 +17,8 @@ from lightning_blue.language_model.scoring import perplexity
 from lightning_blue.metrics.evaluation import (
     Evaluation,
     Metrics,
-    control_recall,
     evaluate,
+    evaluate_control_facts,
     flatten,
 )
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
@@ -192,14 +192,15 @@ class MeasureEdits(Callback):
         return evaluation
 
     def _side_effects(self, trainer: Trainer, module: EditModule) -> Metrics:
-        """Perplexity on ordinary text and recall of known facts that are not edited."""
+        """Perplexity on ordinary text and retained knowledge of control facts."""
         started = time.perf_counter()
-        metrics: Metrics = {}
-        controls = trainer.datamodule.controls  # type: ignore[attr-defined]
-        if controls:
-            metrics["recall"] = control_recall(
-                module.model, module.tokenizer, controls, tokens_per_batch=self.tokens_per_batch
-            )
+        metrics = evaluate_control_facts(
+            module.model,
+            module.tokenizer,
+            trainer.datamodule.controls,  # type: ignore[attr-defined]
+            protocol=self.history.protocol,
+            tokens_per_batch=self.tokens_per_batch,
+        )
         if self._text is not None:
             metrics["perplexity"] = perplexity(
                 module.model,

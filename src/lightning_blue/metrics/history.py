@@ -115,3 +115,7 @@ class RunHistory:
         ]
         self.seconds = state["seconds"]
         self.resumed_after = [*state["resumed_after"], self.applied]
+
+    def stages(self) -> list[str]:
+        """Return the stages that were measured, each once, in order."""
+        return list(dict.fromkeys(taken.stage for taken in self.measurements))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue import __version__
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome, flatten
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.views import (
@@ -28,6 +29,9 @@ SUMMARY_STAGES = ("pre", "post", "first_batch", "test")
 
 def write_edits(path: Path, history: RunHistory) -> None:
     """Write ``edits.jsonl``: each request with its outcome before and after.
+
+    An outcome is flat: ``case_id``, each metric that the table of metrics marks as per request
+    (null where the request offers nothing to measure), and the other fields of `RequestOutcome`.
 
     Raises:
         InputError: if the file cannot be written.
@@ -62,6 +66,8 @@ def write_rejected(path: Path, history: RunHistory) -> None:
 
 def summary(history: RunHistory) -> dict[str, Any]:
     """Return a run's numbers under flat keys; what was not measured has no key.
+
+    A value that is not finite has none either, but its counts have.
 
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``seconds/...``,
@@ -109,7 +115,11 @@ def versions() -> dict[str, str]:
 
 
 def _outcome(outcome: RequestOutcome | None) -> dict[str, Any] | None:
-    return None if outcome is None else asdict(outcome)
+    if outcome is None:
+        return None
+    fields = asdict(outcome)
+    values = table.per_request(fields.pop("values"))
+    return {"case_id": fields.pop("case_id"), **values, **fields}
 
 
 def _ends(ends: Mapping[int, FinalLoss]) -> dict[str, dict[str, float]]:
