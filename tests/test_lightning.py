@@ -175,7 +175,7 @@ def test_trainer_test_measures_without_editing(module, facts):
         ({"max_epochs": -1}, "edited again"),
         ({"max_steps": 0}, "nothing would be edited"),
         ({"limit_train_batches": 0}, "nothing would be edited"),
-        ({"overfit_batches": 1}, "only a part"),
+        ({"overfit_batches": 1}, "a part of the requests"),
     ],
 )
 def test_trainer_settings_that_would_edit_wrongly_are_refused(module, facts, flags, message):
@@ -193,9 +193,7 @@ def test_strategies_that_shard_weights_are_refused(module, facts):
         update.setup(trainer, module, "fit")
 
 
-def test_two_updates_and_a_missing_one_are_refused(module, facts):
-    with pytest.raises(InputError, match="2 ClosedFormUpdate"):
-        trainer_of(ClosedFormUpdate([0])).fit(module, datamodule=data_of(facts))
+def test_a_run_without_an_update_is_refused(module, facts):
     trainer = trainer_of()
     trainer.callbacks.remove(trainer.callbacks[0])
     with pytest.raises(InputError, match="no callback of the trainer edits"):
@@ -297,11 +295,16 @@ def comparable(summary: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if not key.startswith(left_out)}
 
 
-def test_two_seeds_differ_and_the_same_seed_gives_the_same_figures(run):
-    runs = [run(f"run{i}", f"--seed_everything={seed}")[1] for i, seed in enumerate((1, 1, 2))]
-    first, again, other = map(comparable, runs)
+def test_two_seeds_differ_and_the_same_seed_gives_the_same_figures(run, tmp_path):
+    """Rates of two requests may agree by chance; nats after other contexts do not."""
+    figures = []
+    for number, seed in enumerate((1, 1, 2)):
+        summary = run(f"run{number}", f"--seed_everything={seed}")[1]
+        lines = (tmp_path / f"run{number}" / "edits.jsonl").read_text().splitlines()
+        figures.append((comparable(summary), [json.loads(x)["after"]["nll_new"] for x in lines]))
+    first, again, other = figures
     assert first == again
-    assert first != other
+    assert first[1] != other[1]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "auto"])

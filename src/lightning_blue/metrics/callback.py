@@ -36,8 +36,8 @@ class MeasureEdits(Callback):
     and ``post`` only. ``Trainer.test`` measures all requests without editing, as ``test``.
 
     ``cumulative`` is measured in Lightning's validation: after every edit batch with
-    ``Trainer(val_check_interval=1, check_val_every_n_epoch=None)``, less often with a higher number. All values are in
-    ``trainer.callback_metrics`` as ``batch/efficacy``, ``cumulative/score`` and so on, so that
+    ``Trainer(val_check_interval=1, check_val_every_n_epoch=None)``, less often with a higher
+    number. All values are in ``trainer.callback_metrics`` as ``batch/efficacy``, ``cumulative/score`` and so on, so that
     ``EarlyStopping`` and ``ModelCheckpoint`` can monitor them; the loggers get them, with their
     standard errors, over edits applied.
 
@@ -162,8 +162,8 @@ class MeasureEdits(Callback):
         evaluation = self._evaluate(pl_module, requests, whole=True)
         self.history.after = dict(enumerate(evaluation.outcomes))
         metrics = {**evaluation.metrics, **self._side_effects(trainer, pl_module)}
-        self._keep(trainer, "test", metrics)
-        pl_module.log_dict(_values("test", metrics), logger=False)
+        self.history.measurements.append(Measurement("test", 0, metrics))
+        pl_module.log_dict({f"test/{key}": value for key, value in flatten(metrics).items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured until now."""
@@ -234,7 +234,8 @@ def _reason_of_end(trainer: Trainer) -> str:
         return f"trainer.max_steps={trainer.max_steps}"
     if trainer.should_stop:
         return "a callback stopped the run"
-    if trainer.limit_train_batches != 1.0:
+    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+    if trainer.num_training_batches < batches:
         return f"trainer.limit_train_batches={trainer.limit_train_batches}"
     return "batches were rejected"
 
