@@ -37,9 +37,9 @@ class MeasureEdits(Callback):
 
     ``cumulative`` is measured in Lightning's validation: after every edit batch with
     ``Trainer(val_check_interval=1, check_val_every_n_epoch=None)``, less often with a higher
-    number. All values are in ``trainer.callback_metrics`` as ``batch/efficacy``, ``cumulative/score`` and so on, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor them; the loggers get them, with their
-    standard errors, over edits applied.
+    number. All values are in ``trainer.callback_metrics`` as ``batch/efficacy``,
+    ``cumulative/score`` and so on, so that ``EarlyStopping`` and ``ModelCheckpoint`` can monitor
+    them; the loggers get them, with their standard errors, over edits applied.
 
     Args:
         text: ordinary text for perplexity, see
