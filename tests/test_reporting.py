@@ -25,6 +25,7 @@ from lightning_blue.reporting import files, plots, tables, views, wandb_run
 from lightning_blue.reporting.export import caution, model_card
 from lightning_blue.reporting.report import report, write_report
 from lightning_blue.reporting.text import definitions, inline
+from lightning_blue.reporting.wandb_logger import make_logger
 from lightning_blue.support import storage
 from lightning_blue.support.errors import InputError
 
@@ -490,7 +491,7 @@ def test_inline_leaves_no_markup() -> None:
 @pytest.fixture
 def logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbLogger]:
     monkeypatch.setenv("WANDB_MODE", "offline")  # restored afterwards; the logger changes it
-    made = wandb_run.make_logger(tmp_path / "run", "test", "offline")
+    made = make_logger(tmp_path / "run", "test", "offline")
     yield made
     wandb.finish()
 
@@ -542,9 +543,10 @@ class RecordedRun:
 
 def test_inner_losses_have_an_axis_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     run = RecordedRun()
-    monkeypatch.setattr(wandb_run, "_runs", lambda loggers: [run])
-    wandb_run.define_axes([])
-    wandb_run.log_loss_curve([], small_history().loss_curves[2])
+    monkeypatch.setattr(WandbLogger, "experiment", run)
+    loggers = [WandbLogger(offline=True)]
+    wandb_run.define_axes(loggers)
+    wandb_run.log_loss_curve(loggers, small_history().loss_curves[2])
     assert run.defined["*"] == {
         "step_metric": "edits/applied",
         "step_sync": True,

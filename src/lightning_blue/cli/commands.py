@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import wandb
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,6 +22,8 @@ from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.record import read_status
 from lightning_blue.reporting.tables import score_table
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.leftovers import sweep
+from lightning_blue.support.space import check_writable
 
 
 def run_command(command: str, args: Sequence[str]) -> int:
@@ -37,9 +38,6 @@ def run_command(command: str, args: Sequence[str]) -> int:
         return _complain(str(error), 2)
     except MisconfigurationException as error:
         return _complain(f"{' '.join(str(error).split())}\n  where: trainer", 2)
-    except wandb.errors.UsageError as error:
-        hint = "\n  hint:  run `wandb login`, or choose --run.wandb=offline"
-        return _complain(f"W&B cannot be used: {error}{hint}", 2)
     except SingularCovarianceError as error:
         return _complain(str(error), 2)
     except NonFiniteError as error:
@@ -82,6 +80,8 @@ def stats(args: Sequence[str]) -> None:
     weights = update.written_weights(module)
     module.prepare(update.layers, weights, update.solver.covariance_weight)
     file = covariance_file(module.model, module.tokenizer, module.covariance)
+    if not file.holds(update.written_layers):
+        raise InputError("the covariances could not be written", where=str(file.path))
     sys.stdout.write(f"covariance of layers {update.written_layers}: {file.path}\n")
     for layer, changes in file.changes(update.written_layers).items():
         tokens, share = changes[-1]
@@ -93,6 +93,8 @@ def stats(args: Sequence[str]) -> None:
 def pretrain(args: Sequence[str]) -> None:
     """Train a model until it knows the facts; print its recall."""
     cli = RunFileCLI(PretrainModule, FactCorpusModule, args)
+    check_writable(cli.model.output)
+    sweep(cli.model.output.parent)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     sys.stdout.write(f"\n{cli.model.recall_table()}\n\nmodel: {cli.model.output}\n")
 
@@ -106,6 +108,13 @@ def _say(trainer: Trainer, notes: Sequence[str]) -> None:
     lines = "".join(f"{note}\n" for note in notes)
     report = _only(trainer, RunRecord).report
     sys.stdout.write(f"\n{score_table(history)}\n\n{lines}report: {report}\n")
+
+
+class _Stderr(logging.Handler):
+    """Writes what the package logs to whatever is standard error then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"{self.format(record)}\n")
 
 
 def _only(trainer: Trainer, kind: type) -> Any:
@@ -127,6 +136,10 @@ def _quiet() -> None:
         ".*your dataloader is not resumable.*",
     ):
         warnings.filterwarnings("ignore", pattern)
+    own = logging.getLogger("lightning_blue")
+    if not own.handlers:
+        own.addHandler(_Stderr())
+    own.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

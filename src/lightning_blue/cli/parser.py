@@ -12,14 +12,17 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from blue_callbacks import ClosedFormUpdate
 from lightning_blue.cli.run_files import explain, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import edit_module
 from lightning_blue.reporting import MeasureEdits, RunRecord
+from lightning_blue.reporting.guarded import guarded
 from lightning_blue.reporting.progress import EditProgressBar
 from lightning_blue.reporting.record import folders_of, read_status
+from lightning_blue.reporting.wandb_logger import require_key
 from lightning_blue.support.checkpoints import (
     FOLDER,
     BatchCheckpoints,
@@ -28,6 +31,7 @@ from lightning_blue.support.checkpoints import (
 )
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import EditStrategy
+from lightning_blue.support.space import check_writable
 
 TRAINER_DEFAULTS = {
     "devices": 1,
@@ -113,6 +117,13 @@ class EditCLI(RunFileCLI):
         parser.add_lightning_class_args(MeasureEdits, "measure")
         parser.add_lightning_class_args(RunRecord, "run")
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse what would fail when the model is loaded already: the run's folder, W&B's key."""
+        if self.recorded and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            check_writable(Path(self._get(self.config, "run.root")))
+            if self._get(self.config, "run.wandb") == "online":
+                require_key()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer the run's loggers, checkpoints and strategy beside the user's."""
         self._find_checkpoint()
@@ -143,7 +154,8 @@ class EditCLI(RunFileCLI):
         if chosen is False:
             return False
         users = [] if chosen in (None, True) else chosen
-        return [*self.record.loggers(), *(users if isinstance(users, list) else [users])]
+        users = users if isinstance(users, list) else [users]
+        return [*self.record.loggers(), *map(guarded, users)]
 
     def _checkpoints(self) -> Callback:
         checkpointing = BatchCheckpoints(self.record.checkpoint_every)

@@ -31,8 +31,10 @@ from lightning_blue.language_model.architectures import weight_view
 from lightning_blue.language_model.batching import context_length, inference
 from lightning_blue.language_model.states import read_states
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import progress_bar
-from lightning_blue.support.storage import whole_file, writing
+from lightning_blue.support.space import check_writable, require_space, size
+from lightning_blue.support.storage import unless_full, whole_file, writing
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +205,15 @@ class CovarianceFile:
             names = set(file.keys()) if file else set()
             return {n: file.get_tensor(f"layer{n}") for n in layers if f"layer{n}" in names}
 
+    def holds(self, layers: Sequence[int]) -> bool:
+        """Return whether the file is there and holds all of the layers.
+
+        Raises:
+            InputError: as `read` does.
+        """
+        with self._opened() as file:
+            return file is not None and {f"layer{n}" for n in layers} <= set(file.keys())
+
     def changes(self, layers: Sequence[int]) -> dict[int, list[Change]]:
         """Return how far the update still moved, for those of the layers of which it is known.
 
@@ -295,7 +306,9 @@ def load_or_collect(
         weight: lambda of Eq. 5, for the reported change of the update; the paper's by default.
 
     Raises:
-        InputError: if a given file belongs to something else, or the corpus is too short.
+        InputError: if a given file belongs to something else, the corpus is too short, or what is
+            missing would not fit into the cache. Where it cannot be written once it is collected,
+            that is a warning.
     """
     file = covariance_file(model, tokenizer, source)
     found = file.read(list(projections))
@@ -307,12 +320,26 @@ def load_or_collect(
             hint="leave covariance.path empty to have them computed",
         )
     if missing:
+        _check_room(file.path, missing)
         new, change = _collect(model, tokenizer, missing, source, weight)
         found |= new
         every = range(model.config.num_hidden_layers)
-        file.write({**file.read(every), **new}, {**file.changes(every), **change})
-        log.info("covariance of layers %s: %s", list(new), file.path)
+        with unless_full("it will be collected again by the next run"):
+            file.write({**file.read(every), **new}, {**file.changes(every), **change})
+            log.info("covariance of layers %s: %s", list(new), file.path)
     return {layer: found[layer] for layer in projections}
+
+
+def _check_room(path: Path, missing: Mapping[int, nn.Module]) -> None:
+    """Refuse to collect what cannot be kept, and clear away what was left by others that died."""
+    folder = path.parent
+    d_in = weight_view(next(iter(missing.values()))).shape[1]
+    needed = 4 * d_in**2 * len(missing)
+    check_writable(folder)
+    sweep(folder)
+    hint = "make room there, or choose another --model.covariance.cache"
+    require_space(folder, needed, "covariances of the keys", hint)
+    log.info("about %s of covariances will be written to %s", size(needed), folder)
 
 
 def _collect(

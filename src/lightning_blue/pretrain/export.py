@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.pretrain.recall import RecallRow
 from lightning_blue.pretrain.world import World
-from lightning_blue.support.storage import whole_folder
+from lightning_blue.support.storage import whole_folder, writing
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -33,7 +33,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     model.config.dtype = "float32"
     model.config.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors lets only the owner read
     tokenizer.save_pretrained(folder)
 
 
@@ -54,9 +53,12 @@ def export(
         world: writes its files beside the model.
         table: recall as measured.
         facts: what else belongs into ``recall.json``: steps, minutes and the like.
+
+    Raises:
+        NotWritten: if the disk is full or may not be written.
     """
     record = {**facts, "recall": [asdict(row) for row in table]}
-    with whole_folder(target) as folder:
+    with writing(target), whole_folder(target) as folder:
         save_model(model, tokenizer, folder / "model")
         world.write_files(folder)
         (folder / "recall.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
+import os
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +26,7 @@ from lightning_blue.reporting.views import (
     metrics_at,
     outcome_pairs,
 )
+from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import write_atomic
 
 SUMMARY_STAGES = ("pre", "post", "first_batch", "test")
@@ -64,6 +69,38 @@ def write_rejected(path: Path, history: RunHistory) -> None:
         _write_lines(path, (asdict(rejected) for rejected in history.rejected))
 
 
+def write_metrics(path: Path, history: RunHistory) -> None:
+    """Write ``metrics.csv`` whole, where the logger that adds to it has failed.
+
+    Raises:
+        NotWritten: if the file cannot be written; of what stands there, only whole lines stay.
+    """
+    rows = [{**values, "step": applied} for applied, values in history.logged]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, sorted({key for row in rows for key in row}))
+    writer.writeheader()
+    writer.writerows(rows)
+    try:
+        write_atomic(path, table.getvalue())
+    except InputError:
+        with suppress(OSError):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        raise
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Spread nested mappings over keys with ``/`` between.
+
+    >>> flat({"update": {"plan": "even"}, "seed": 1})
+    {'update/plan': 'even', 'seed': 1}
+    """
+    spread: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}/{key}" if above else str(key)
+        spread |= flat(value, name) if isinstance(value, Mapping) else {name: value}
+    return spread
+
+
 def summary(history: RunHistory) -> dict[str, Any]:
     """Return a run's numbers under flat keys; what was not measured has no key.
 
@@ -73,20 +110,20 @@ def summary(history: RunHistory) -> dict[str, Any]:
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``seconds/...``,
     ``settings/...`` and ``versions/...``.
     """
-    flat: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
     for stage in SUMMARY_STAGES:
-        numbers = flatten(metrics_at(history, stage))
-        flat |= {f"{stage}/{key}": number for key, number in numbers.items()}
-    flat |= {
+        measured = flatten(metrics_at(history, stage))
+        numbers |= {f"{stage}/{key}": number for key, number in measured.items()}
+    numbers |= {
         "edits/applied": history.applied,
         "edits/requested": len(history.requests),
         "edits/rejected": len(history.rejected),
         "edits/ended_early": history.ended_early,
         "protocol": history.protocol,
     }
-    flat |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
-    flat |= _flat("settings", history.settings)
-    return flat | {f"versions/{name}": number for name, number in versions().items()}
+    numbers |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
+    numbers |= flat(history.settings, "settings")
+    return numbers | {f"versions/{name}": number for name, number in versions().items()}
 
 
 def first_line(error: BaseException) -> str:
@@ -124,14 +161,6 @@ def _outcome(outcome: RequestOutcome | None) -> dict[str, Any] | None:
 
 def _ends(ends: Mapping[int, FinalLoss]) -> dict[str, dict[str, float]]:
     return {str(layer): end._asdict() for layer, end in ends.items()}
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Spread nested mappings over flat keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    parts = (_flat(f"{prefix}/{key}", part) for key, part in value.items())
-    return {key: plain for part in parts for key, plain in part.items()}
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+import yaml
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting import files, wandb_run
+from lightning_blue.reporting.disk_space import check_room, estimate
 from lightning_blue.reporting.export import export_model
+from lightning_blue.reporting.guarded import guarded, has_failed
 from lightning_blue.reporting.report import write_report
+from lightning_blue.reporting.wandb_logger import RunWandbLogger, make_logger
+from lightning_blue.support.checkpoints import FOLDER, checkpoints
 from lightning_blue.support.errors import InputError
-from lightning_blue.support.storage import make_folder, write_atomic, writing
+from lightning_blue.support.leftovers import sweep
+from lightning_blue.support.storage import (
+    NotWritten,
+    make_folder,
+    unless_full,
+    write_atomic,
+    writing,
+)
 
 STATUS = "run.json"
+TAGS = ("model", "data", "plan", "solver")  # settings that a W&B run is tagged with
 
 
 class RunRecord(Callback):
@@ -60,7 +74,12 @@ class RunRecord(Callback):
 
     @property
     def folder(self) -> Path:
-        """The run's folder; claimed at first use, so that no other run can have it too."""
+        """The run's folder; claimed at first use, so that no other run can have it too.
+
+        The first process alone claims one, and writes.
+        """
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            return self._folder or Path(self.root) / self.name
         if self._folder is None:
             self._folder = claim_folder(Path(self.root), self.name)
         return self._folder
@@ -81,26 +100,43 @@ class RunRecord(Callback):
     def loggers(self) -> list[Logger]:
         """Return a CSV logger and, unless it is off, a W&B logger in the run's folder.
 
-        The first process alone has any.
+        The first process alone has any. They are guarded: none of them can end the run.
         """
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return []
-        loggers: list[Logger] = [
-            CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1)
-        ]
-        if self.wandb != "off":
-            logger = wandb_run.make_logger(self.folder, self.project, self.wandb, self._wandb_id)
-            self._wandb_id = logger.version
-            loggers.append(logger)
-        return loggers
+        csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1)
+        return [guarded(csv), *([] if self.wandb == "off" else [guarded(self._wandb_logger())])]
+
+    def _wandb_logger(self) -> RunWandbLogger:
+        tags = [PurePath(str(self.settings.get(key, ""))).name for key in TAGS]
+        logger = make_logger(
+            self.folder,
+            self.project,
+            "online" if self.wandb == "online" else "offline",
+            self._wandb_id,
+            group=self.name,
+            tags=tags,
+        )
+        self._wandb_id = logger.version
+        return logger
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Save the resolved configuration and the requests that cannot be used."""
+        """Save the resolved configuration; give it to the loggers; say how much will be written.
+
+        Raises:
+            InputError: if the folder cannot be written, or has no room for the run.
+        """
         self._started = time.perf_counter()
         if trainer.is_global_zero:
+            sweep(Path(self.root), levels=3)  # runs, and the folders of each
+            sweep(self.folder, levels=2)
             make_folder(self.folder)
             write_atomic(self.folder / "config.yaml", self.config)
             self._write_status("running")
+            if stage == "fit":
+                check_room(self.folder, estimate(trainer, pl_module, self.export))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self._hyper_parameters())
         wandb_run.define_axes(trainer.loggers)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -108,7 +144,8 @@ class RunRecord(Callback):
         history = self._history(trainer)
         if not trainer.is_global_zero:
             return
-        files.write_rejected(self.folder / "rejected.jsonl", history)
+        with unless_full("it is written again at the end"):
+            files.write_rejected(self.folder / "rejected.jsonl", history)
         if self.resumed:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):  # starts an empty file; W&B has its curves
@@ -123,7 +160,11 @@ class RunRecord(Callback):
             wandb_run.log_loss_curve(trainer.loggers, LossCurve(batch_idx, layer, losses.cpu()))
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write everything that was gathered; all ``on_train_end`` hooks have run by then."""
+        """Write everything that was gathered; all ``on_train_end`` hooks have run by then.
+
+        Raises:
+            InputError: naming what could not be written, after all else was.
+        """
         self._write(trainer, pl_module, self.export)
         if trainer.is_global_zero:
             ended_early = self._history(trainer).ended_early
@@ -146,8 +187,9 @@ class RunRecord(Callback):
             reason = files.first_line(exception)
             if history.applied and not isinstance(exception, InputError):
                 history.ended_early = history.ended_early or reason
-                self._write(trainer, pl_module, export=False)
-            self._write_status("failed", reason)
+                self._write_partial(trainer, pl_module)
+            with unless_full("nothing says that the run has failed"):
+                self._write_status("failed", reason)
         wandb_run.finish(trainer.loggers, failed=True)
 
     def _write(self, trainer: Trainer, module: Any, export: bool) -> None:
@@ -156,13 +198,65 @@ class RunRecord(Callback):
         history.seconds["total"] = time.perf_counter() - self._started
         if not trainer.is_global_zero:
             return
-        files.write_edits(self.folder / "edits.jsonl", history)
-        files.write_summary(self.folder / "summary.json", history)
-        if export:
-            export_model(self.folder / "model", module.model, module.tokenizer, history)
-        self.report = write_report(self.folder, history, "model" if export else None)
+        failures = self._write_outputs(trainer, module, history, export)
         wandb_run.log_edits_table(trainer.loggers, history)
         wandb_run.log_summary(trainer.loggers, history)
+        if failures:
+            raise self._not_written(failures)
+
+    def _write_partial(self, trainer: Trainer, module: Any) -> None:
+        """Write what was measured of a run that failed; what it failed of is worse than this."""
+        try:
+            self._write(trainer, module, export=False)
+        except InputError as error:
+            rank_zero_warn(str(error))
+
+    def _write_outputs(
+        self, trainer: Trainer, module: Any, history: RunHistory, export: bool
+    ) -> list[NotWritten]:
+        """Write one output after the other, each whole or not at all; return what failed."""
+        folder = self.folder
+
+        def write_model() -> None:
+            if export:
+                export_model(folder / "model", module.model, module.tokenizer, history)
+
+        def report() -> None:
+            there = export and (folder / "model").exists()
+            self.report = write_report(folder, history, "model" if there else None)
+
+        def write_metrics() -> None:
+            if any(has_failed(each) for each in trainer.loggers if isinstance(each, CSVLogger)):
+                files.write_metrics(folder / "metrics.csv", history)
+
+        outputs: list[Callable[[], None]] = [
+            lambda: files.write_edits(folder / "edits.jsonl", history),
+            lambda: files.write_summary(folder / "summary.json", history),
+            lambda: files.write_rejected(folder / "rejected.jsonl", history),
+            write_metrics,
+            write_model,
+            report,
+        ]
+        failures = []
+        for write in outputs:
+            try:
+                write()
+            except NotWritten as error:
+                failures.append(error)
+        return failures
+
+    def _not_written(self, failures: Sequence[NotWritten]) -> InputError:
+        names = ", ".join(str(error.path.relative_to(self.folder)) for error in failures)
+        go_on = " with --ckpt_path=last" if checkpoints(self.folder / FOLDER) else ""
+        return InputError(
+            f"{names} could not be written: {failures[0].reason}",
+            where=str(self.folder.absolute()),
+            hint=f"make room there, and run the same command again{go_on}",
+        )
+
+    def _hyper_parameters(self) -> dict[str, Any]:
+        """Return the resolved configuration under flat keys, ``update/plan`` for instance."""
+        return files.flat(yaml.safe_load(self.config) if self.config else self.settings)
 
     def _write_status(self, status: str, reason: str = "") -> None:
         content = {"status": status, "reason": reason, "wandb_id": self._wandb_id}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting.files import summary
+from lightning_blue.reporting.guarded import attempt, has_failed
 from lightning_blue.reporting.views import batch_of, mean_losses, outcome_pairs
-from lightning_blue.support.storage import make_folder
+from lightning_blue.reporting.wandb_logger import RunWandbLogger, sync_command
+
+if TYPE_CHECKING:
+    from wandb import Run
 
 AXIS, INNER_AXIS = "edits/applied", "inner/step"
 TERMS = ("total", "nll", "kl", "weight_decay")
@@ -35,40 +38,16 @@ COLUMNS = (
 )
 
 
-def make_logger(
-    folder: Path, project: str, mode: Literal["offline", "online"], run_id: str | None = None
-) -> WandbLogger:
-    """Return a logger that writes under ``folder`` and prints nothing.
-
-    ``run_id`` is the id of the W&B run to go on with; a new one by default.
-
-    The run itself starts when the logger is used first; ``offline`` needs no key and no network.
-
-    Raises:
-        InputError: if the folder cannot be created.
-    """
-    make_folder(folder)  # wandb turns to a temporary folder if this one does not exist
-    quiet = wandb.Settings(silent=True, console="off")
-    wandb.termsetup(quiet, None)  # for what is said before the run has its settings
-    return WandbLogger(
-        project=project,
-        name=folder.name,
-        id=run_id or secrets.token_hex(4),
-        resume="allow",
-        save_dir=folder,
-        offline=mode == "offline",
-        settings=quiet,
-    )
-
-
 def define_axes(loggers: Iterable[Logger]) -> None:
     """Put everything over edits applied, except the inner losses, which have their own axis.
 
     Lightning puts ``*`` over its global step, and which of two patterns counts is not defined where
     both match. Therefore this pattern itself is replaced, and inner losses are named one by one.
     """
-    for run in _runs(loggers):
-        run.define_metric("*", step_metric=AXIS, step_sync=True, overwrite=True)
+    _tell(
+        loggers,
+        lambda run: run.define_metric("*", step_metric=AXIS, step_sync=True, overwrite=True),
+    )
 
 
 def log_loss_curve(loggers: Iterable[Logger], curve: LossCurve) -> None:
@@ -79,13 +58,16 @@ def log_loss_curve(loggers: Iterable[Logger], curve: LossCurve) -> None:
     """
     means = mean_losses(curve).tolist()
     names = [f"inner/layer_{curve.layer}/{term}" for term in TERMS]
-    for run in _runs(loggers):
+
+    def log(run: Run) -> None:
         run.define_metric(INNER_AXIS, hidden=True)
         for name in names:
             run.define_metric(name, step_metric=INNER_AXIS)
         for step, terms in enumerate(means):
             values = {k: v for k, v in zip(names, terms, strict=True) if math.isfinite(v)}
             run.log({INNER_AXIS: curve.batch * len(means) + step, **values})
+
+    _tell(loggers, log)
 
 
 def log_edits_table(loggers: Iterable[Logger], history: RunHistory) -> None:
@@ -104,25 +86,42 @@ def log_edits_table(loggers: Iterable[Logger], history: RunHistory) -> None:
         ]
         for index, (request, before, after) in enumerate(outcome_pairs(history))
     ]
-    for run in _runs(loggers):
-        run.log({"edits": wandb.Table(columns=list(COLUMNS), data=rows)})
+
+    def log(run: Run) -> None:
+        from wandb import Table
+
+        run.log({"edits": Table(columns=list(COLUMNS), data=rows)})
+
+    _tell(loggers, log)
 
 
 def log_summary(loggers: Iterable[Logger], history: RunHistory) -> None:
     """Put the numbers of ``summary.json`` into the run's summary."""
     numbers = summary(history)
-    for run in _runs(loggers):
-        run.summary.update(numbers)
+    _tell(loggers, lambda run: run.summary.update(numbers))
 
 
 def finish(loggers: Iterable[Logger], *, failed: bool = False) -> None:
-    """End the runs, so that the next one in this process starts its own."""
-    for run in _runs(loggers):
-        run.finish(exit_code=int(failed))
+    """End the runs, those of loggers that have failed too: the next one here starts its own."""
+
+    def end(run: Run) -> None:
+        try:
+            run.finish(exit_code=int(failed))
+        except TimeoutError:
+            folder = Path(run.dir).parent
+            rank_zero_warn(f"W&B has not taken everything; send the rest: {sync_command(folder)}")
+
+    _tell(loggers, end)
+    for logger in loggers:
+        if isinstance(logger, RunWandbLogger) and has_failed(logger):
+            logger.abandon()
 
 
-def _runs(loggers: Iterable[Logger]) -> list[wandb.Run]:
-    return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
+def _tell(loggers: Iterable[Logger], what: Callable[[Run], object]) -> None:
+    """Do something with the run of each W&B logger that has not failed."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            attempt(logger, lambda logger=logger: what(logger.experiment))  # type: ignore[misc]
 
 
 def _probability(outcome: RequestOutcome | None, target: str) -> float | None:

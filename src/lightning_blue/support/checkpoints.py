@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_blue.support.errors import InputError
-from lightning_blue.support.storage import whole_file, writing
+from lightning_blue.support.storage import NotWritten, whole_file, writing
 
 NEWEST = 2  # checkpoints that are kept
 FOLDER = "checkpoints"
@@ -19,18 +21,41 @@ _NAME = re.compile(r"batch-(\d+)\.ckpt")
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and moves it there; reads tensors and plain values."""
+    """Writes a checkpoint beside its place and moves it there; reads tensors and plain values.
+
+    A checkpoint that cannot be written costs a warning, once, and the run goes on: what it has
+    edited until then would be lost otherwise. Those that were written before stay.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failing = False  # whether the newest checkpoint could not be written
+        self._warned = False
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint, whole or not at all.
+        """Write a checkpoint, whole or not at all; warn where it cannot be written."""
+        try:
+            with writing(Path(path)), whole_file(Path(path)) as partial, partial.open("wb") as file:
+                torch.save(checkpoint, file)
+        except NotWritten as error:
+            self.failing = True
+            if not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"{error.path} could not be written: {error.reason}; the run goes on, and "
+                    "what was saved before stays. Make room there, or leave out what is large: "
+                    "--run.checkpoint_every=N writes fewer checkpoints"
+                )
+        else:
+            self.failing = False
 
-        Raises:
-            InputError: if the disk is full or may not be written.
-        """
-        with writing(Path(path)), whole_file(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint, unless the one that takes its place could not be written."""
+        if not self.failing:
+            with suppress(OSError):
+                super().remove_checkpoint(path)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -88,9 +113,10 @@ class BatchCheckpoints(Callback):
         path = self.folder / f"batch-{applied:05d}.ckpt"
         trainer.save_checkpoint(path, weights_only=False)
         self._newest = applied
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and path.exists():
             for old in checkpoints(self.folder)[:-NEWEST]:
-                old.unlink()
+                with suppress(OSError):
+                    old.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
