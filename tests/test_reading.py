@@ -62,7 +62,7 @@ def test_format_can_be_forced(tmp_path: Path) -> None:
     assert read_requests(path)[0][0].target_true == "France"
     assert read_requests(path, "facts")[0][0].target_true is None
     assert "needs subject, src, answers" in message(path, "zsre")
-    assert "take one of: auto, counterfact" in message(path, "hint")
+    assert "choose one of: auto, counterfact" in message(path, "hint")
 
 
 def test_csv_with_lists_quotes_and_lines_in_cells(tmp_path: Path) -> None:

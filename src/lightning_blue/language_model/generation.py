@@ -98,7 +98,7 @@ def _total_length(
 
 
 def _fitting_tokens(model: PreTrainedModel) -> int:
-    """Return how many tokens' keys and values fit the memory that there is for them."""
+    """Return how many tokens' keys and values fit into free memory."""
     config = model.config.get_text_config()
     query_heads = getattr(config, "num_attention_heads", 1)
     heads = getattr(config, "num_key_value_heads", None) or query_heads

@@ -131,9 +131,9 @@ def score_rows(
         lengths = [len(row.ids) for row in packed]
         weights = row_weights(model, lengths, reads, tokens_per_batch)
         for batch in batches(weights, tokens_per_batch):
-            found = _score_batch(model, [packed[index] for index in batch], rows, masked=width > 0)
-            scores.update(found)
-            bar.update(len(found))
+            scored = _score_batch(model, [packed[index] for index in batch], rows, masked=width > 0)
+            scores.update(scored)
+            bar.update(len(scored))
     return [scores[index] for index in range(len(rows))]
 
 
