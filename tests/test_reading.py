@@ -147,14 +147,14 @@ def test_columns_without_meaning_are_named(
         read_requests(save(tmp_path, "rome.json", [ROME]))
         read_requests(save(tmp_path, "zsre.json", [ZSRE]))
     [record] = caplog.records
-    assert "'paraphrase' (is 'paraphrases' meant?), 'colour'" in record.getMessage()
+    assert "'paraphrase' (did you mean 'paraphrases'?), 'colour'" in record.getMessage()
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     save(tmp_path, "my_facts.jsonl", json.dumps(FACT))
     text = message(tmp_path / "my_fact.jsonl")
     assert "no such file" in text
-    assert f"is {str(tmp_path / 'my_facts.jsonl')!r} meant?" in text
+    assert f"did you mean {str(tmp_path / 'my_facts.jsonl')!r}?" in text
     assert "no folder" in message(tmp_path / "nowhere" / "facts.json")
     assert "no such file" in message("nothing_like_this.csv")
     assert "no such file" in message("./nothing_like_this")

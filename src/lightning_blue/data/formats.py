@@ -171,7 +171,7 @@ def columns_not_used(columns: Iterable[str], row: Format) -> list[str]:
     for column in columns:
         if column not in row.columns():
             near = difflib.get_close_matches(column, sorted(row.columns()), n=1, cutoff=0.75)
-            notes.append(f"{column!r}" + (f" (is {near[0]!r} meant?)" if near else ""))
+            notes.append(f"{column!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     return notes
 
 
@@ -273,13 +273,13 @@ def _unify_spelling(record: Mapping[str, Any], row: Format) -> Mapping[str, Any]
 
 def _at(record: Any, path: str) -> Any:
     """The value at a dotted path, or None where the path ends early."""
-    for step in path.split("."):
+    for part in path.split("."):
         if isinstance(record, Mapping):
-            record = record.get(step)
-        elif isinstance(record, list) and step.isdigit():
-            record = record[int(step)] if int(step) < len(record) else None
+            record = record.get(part)
+        elif isinstance(record, list) and part.isdigit():
+            record = record[int(part)] if int(part) < len(record) else None
         elif record is not None:
-            wanted = "a list of strings" if step.isdigit() else f"an object with {step!r}"
+            wanted = "a list of strings" if part.isdigit() else f"an object with {part!r}"
             raise _wrong_type(path, record, wanted)
     return record
 

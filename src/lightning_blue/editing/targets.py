@@ -49,7 +49,7 @@ class TargetFinder:
     def find(
         self, prompts: Sequence[EditPrompts], groups: Sequence[Sequence[int]], layer: int
     ) -> Targets:
-        """Optimise the targets of n edits at a layer; processes that work together share them.
+        """Optimise the targets of n edits at a layer; processes that work together divide them.
 
         Args:
             prompts: of the n edits.

@@ -60,14 +60,14 @@ def logits_with(
     """
     if not shortcuts.read_few:
         return tuple(precise(_run(model, blocks, each)[each.where]) for each in passes)
-    read: list[Tensor] = []
+    head_inputs: list[Tensor] = []
     for number, each in enumerate(passes, start=1):
 
         def take(_head: nn.Module, args: Any, each: Pass = each, number: int = number) -> Any:
-            read.append(args[0][each.where])
+            head_inputs.append(args[0][each.where])
             if number < len(passes):
                 raise Reached
-            return (torch.cat(read),)
+            return (torch.cat(head_inputs),)
 
         with ExitStack() as stack:
             hook = model.get_output_embeddings().register_forward_pre_hook(take)
@@ -76,7 +76,7 @@ def logits_with(
                 stack.enter_context(_only_at(each.ffn, *each.where))
             stack.enter_context(suppress(Reached))
             logits = _run(model, blocks, each)
-    return precise(logits).split([len(states) for states in read])
+    return precise(logits).split([len(states) for states in head_inputs])
 
 
 def _run(model: PreTrainedModel, blocks: Sequence[nn.Module], single: Pass) -> Tensor:
