@@ -115,18 +115,12 @@ class ClosedFormUpdate(Callback):
 
         Raises:
             InputError: for settings of the Trainer that cannot be right, see `check_trainer`; for a
-                second callback of this kind; for a module that holds edits of another one.
+                module that holds edits of another callback.
         """
         if stage != "fit":
             return
         check_trainer(trainer)
         leave_gradients_unscaled(trainer)
-        updates = [c for c in trainer.callbacks if isinstance(c, ClosedFormUpdate)]  # type: ignore[attr-defined]
-        if len(updates) > 1:
-            raise InputError(
-                f"{len(updates)} ClosedFormUpdate callbacks would apply each batch as many times",
-                hint="give the trainer one of them",
-            )
         held = getattr(pl_module, "edit_batches_held", 0)
         if held != self.committed:
             raise InputError(

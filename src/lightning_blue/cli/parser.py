@@ -33,6 +33,7 @@ TRAINER_DEFAULTS = {
     "devices": 1,
     "max_epochs": 1,
     "val_check_interval": 1,
+    "check_val_every_n_epoch": None,  # or stock callbacks would look at the end of the epoch alone
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "use_distributed_sampler": False,

@@ -89,9 +89,7 @@ class EditModule(LightningModule):
         self.seed = seed
         self.target_finder = TargetFinder(model, self.architecture, target)
         self.blocks = self.target_finder.blocks  # a plain list: already in self.model
-        self.editable_weights = EditableWeights(
-            lambda weight: weight_view(self._projection(weight))
-        )
+        self.editable_weights = EditableWeights(self._weight_view)
         self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
@@ -257,6 +255,9 @@ class EditModule(LightningModule):
 
     def _projection(self, weight: WeightId) -> nn.Module:
         return down_projection(self.blocks[weight.layer], self.architecture)
+
+    def _weight_view(self, weight: WeightId) -> Tensor:
+        return weight_view(self._projection(weight))
 
     def _prompts(self, batch: Sequence[EditRequest]) -> list[EditPrompts]:
         """Tokenise a batch, once for all that is asked about it."""

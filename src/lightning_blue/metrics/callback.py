@@ -17,8 +17,8 @@ from lightning_blue.language_model.scoring import perplexity
 from lightning_blue.metrics.evaluation import (
     Evaluation,
     Metrics,
-    control_recall,
     evaluate,
+    evaluate_control_facts,
     flatten,
 )
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
@@ -36,10 +36,10 @@ class MeasureEdits(Callback):
     and ``post`` only. ``Trainer.test`` measures all requests without editing, as ``test``.
 
     ``cumulative`` is measured in Lightning's validation: after every edit batch with
-    ``Trainer(val_check_interval=1)``, less often with a higher number. All values are in
-    ``trainer.callback_metrics`` as ``batch/efficacy``, ``cumulative/score`` and so on, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` can monitor them; the loggers get them, with their
-    standard errors, over edits applied.
+    ``Trainer(val_check_interval=1, check_val_every_n_epoch=None)``, less often with a higher
+    number. All values are in ``trainer.callback_metrics`` as ``batch/efficacy``,
+    ``cumulative/score`` and so on, so that ``EarlyStopping`` and ``ModelCheckpoint`` can monitor
+    them; the loggers get them, with their standard errors, over edits applied.
 
     Args:
         text: ordinary text for perplexity, see
@@ -162,8 +162,8 @@ class MeasureEdits(Callback):
         evaluation = self._evaluate(pl_module, requests, whole=True)
         self.history.after = dict(enumerate(evaluation.outcomes))
         metrics = {**evaluation.metrics, **self._side_effects(trainer, pl_module)}
-        self._keep(trainer, "test", metrics)
-        pl_module.log_dict(_values("test", metrics), logger=False)
+        self.history.measurements.append(Measurement("test", 0, metrics))
+        pl_module.log_dict({f"test/{key}": value for key, value in flatten(metrics).items()})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was measured until now."""
@@ -192,14 +192,15 @@ class MeasureEdits(Callback):
         return evaluation
 
     def _side_effects(self, trainer: Trainer, module: EditModule) -> Metrics:
-        """Perplexity on ordinary text and recall of known facts that are not edited."""
+        """Perplexity on ordinary text and retained knowledge of control facts."""
         started = time.perf_counter()
-        metrics: Metrics = {}
-        controls = trainer.datamodule.controls  # type: ignore[attr-defined]
-        if controls:
-            metrics["recall"] = control_recall(
-                module.model, module.tokenizer, controls, tokens_per_batch=self.tokens_per_batch
-            )
+        metrics = evaluate_control_facts(
+            module.model,
+            module.tokenizer,
+            trainer.datamodule.controls,  # type: ignore[attr-defined]
+            protocol=self.history.protocol,
+            tokens_per_batch=self.tokens_per_batch,
+        )
         if self._text is not None:
             metrics["perplexity"] = perplexity(
                 module.model,
@@ -217,6 +218,7 @@ class MeasureEdits(Callback):
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         applied = self.history.applied
+        self.history.logged.append((applied, {**values, "edits/applied": applied}))
         for logger in trainer.loggers:
             logger.log_metrics({**values, "edits/applied": applied}, step=applied)
 
@@ -232,7 +234,8 @@ def _reason_of_end(trainer: Trainer) -> str:
         return f"trainer.max_steps={trainer.max_steps}"
     if trainer.should_stop:
         return "a callback stopped the run"
-    if trainer.limit_train_batches != 1.0:
+    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+    if trainer.num_training_batches < batches:
         return f"trainer.limit_train_batches={trainer.limit_train_batches}"
     return "batches were rejected"
 

@@ -54,6 +54,7 @@ class RunHistory:
         rejected: requests that could not be used.
         batches: of each committed batch, by its number, the places of its requests in ``requests``.
         measurements: in the order they were taken.
+        logged: edits applied and flat values, as the loggers got them.
         loss_curves: in the order of the batches.
         before: outcome of each request on the unedited model.
         after: outcome of each applied request at the end, by its place in ``requests``.
@@ -68,6 +69,7 @@ class RunHistory:
     rejected: list[Rejected] = field(default_factory=list)
     batches: dict[int, list[int]] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
+    logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     loss_curves: list[LossCurve] = field(default_factory=list)
     before: list[RequestOutcome] = field(default_factory=list)
     after: dict[int, RequestOutcome] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class RunHistory:
         return {
             "batches": self.batches,
             "measurements": [taken._asdict() for taken in self.measurements],
+            "logged": self.logged,
             "loss_curves": [curve._asdict() for curve in self.loss_curves],
             "before": [asdict(outcome) for outcome in self.before],
             "seconds": self.seconds,
@@ -104,6 +107,7 @@ class RunHistory:
         """Take over what was gathered until a checkpoint."""
         self.batches = state["batches"]
         self.measurements = [Measurement(**taken) for taken in state["measurements"]]
+        self.logged = state["logged"]
         self.loss_curves = [LossCurve(**curve) for curve in state["loss_curves"]]
         self.before = [
             RequestOutcome(**{**outcome, "correct": tuple(outcome["correct"])})
@@ -111,3 +115,7 @@ class RunHistory:
         ]
         self.seconds = state["seconds"]
         self.resumed_after = [*state["resumed_after"], self.applied]
+
+    def stages(self) -> list[str]:
+        """Return the stages that were measured, each once, in order."""
+        return list(dict.fromkeys(taken.stage for taken in self.measurements))

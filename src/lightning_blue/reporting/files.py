@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning_blue import __version__
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome, flatten
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.views import (
@@ -28,6 +29,9 @@ SUMMARY_STAGES = ("pre", "post", "first_batch", "test")
 
 def write_edits(path: Path, history: RunHistory) -> None:
     """Write ``edits.jsonl``: each request with its outcome before and after.
+
+    An outcome is flat: ``case_id``, each metric that the table of metrics marks as per request
+    (null where the request offers nothing to measure), and the other fields of `RequestOutcome`.
 
     Raises:
         InputError: if the file cannot be written.
@@ -63,6 +67,8 @@ def write_rejected(path: Path, history: RunHistory) -> None:
 def summary(history: RunHistory) -> dict[str, Any]:
     """Return a run's numbers under flat keys; what was not measured has no key.
 
+    A value that is not finite has none either, but its counts have.
+
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``seconds/...``,
     ``settings/...`` and ``versions/...``.
@@ -81,13 +87,6 @@ def summary(history: RunHistory) -> dict[str, Any]:
     flat |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     flat |= _flat("settings", history.settings)
     return flat | {f"versions/{name}": number for name, number in versions().items()}
-
-
-def logged(history: RunHistory) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield edits applied and the flat values of each measurement, as loggers get them."""
-    for taken in history.measurements:
-        values = {f"{taken.stage}/{key}": value for key, value in flatten(taken.metrics).items()}
-        yield taken.edits, {**values, "edits/applied": taken.edits}
 
 
 def first_line(error: BaseException) -> str:
@@ -116,7 +115,11 @@ def versions() -> dict[str, str]:
 
 
 def _outcome(outcome: RequestOutcome | None) -> dict[str, Any] | None:
-    return None if outcome is None else asdict(outcome)
+    if outcome is None:
+        return None
+    fields = asdict(outcome)
+    values = table.per_request(fields.pop("values"))
+    return {"case_id": fields.pop("case_id"), **values, **fields}
 
 
 def _ends(ends: Mapping[int, FinalLoss]) -> dict[str, dict[str, float]]:

@@ -112,7 +112,7 @@ class RunRecord(Callback):
         if self.resumed:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):  # starts an empty file; W&B has its curves
-                    for applied, values in files.logged(history):
+                    for applied, values in history.logged:
                         logger.log_metrics({**values}, step=applied)
 
     def on_train_batch_end(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 from lightning_blue.metrics.history import LossCurve, RunHistory
+from lightning_blue.metrics.table import MetricSpec
 
 Points = list[tuple[int, float]]  # edits applied, value
 
@@ -24,21 +26,44 @@ class FinalLoss(NamedTuple):
 
 
 def metrics_at(history: RunHistory, stage: str) -> Metrics:
-    """Return all metrics of a stage, the newest value of each; undefined values are left out."""
+    """Return all metrics of a stage, the newest of each, see `cleaned`."""
     merged: Metrics = {}
     for measurement in history.of(stage):
         merged |= measurement.metrics
+    return cleaned(merged)
+
+
+def cleaned(metrics: Metrics) -> Metrics:
+    """Leave out metrics that rest on nothing, and of the others numbers that are not finite.
+
+    An estimate without ``value`` was measured and is infinite or undefined, as perplexity is after
+    an update that destroyed the model.
+    """
     return {
         name: {field: number for field, number in estimate.items() if math.isfinite(number)}
-        for name, estimate in merged.items()
-        if math.isfinite(estimate.get("value", math.nan))
+        for name, estimate in metrics.items()
+        if estimate.get("count", 1) > 0
     }
 
 
+def finite(metrics: Metrics) -> Metrics:
+    """Return the metrics that have a value, which is what can be drawn."""
+    return {name: estimate for name, estimate in metrics.items() if "value" in estimate}
+
+
+def measured(history: RunHistory) -> list[MetricSpec]:
+    """Return the rows of the metrics that a run measured at any stage, in the table's order."""
+    names = {name for stage in history.stages() for name in metrics_at(history, stage)}
+    return [spec for spec in table.METRICS if spec.name in names]
+
+
 def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:
-    """Return a metric over edits applied, as measured at any of the stages; the newest counts."""
+    """Return a metric over edits applied, as measured at any of the stages; the newest counts.
+
+    What is not finite has no point.
+    """
     values = {
-        taken.edits: taken.metrics[metric]["value"]
+        taken.edits: taken.metrics[metric].get("value", math.nan)
         for taken in history.measurements
         if taken.stage in stages and metric in taken.metrics
     }
@@ -66,8 +91,8 @@ def failed(outcome: RequestOutcome | None) -> bool:
     """Say whether an edit missed its own prompt: not all that efficacy asks for was reached."""
     if outcome is None:
         return False
-    share = outcome.efficacy_top1 if outcome.efficacy is None else outcome.efficacy
-    return share is not None and share < 1
+    success = outcome.values.get("efficacy", outcome.values.get("efficacy_top1", 1.0))
+    return success < 1
 
 
 def mean_losses(curve: LossCurve) -> Tensor:

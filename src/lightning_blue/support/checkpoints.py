@@ -85,7 +85,8 @@ class BatchCheckpoints(Callback):
             return
         if applied % self.every:
             return
-        trainer.save_checkpoint(self.folder / f"batch-{applied:05d}.ckpt")
+        path = self.folder / f"batch-{applied:05d}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
         self._newest = applied
         if trainer.is_global_zero:
             for old in checkpoints(self.folder)[:-NEWEST]:
