@@ -333,3 +333,23 @@ def test_flags_that_cannot_be_right_end_with_one_message(run, flag, message):
     assert message in err
     assert "Traceback" not in err
     assert not summary
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_a_report_and_the_model(run, tmp_path, capsys):
+    """The second of two batches fails: the first is measured, saved, and marked as partial."""
+    real = EditModule.edit_targets
+
+    def targets(self, batch, layer):
+        values = real(self, batch, layer)
+        return values * (torch.nan if self.edit_batches_held == 1 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EditModule, "edit_targets", targets)
+        code, summary, err = run("partial", "--data.batch_size=1", "--run.export=true")
+    assert code == 1
+    assert "not finite" in err
+    assert summary["edits/applied"] == 1
+    assert summary["post/efficacy/count"] == 1
+    assert "not finite" in summary["edits/ended_early"]
+    assert (tmp_path / "partial" / "model" / "model.safetensors").exists()
+    assert "**Partial:**" in (tmp_path / "partial" / "report.md").read_text()

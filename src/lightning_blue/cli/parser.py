@@ -121,7 +121,7 @@ class EditCLI(RunFileCLI):
         callbacks = self._listed("trainer.callbacks")
         if self.recorded:
             kwargs["logger"] = self._loggers()
-            callbacks.append(self._checkpoints())
+            callbacks.insert(0, self._checkpoints())
             kwargs["plugins"] = [*self._listed("trainer.plugins"), WholeCheckpointIO()]
         else:
             kwargs["logger"] = False

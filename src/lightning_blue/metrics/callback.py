@@ -143,9 +143,13 @@ class MeasureEdits(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure everything that was applied again, on the edited model."""
+        if self.history.applied < len(self.history.requests):
+            self.history.ended_early = _reason_of_end(trainer)
+        self.measure_end(trainer, pl_module)
+
+    def measure_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure the first batch, and everything that was applied, on the model as it is."""
         history = self.history
-        if history.applied < len(history.requests):
-            history.ended_early = _reason_of_end(trainer)
         applied = [history.requests[place] for place in history.applied_places]
         if not applied:
             return

@@ -89,11 +89,6 @@ def summary(history: RunHistory) -> dict[str, Any]:
     return flat | {f"versions/{name}": number for name, number in versions().items()}
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def write_summary(path: Path, history: RunHistory) -> None:
     """Write ``summary.json``, see `summary`.
 
