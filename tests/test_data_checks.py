@@ -14,7 +14,7 @@ from lightning_blue.data import (
     apply_policy,
     check_tokens,
     count_by_kind,
-    pick_controls,
+    pick_control_facts,
     read_requests,
     take_distinct,
 )
@@ -111,11 +111,11 @@ def test_policy() -> None:
     assert "f.csv:7" not in message
     assert "and 2 more" in message
     assert "--data.on_unusable=skip" in message
-    with pytest.raises(InputError, match=r"(?s)'drop'.*take one of: stop, skip"):
+    with pytest.raises(InputError, match=r"(?s)'drop'.*choose one of: stop, skip"):
         apply_policy([], 20, "drop")
 
 
-def test_controls_are_known_facts_on_other_subjects() -> None:
+def test_control_facts_are_known_facts_on_other_subjects() -> None:
     basel = replace(LYON, subject="Basel")
     candidates = [
         replace(LYON, prompt="{} lies in", target_true="France"),  # an edited subject
@@ -125,12 +125,12 @@ def test_controls_are_known_facts_on_other_subjects() -> None:
         replace(LYON, subject="Oslo", target_true="Rome"),
         replace(LYON, subject="Madrid"),
     ]
-    assert pick_controls(candidates, [LYON], 2) == [
+    assert pick_control_facts(candidates, [LYON], 2) == [
         Probe("The twin city of Basel is", "Beirut"),
         Probe("The twin city of Oslo is", "Rome"),
     ]
-    assert len(pick_controls(candidates, [LYON], 10)) == 3
-    assert pick_controls(candidates, [LYON], 0) == []
+    assert len(pick_control_facts(candidates, [LYON], 10)) == 3
+    assert pick_control_facts(candidates, [LYON], 0) == []
 
 
 @pytest.mark.parametrize(

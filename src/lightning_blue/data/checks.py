@@ -95,7 +95,7 @@ def apply_policy(rejected: Sequence[Rejected], total: int, on_unusable: str) -> 
         raise InputError(
             f"There is no policy {on_unusable!r} for requests that cannot be used",
             where="--data.on_unusable",
-            hint=f"take one of: {', '.join(POLICIES)}",
+            hint=f"choose one of: {', '.join(POLICIES)}",
         )
     if not rejected or on_unusable == "skip":
         return
@@ -112,7 +112,7 @@ def count_by_kind(rejected: Iterable[Rejected]) -> dict[str, int]:
     return dict(Counter(fault.kind for fault in rejected).most_common())
 
 
-def pick_controls(
+def pick_control_facts(
     candidates: Iterable[EditRequest], edited: Iterable[EditRequest], count: int
 ) -> list[Probe]:
     """Take the first ``count`` known facts about subjects that no edit touches, in order.
@@ -120,19 +120,19 @@ def pick_controls(
     A candidate without ``target_true`` cannot serve, nor one whose prompt was taken already.
     """
     subjects = {request.subject for request in edited}
-    found: dict[str, Probe] = {}
+    picked: dict[str, Probe] = {}
     for request in candidates:
-        if len(found) == count:
+        if len(picked) == count:
             break
         if request.target_true is not None and request.subject not in subjects:
-            found.setdefault(request.text, Probe(request.text, request.target_true))
-    return list(found.values())
+            picked.setdefault(request.text, Probe(request.text, request.target_true))
+    return list(picked.values())
 
 
 def _objects(request: EditRequest) -> list[str]:
     """Every object that is scored for a request."""
-    own = [request.target_new] + ([request.target_true] if request.target_true else [])
-    return own + [probe.answer for probe in request.neighborhood]
+    targets = [request.target_new] + ([request.target_true] if request.target_true else [])
+    return targets + [probe.answer for probe in request.neighborhood]
 
 
 def _probe_texts(request: EditRequest) -> list[str]:
@@ -159,7 +159,7 @@ def _no_tokens(request: EditRequest, sizes: dict[str, int]) -> Rejected | None:
     return _rejected(
         request,
         "object without tokens",
-        f"the tokenizer makes no token of {empty!r}",
+        f"the tokenizer does not encode {empty!r}",
         "write it in a script that the model's tokenizer knows",
     )
 
