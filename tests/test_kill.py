@@ -119,7 +119,9 @@ def test_a_signal_ends_a_run_with_its_exit_code_and_a_report(command, tmp_path, 
     assert returned == code, err
     assert "Traceback" not in err
     assert f"stopped by {number.name}" in err
-    assert "**Partial:**" in (tmp_path / "edit" / "report.md").read_text()
+    report = tmp_path / "edit" / "report.md"
+    assert report.exists(), err
+    assert "**Partial:**" in report.read_text()
     assert json.loads((tmp_path / "edit" / "run.json").read_text())["status"] == "failed"
     assert first.exists()
 

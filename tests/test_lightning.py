@@ -149,6 +149,23 @@ def test_the_cumulative_sample_is_of_applied_edits_alone(module, facts, monkeypa
     assert samples == [sorted(ids[:count]) for count in (2, 4, 6)]
 
 
+def test_an_edit_that_a_later_one_replaces_is_no_failure(module, facts, tmp_path):
+    """Tower 0 is edited in the first batch and again in the last: the last one counts."""
+    again = {**FACTS[0], "target_new": "Oslo"}
+    lines = [json.dumps(fact) + "\n" for fact in [*FACTS[:5], again]]
+    facts.write_text("".join(lines))
+    trainer = trainer_of()
+    trainer.fit(module, datamodule=data_of(facts))
+    history = trainer.callbacks[1].history
+    assert history.applied == 6
+    assert history.in_force == [1, 2, 3, 4, 5]
+    (post,) = history.of("post")
+    assert post.metrics["efficacy"]["count"] == 5
+    assert set(history.after) == {1, 2, 3, 4, 5}
+    assert history.of("cumulative")[1].metrics["efficacy"]["count"] == 4  # not yet replaced
+    assert history.of("cumulative")[2].metrics["efficacy"]["count"] == 5
+
+
 def test_validation_less_often_measures_less_often(module, facts):
     trainer = trainer_of(val_check_interval=3)
     trainer.fit(module, datamodule=data_of(facts))

@@ -79,6 +79,7 @@ def summary(history: RunHistory) -> dict[str, Any]:
         flat |= {f"{stage}/{key}": number for key, number in numbers.items()}
     flat |= {
         "edits/applied": history.applied,
+        "edits/superseded": history.applied - len(history.in_force),
         "edits/requested": len(history.requests),
         "edits/rejected": len(history.rejected),
         "edits/ended_early": history.ended_early,
