@@ -16,6 +16,11 @@ commands:
   stats     collect the covariance of keys that fit needs (fit does it by itself)
   pretrain  train a small language model that knows given facts
 
+  show      say what a run edited, and what is in its folder
+  undo      write the model of a run without some of its edits
+  export    write a run as a model, a LoRA adapter or a patch
+  apply     make the edited model of a patch and the unedited one
+
   lightning-blue COMMAND --help            every key with its meaning
   lightning-blue COMMAND --print_config    every key with its value
   lightning-blue --version
@@ -24,7 +29,8 @@ start here:
   lightning-blue fit --config conf/quickstart.yaml
 """
 
-COMMANDS = ("fit", "stats", "pretrain")
+RUN_COMMANDS = ("show", "undo", "export", "apply")
+COMMANDS = ("fit", "stats", "pretrain", *RUN_COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
         return 2
-    from lightning_blue.cli.commands import run_command
+    if args[0] in RUN_COMMANDS:
+        from lightning_blue.cli.run_commands import run_command
+    else:
+        from lightning_blue.cli.commands import run_command
 
     return run_command(args[0], args[1:])
 

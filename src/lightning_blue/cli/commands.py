@@ -25,6 +25,7 @@ from lightning_blue.pretrain import FactCorpusModule, PretrainModule
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.progress import EditProgressBar
 from lightning_blue.reporting.tables import score_table
+from lightning_blue.runs.journal import EditJournal
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import EditStrategy
 
@@ -137,6 +138,8 @@ def run_command(command: str, args: Sequence[str]) -> int:
 def fit(args: Sequence[str]) -> None:
     """Edit facts batch by batch; print the scores and where the report is."""
     cli = EditCLI(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
+    journal = EditJournal(_only(cli.trainer, RunRecord).folder)
+    cli.trainer.callbacks.append(journal)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     if not cli.trainer.is_global_zero:
         return
