@@ -16,6 +16,7 @@ from lightning_blue.data import (
     count_by_kind,
     pick_control_facts,
     read_requests,
+    superseded,
     take_distinct,
 )
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
@@ -91,10 +92,21 @@ def test_contradictions_name_both() -> None:
     other = replace(LYON, case_id="9", target_new="Karachi", source="a.csv:12")
     elsewhere = [replace(other, subject="Basel"), replace(other, prompt="{} in")]
     taken, _, (fault,) = take_distinct([LYON, other, *elsewhere])
-    assert taken == [LYON, *elsewhere]
-    assert (fault.kind, fault.source) == ("contradiction", "a.csv:12")
-    for part in ("'Karachi'", "contradicts a.csv:2", "'Manila'"):
+    assert taken == [other, *elsewhere]  # the later one wins
+    assert (fault.kind, fault.source) == ("contradiction", "a.csv:2")
+    for part in ("'Manila'", "contradicted by a.csv:12", "'Karachi'"):
         assert part in fault.reason
+
+
+def test_a_later_batch_may_edit_the_same_prompt_again() -> None:
+    basel = replace(LYON, subject="Basel")
+    there, back = (replace(LYON, target_new=new) for new in ("Karachi", LYON.target_new))
+    requests = [LYON, basel, there, basel, back]
+    taken, _, (repeated,) = take_distinct(requests, batch_size=2)
+    assert taken == [LYON, basel, there, back]  # back takes no place of there: see below
+    assert repeated.kind == "duplicate"
+    assert superseded(taken) == [0, 2]
+    assert superseded([LYON, basel]) == []
 
 
 def test_policy() -> None:

@@ -96,13 +96,21 @@ def test_too_few_requests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         prepared(path, on_unusable="skip")
 
 
-def test_contradictions_stop_the_run_or_keep_the_first(tmp_path: Path) -> None:
+def test_contradictions_in_a_batch_stop_the_run_or_keep_the_later(tmp_path: Path) -> None:
     path = write(tmp_path, [fact(0), fact(1), fact(0, target_new="Eve")])
-    with pytest.raises(InputError, match=r"(?s)facts.jsonl:3.*'Eve' contradicts .*facts.jsonl:1"):
+    with pytest.raises(
+        InputError, match=r"(?s)facts.jsonl:1.*contradicted by .*facts.jsonl:3.*Eve"
+    ):
         prepared(path)
     data = prepared(path, on_unusable="skip")
-    assert [r.target_new for r in data.requests] == [fact(0)["target_new"], fact(1)["target_new"]]
+    assert [r.target_new for r in data.requests] == ["Eve", fact(1)["target_new"]]
     assert [r.kind for r in data.rejected] == ["contradiction"]
+    apart = prepared(path, batch_size=2)  # a later batch replaces an earlier edit
+    assert [r.target_new for r in apart.requests] == [
+        fact(0)["target_new"],
+        fact(1)["target_new"],
+        "Eve",
+    ]
     assert len(prepared(path, edits=2).requests) == 2
 
 

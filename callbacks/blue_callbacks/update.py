@@ -236,6 +236,7 @@ class ClosedFormUpdate(Callback):
             left=left.to("cpu", dtype),
             right=right.to("cpu", dtype),
             keys=keys.cpu(),
+            residual=residual.cpu(),
             past_keys=None,
             kept=None,
             change_norm=float(squared.clamp(min=0).sqrt()),

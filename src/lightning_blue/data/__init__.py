@@ -5,6 +5,7 @@ from lightning_blue.data.checks import (
     check_tokens,
     count_by_kind,
     pick_control_facts,
+    superseded,
     take_distinct,
 )
 from lightning_blue.data.datamodule import EditBatch, EditDataModule
@@ -23,6 +24,7 @@ __all__ = [
     "parse_record",
     "pick_control_facts",
     "read_requests",
+    "superseded",
     "take_distinct",
     "to_dataset",
 ]

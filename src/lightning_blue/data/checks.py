@@ -53,36 +53,67 @@ def check_tokens(
 
 
 def take_distinct(
-    requests: Sequence[EditRequest], count: int | None = None
+    requests: Sequence[EditRequest], count: int | None = None, batch_size: int | None = None
 ) -> tuple[list[EditRequest], list[EditRequest], list[Rejected]]:
-    """Take the first ``count`` requests (None: all) whose text no earlier one of them has.
+    """Take the first ``count`` requests (None: all) that do not clash; of two that do, the later.
 
-    Returns those taken, the requests after the last of them, and those passed over: a duplicate
-    wants the same object after the same text as an earlier request, a contradiction another one.
+    A request that wants another object after the same text as an earlier one replaces the earlier
+    edit if it is in a later batch; both are taken. Inside a batch only one can be true: the later
+    one takes the place of the earlier. A request that repeats the newest one on its text is left
+    out.
+
+    Args:
+        requests: in the order of the edits.
+        count: how many to take.
+        batch_size: requests in a batch; None: all are in one.
+
+    Returns:
+        Those taken, the requests after the last of them, and those left out.
     """
-    first: dict[str, EditRequest] = {}
-    passed_over: list[Rejected] = []
+    taken: list[EditRequest] = []
+    newest: dict[str, int] = {}  # text -> place of the newest request on it
+    left_out: list[Rejected] = []
     for position, request in enumerate(requests):
-        if count is not None and len(first) == count:
-            return list(first.values()), list(requests[position:]), passed_over
-        earlier = first.setdefault(request.text, request)
-        if earlier is not request:
-            passed_over.append(_clash(request, earlier))
-    return list(first.values()), [], passed_over
+        if count is not None and len(taken) == count:
+            return taken, list(requests[position:]), left_out
+        place = newest.get(request.text)
+        if place is not None and taken[place].target_new == request.target_new:
+            left_out.append(_duplicate(request, taken[place]))
+        elif place is not None and _same_batch(place, len(taken), batch_size):
+            left_out.append(_contradicted(taken[place], request))
+            taken[place] = request
+        else:
+            newest[request.text] = len(taken)
+            taken.append(request)
+    return taken, [], left_out
 
 
-def _clash(request: EditRequest, earlier: EditRequest) -> Rejected:
-    """Say how a request clashes with an earlier one on the same text."""
+def superseded(requests: Sequence[EditRequest]) -> list[int]:
+    """Return the places of requests whose text a later one wants another object after."""
+    newest = {request.text: place for place, request in enumerate(requests)}
+    return [place for place, request in enumerate(requests) if newest[request.text] != place]
+
+
+def _same_batch(first: int, second: int, batch_size: int | None) -> bool:
+    return batch_size is None or first // batch_size == second // batch_size
+
+
+def _duplicate(request: EditRequest, earlier: EditRequest) -> Rejected:
+    """Say that a request wants what an earlier one wants."""
     wanted = f"{request.text!r} -> {request.target_new!r}"
-    if request.target_new == earlier.target_new:
-        return _rejected(
-            request, "duplicate", f"{wanted} repeats {_place(earlier)}", "remove one of the two"
-        )
+    return _rejected(
+        request, "duplicate", f"{wanted} repeats {_place(earlier)}", "remove one of the two"
+    )
+
+
+def _contradicted(request: EditRequest, later: EditRequest) -> Rejected:
+    """Say that a later request of the same batch wants another object."""
+    wanted = f"{request.text!r} -> {request.target_new!r}"
     return _rejected(
         request,
         "contradiction",
-        f"{wanted} contradicts {_place(earlier)}, which wants {earlier.target_new!r}",
-        "keep one of the two",
+        f"{wanted} is contradicted by {_place(later)}, which wants {later.target_new!r}",
+        "keep one of the two, or put them into different batches: the later one then wins",
     )
 
 

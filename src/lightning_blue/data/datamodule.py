@@ -15,6 +15,7 @@ from lightning_blue.data.checks import (
     apply_policy,
     check_tokens,
     pick_control_facts,
+    superseded,
     take_distinct,
 )
 from lightning_blue.data.hub import to_dataset
@@ -100,12 +101,15 @@ class EditDataModule(LightningDataModule):
         if tokenizer is not None:
             usable, faults = check_tokens(usable, tokenizer, max_length, contexts_length)
             rejected += faults
-        chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits)
+        chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits, self.batch_size)
         rejected += clashing
         apply_policy(rejected, total, self.on_unusable)
         self._require_requests(len(chosen), total, len(rejected))
         if rejected:
             log.warning("%d of %d requests are left out as unusable", len(rejected), total)
+        replaced = len(superseded(chosen))
+        if replaced:
+            log.warning("%d requests are superseded by later ones on the same prompt", replaced)
         self._requests, self._rejected = chosen, rejected
         self._controls = self._find_control_facts(rest)
 

@@ -79,6 +79,7 @@ def summary(history: RunHistory) -> dict[str, Any]:
         flat |= {f"{stage}/{key}": number for key, number in numbers.items()}
     flat |= {
         "edits/applied": history.applied,
+        "edits/superseded": history.applied - len(history.in_force),
         "edits/requested": len(history.requests),
         "edits/rejected": len(history.rejected),
         "edits/ended_early": history.ended_early,
@@ -87,11 +88,6 @@ def summary(history: RunHistory) -> dict[str, Any]:
     flat |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     flat |= _flat("settings", history.settings)
     return flat | {f"versions/{name}": number for name, number in versions().items()}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def write_summary(path: Path, history: RunHistory) -> None:
