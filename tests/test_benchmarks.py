@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_targets_and_weights_equal_the_textbook_in_float64(language_model, tmp_p
     unedited = {layer: textbook.weight_of(model, layer).clone() for layer in LAYERS}
     for batch in (REQUESTS[:2], REQUESTS[2:]):
         with torch.no_grad():
-            update.on_edit_batch(None, module, batch)
+            update.on_edit_batch(SimpleNamespace(callbacks=[]), module, batch)
         targets = textbook.edit_batch(model, tokenizer, batch, LAYERS, covariances, past, settings)
         for layer, ours in module.found[-2:]:
             assert relative(ours, targets[layer]) < 1e-8

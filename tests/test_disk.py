@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from lightning_blue.reporting import RunRecord
 from lightning_blue.reporting.disk_space import Estimate, check_room, estimate
 from lightning_blue.reporting.guarded import guarded, has_failed
 from lightning_blue.reporting.record import claim_folder, read_status
+from lightning_blue.runs.journal import RECORDS, EditJournal, Journal
 from lightning_blue.support import leftovers, space
 from lightning_blue.support.checkpoints import (
     FOLDER,
@@ -63,8 +65,11 @@ class Run:
         if resumed and (self.root / "run").exists():
             record.resume(self.root / "run")
             saved = checkpoints(self.root / "run" / FOLDER)
+            if not saved:
+                shutil.rmtree(self.root / "run" / RECORDS, ignore_errors=True)
         saving = BatchCheckpoints()
         saving.folder = record.folder / FOLDER
+        update = ClosedFormUpdate([0, 1, 2], "boundary", 1.0)
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=1,
@@ -73,7 +78,7 @@ class Run:
             num_sanity_val_steps=0,
             logger=record.loggers(),
             plugins=[WholeCheckpointIO()],
-            callbacks=[ClosedFormUpdate([0, 1, 2], "boundary", 1.0), measuring(), record, saving],
+            callbacks=[saving, EditJournal(record.folder), update, measuring(), record],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -149,6 +154,7 @@ def test_a_disk_that_fails_at_any_write_loses_nothing(
             assert left >= {"model", "report.md", "summary.json", "edits.jsonl", "metrics.csv"}
             assert read_status(run.root / "run")["status"] == "finished", where
             assert half_written(tmp_path) == [], where
+            assert len(Journal(run.root / "run").files) == BATCHES, where
         if run.applied:
             assert all(map(torch.equal, weights(run.edited), wanted)), where
     assert outcomes >= {"refused", "edited, and not all written"}
@@ -297,7 +303,9 @@ def test_the_estimate_is_what_is_written(run, tmp_path):
     (line,) = [line for line in err.splitlines() if "this run will write" in line]
     number, unit = line.split("about ")[1].split()[:2]
     estimated = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
-    large = [*(tmp_path / "r" / "model").glob("*.safetensors"), *(tmp_path / "r").rglob("*.ckpt")]
+    large = [
+        path for kind in ("safetensors", "ckpt") for path in (tmp_path / "r").rglob(f"*.{kind}")
+    ]
     assert estimated == pytest.approx(sum(path.stat().st_size for path in large), rel=0.4)
     assert f"to {tmp_path / 'r'}" in line
     assert "are free" in line
@@ -314,14 +322,21 @@ def test_the_estimate_by_hand(module, facts):  # noqa: F811
     parameters = sum(weight.numel() for weight in module.model.parameters())
     weight, n = 32 * 96, 6
     assert found == Estimate(
-        model=4 * parameters, weights=2 * 2 * 4 * weight, records=2 * 4 * n * (32 + 2 * 96), kept=2
+        model=4 * parameters, weights=2 * 2 * 4 * weight, keys=2 * 4 * n * 96, kept=2
     )
+    assert found.total == found.model + 2 * (found.weights + found.keys)
+    trainer.callbacks.append(EditJournal("somewhere"))
+    assert estimate(trainer, module, export=True).records == 2 * 4 * n * (32 + 2 * 96)
+    update.rect_keep = 0.4
+    kept_bits = 2 * 3 * weight // 8
+    assert estimate(trainer, module, export=True).records == 2 * 4 * n * 224 + kept_bits
     saving.every = 4  # more than the three batches there are
-    assert estimate(trainer, module, export=False) == Estimate(0, 0, 0, 0)
+    last = estimate(trainer, module, export=False)
+    assert (last.model, last.weights, last.kept) == (0, 0, 0)
 
 
 def test_only_what_is_certain_is_refused(tmp_path, monkeypatch):
-    needed = Estimate(model=1000, weights=500, records=10_000, kept=2)
+    needed = Estimate(model=1000, weights=500, keys=10_000, kept=2)
     free(monkeypatch, 1500)
     check_room(tmp_path, needed)
     free(monkeypatch, 1499)

@@ -149,6 +149,23 @@ def test_the_cumulative_sample_is_of_applied_edits_alone(module, facts, monkeypa
     assert samples == [sorted(ids[:count]) for count in (2, 4, 6)]
 
 
+def test_an_edit_that_a_later_one_replaces_is_no_failure(module, facts, tmp_path):
+    """Tower 0 is edited in the first batch and again in the last: the last one counts."""
+    again = {**FACTS[0], "target_new": "Oslo"}
+    lines = [json.dumps(fact) + "\n" for fact in [*FACTS[:5], again]]
+    facts.write_text("".join(lines))
+    trainer = trainer_of()
+    trainer.fit(module, datamodule=data_of(facts))
+    history = trainer.callbacks[1].history
+    assert history.applied == 6
+    assert history.in_force == [1, 2, 3, 4, 5]
+    (post,) = history.of("post")
+    assert post.metrics["efficacy"]["count"] == 5
+    assert set(history.after) == {1, 2, 3, 4, 5}
+    assert history.of("cumulative")[1].metrics["efficacy"]["count"] == 4  # not yet replaced
+    assert history.of("cumulative")[2].metrics["efficacy"]["count"] == 5
+
+
 def test_validation_less_often_measures_less_often(module, facts):
     trainer = trainer_of(val_check_interval=3)
     trainer.fit(module, datamodule=data_of(facts))
@@ -333,3 +350,23 @@ def test_flags_that_cannot_be_right_end_with_one_message(run, flag, message):
     assert message in err
     assert "Traceback" not in err
     assert not summary
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_a_report_and_the_model(run, tmp_path, capsys):
+    """The second of two batches fails: the first is measured, saved, and marked as partial."""
+    real = EditModule.edit_targets
+
+    def targets(self, batch, layer):
+        values = real(self, batch, layer)
+        return values * (torch.nan if self.edit_batches_held == 1 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EditModule, "edit_targets", targets)
+        code, summary, err = run("partial", "--data.batch_size=1", "--run.export=true")
+    assert code == 1
+    assert "not finite" in err
+    assert summary["edits/applied"] == 1
+    assert summary["post/efficacy/count"] == 1
+    assert "not finite" in summary["edits/ended_early"]
+    assert (tmp_path / "partial" / "model" / "model.safetensors").exists()
+    assert "**Partial:**" in (tmp_path / "partial" / "report.md").read_text()

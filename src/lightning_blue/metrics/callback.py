@@ -31,9 +31,10 @@ class MeasureEdits(Callback):
     """Measure efficacy, generalization, specificity, fluency, consistency, and side effects.
 
     Stages are kept apart by name: ``pre`` reads all requests before any edit and ``post`` all
-    applied ones at the end, ``batch`` the batch just applied, ``cumulative`` a sample of all edits
-    applied until then, ``first_batch`` the first batch at the end. Texts are generated for ``pre``
-    and ``post`` only. ``Trainer.test`` measures all requests without editing, as ``test``.
+    edits in force at the end (a later request on the same prompt supersedes an earlier one),
+    ``batch`` the batch just applied, ``cumulative`` a sample of all edits in force until then,
+    ``first_batch`` the first batch at the end. Texts are generated for ``pre`` and ``post`` only.
+    ``Trainer.test`` measures all requests without editing, as ``test``.
 
     ``cumulative`` is measured in Lightning's validation: after every edit batch with
     ``Trainer(val_check_interval=1, check_val_every_n_epoch=None)``, less often with a higher
@@ -128,7 +129,7 @@ class MeasureEdits(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure a sample of all edits applied so far."""
-        places = self.history.applied_places
+        places = self.history.in_force
         if trainer.sanity_checking or not self.cumulative or not places:
             return
         sampler = random.Random(run_seed(self.seed))
@@ -143,17 +144,21 @@ class MeasureEdits(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure everything that was applied again, on the edited model."""
-        history = self.history
-        if history.applied < len(history.requests):
-            history.ended_early = _reason_of_end(trainer)
-        applied = [history.requests[place] for place in history.applied_places]
-        if not applied:
+        if self.history.applied < len(self.history.requests):
+            self.history.ended_early = _reason_of_end(trainer)
+        self.measure_end(trainer, pl_module)
+
+    def measure_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure the first batch, and all edits in force, on the model as it is."""
+        history, in_force = self.history, self.history.in_force
+        if not in_force:
             return
-        first = next(iter(history.batches.values()))
+        first = [place for place in next(iter(history.batches.values())) if place in in_force]
         evaluation = self._evaluate(pl_module, [history.requests[place] for place in first])
         self._keep(trainer, "first_batch", evaluation.metrics)
-        after = self._evaluate(pl_module, applied, whole=True)
-        history.after = dict(zip(history.applied_places, after.outcomes, strict=True))
+        requests = [history.requests[place] for place in in_force]
+        after = self._evaluate(pl_module, requests, whole=True)
+        history.after = dict(zip(in_force, after.outcomes, strict=True))
         self._keep(trainer, "post", {**after.metrics, **self._side_effects(trainer, pl_module)})
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:

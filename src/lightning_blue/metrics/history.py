@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_blue.data.checks import superseded
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 
@@ -57,7 +58,7 @@ class RunHistory:
         logged: edits applied and flat values, as the loggers got them.
         loss_curves: in the order of the batches.
         before: outcome of each request on the unedited model.
-        after: outcome of each applied request at the end, by its place in ``requests``.
+        after: outcome of each request in force at the end, by its place in ``requests``.
         seconds: time spent by part: ``edit``, ``evaluate``, ``prepare``, ``total``.
         resumed_after: edits applied where the run was resumed, each time.
         ended_early: why requests are left that were never applied; empty if none are.
@@ -86,6 +87,13 @@ class RunHistory:
     def applied_places(self) -> list[int]:
         """The places in ``requests`` of those that were applied, in the order of their batches."""
         return [place for places in self.batches.values() for place in places]
+
+    @property
+    def in_force(self) -> list[int]:
+        """The places of applied requests that no later applied request supersedes."""
+        places = self.applied_places
+        replaced = set(superseded([self.requests[place] for place in places]))
+        return [place for index, place in enumerate(places) if index not in replaced]
 
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""

@@ -27,14 +27,16 @@ class Estimate(NamedTuple):
     Attributes:
         model: the edited model; 0 if it is not exported.
         weights: the edited weights in a checkpoint; 0 if none is written.
-        records: in a checkpoint, at most, of all edits: keys and factors.
+        keys: past keys of all edits in a checkpoint.
         kept: checkpoints that are kept.
+        records: of all batches, each once.
     """
 
-    model: int
-    weights: int
-    records: int
-    kept: int
+    model: int = 0
+    weights: int = 0
+    keys: int = 0
+    kept: int = 0
+    records: int = 0
 
     @property
     def certain(self) -> int:
@@ -44,37 +46,41 @@ class Estimate(NamedTuple):
     @property
     def total(self) -> int:
         """What will stand there in the end, about; plots and tables are small beside it."""
-        return self.model + self.kept * (self.weights + self.records)
+        return self.model + self.kept * (self.weights + self.keys) + self.records
 
 
 def estimate(trainer: Trainer, module: Any, export: bool) -> Estimate:
-    """Estimate what a run writes: the edited model, and checkpoints.
+    """Estimate what a run writes: the edited model, checkpoints, and a record of each batch.
 
     A checkpoint holds the edited weights, ``(d_out, d_in)`` each, the unedited ones too where a
-    transform at the end needs them, and of n edits at most ``n (d_out + 2 d_in)`` values in float32
-    for each weight.
+    transform at the end needs them, and the past keys, ``(d_in, n)``. Records hold factors and keys
+    of each edit, ``d_out + 2 d_in`` values, and under RECT a bit for each entry of the weight. All
+    of it is counted as float32 or what is wider.
 
     Args:
         trainer: with its callbacks and the requests.
-        module: offers ``model`` and the protocol of the callbacks.
+        module: offers ``model``, ``blocks`` and the protocol of the callbacks.
         export: whether the edited model is saved.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     data = trainer.datamodule  # type: ignore[attr-defined]
-    n = len(data.requests)
+    n, batches = len(data.requests), -(-len(data.requests) // data.batch_size)
     parameters = module.model.parameters() if export else []
     model = sum(weight.numel() * weight.element_size() for weight in parameters)
     saving = [c for c in callbacks if isinstance(c, BatchCheckpoints) and c.folder is not None]
-    every = saving[0].every if saving else 0
-    written = -(-n // data.batch_size) // every if every else 0
-    weights = records = 0
-    for update in [c for c in callbacks if isinstance(c, ClosedFormUpdate)] if written else []:
+    kept = min(NEWEST, batches // saving[0].every) if saving and saving[0].every else 0
+    weights = keys = records = 0
+    for update in (c for c in callbacks if isinstance(c, ClosedFormUpdate)):
         copies = 1 if update.post_edit_transform is None else 2
         for weight in _written(update, module):
             d_out, d_in = weight.shape
             weights += copies * weight.numel() * weight.element_size()
+            keys += 4 * n * d_in if update.past_keys else 0
             records += 4 * n * (d_out + 2 * d_in)
-    return Estimate(model, weights, records, min(NEWEST, written))
+            records += 0 if update.rect_keep is None else batches * weight.numel() // 8
+    if not any(hasattr(callback, "write_pending") for callback in callbacks):
+        records = 0
+    return Estimate(model, weights if kept else 0, keys, kept, records)
 
 
 def _written(update: ClosedFormUpdate, module: Any) -> list[Tensor]:

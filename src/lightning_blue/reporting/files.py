@@ -116,6 +116,7 @@ def summary(history: RunHistory) -> dict[str, Any]:
         numbers |= {f"{stage}/{key}": number for key, number in measured.items()}
     numbers |= {
         "edits/applied": history.applied,
+        "edits/superseded": history.applied - len(history.in_force),
         "edits/requested": len(history.requests),
         "edits/rejected": len(history.rejected),
         "edits/ended_early": history.ended_early,
@@ -124,11 +125,6 @@ def summary(history: RunHistory) -> dict[str, Any]:
     numbers |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     numbers |= flat(history.settings, "settings")
     return numbers | {f"versions/{name}": number for name, number in versions().items()}
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def write_summary(path: Path, history: RunHistory) -> None:

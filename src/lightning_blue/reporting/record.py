@@ -14,6 +14,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from blue_callbacks import NonFiniteError
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting import files, wandb_run
@@ -23,7 +24,7 @@ from lightning_blue.reporting.guarded import guarded, has_failed
 from lightning_blue.reporting.report import write_report
 from lightning_blue.reporting.wandb_logger import RunWandbLogger, make_logger
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.storage import (
     NotWritten,
@@ -74,12 +75,9 @@ class RunRecord(Callback):
 
     @property
     def folder(self) -> Path:
-        """The run's folder; claimed at first use, so that no other run can have it too.
-
-        The first process alone claims one, and writes.
-        """
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            return self._folder or Path(self.root) / self.name
+        """The run's folder; rank 0 claims it at first use, so that no other run can have it too."""
+        if self._folder is None and rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            self._folder = Path(self.root) / self.name  # where nothing is written from here
         if self._folder is None:
             self._folder = claim_folder(Path(self.root), self.name)
         return self._folder
@@ -182,12 +180,16 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what is there, marked as partial, and end the W&B run as failed."""
-        history = self._history(trainer)
+        measuring, reason = self._measuring(trainer), first_line(exception)
+        history = measuring.history
+        if history.applied and not isinstance(exception, InputError):
+            history.ended_early = history.ended_early or reason
+            # a signal leaves little time: what was measured so far has to do
+            failed_batch = isinstance(exception, NonFiniteError)
+            if failed_batch:
+                measuring.measure_end(trainer, pl_module)
+            self._write_partial(trainer, pl_module, self.export and failed_batch)
         if self._folder is not None and trainer.is_global_zero:
-            reason = files.first_line(exception)
-            if history.applied and not isinstance(exception, InputError):
-                history.ended_early = history.ended_early or reason
-                self._write_partial(trainer, pl_module)
             with unless_full("nothing says that the run has failed"):
                 self._write_status("failed", reason)
         wandb_run.finish(trainer.loggers, failed=True)
@@ -204,10 +206,10 @@ class RunRecord(Callback):
         if failures:
             raise self._not_written(failures)
 
-    def _write_partial(self, trainer: Trainer, module: Any) -> None:
+    def _write_partial(self, trainer: Trainer, module: Any, export: bool) -> None:
         """Write what was measured of a run that failed; what it failed of is worse than this."""
         try:
-            self._write(trainer, module, export=False)
+            self._write(trainer, module, export)
         except InputError as error:
             rank_zero_warn(str(error))
 
@@ -216,6 +218,7 @@ class RunRecord(Callback):
     ) -> list[NotWritten]:
         """Write one output after the other, each whole or not at all; return what failed."""
         folder = self.folder
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
 
         def write_model() -> None:
             if export:
@@ -236,6 +239,7 @@ class RunRecord(Callback):
             write_metrics,
             write_model,
             report,
+            *(c.write_pending for c in callbacks if hasattr(c, "write_pending")),
         ]
         failures = []
         for write in outputs:
@@ -264,10 +268,15 @@ class RunRecord(Callback):
 
     def _history(self, trainer: Trainer) -> RunHistory:
         """Return the history that the run is measured into, with the settings that it shows."""
+        history = self._measuring(trainer).history
+        history.settings = self.settings | history.settings
+        return history
+
+    def _measuring(self, trainer: Trainer) -> MeasureEdits:
+        """Return the callback that measures the run."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MeasureEdits):
-                callback.history.settings = self.settings | callback.history.settings
-                return callback.history
+                return callback
         raise InputError(
             "RunRecord writes what a MeasureEdits callback has measured, and there is none",
             hint="add MeasureEdits() to the trainer's callbacks",

@@ -12,7 +12,7 @@ from lightning import Callback, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.storage import NotWritten, whole_file, writing
 
 NEWEST = 2  # checkpoints that are kept
@@ -69,7 +69,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for files that are damaged
             raise InputError(
-                f"the checkpoint cannot be read: {str(error).splitlines()[0]}",
+                f"the checkpoint cannot be read: {first_line(error)}",
                 where=str(path),
                 hint="take the one before it, or start a new run",
             ) from error
