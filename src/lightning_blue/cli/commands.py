@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
-from blue_callbacks import ClosedFormUpdate, NonFiniteError, SingularCovarianceError
+from blue_callbacks import ClosedFormUpdate, EditGuard, NonFiniteError, SingularCovarianceError
 from lightning_blue.cli.run_files import explain, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import edit_module
@@ -79,12 +79,13 @@ class _CLI(LightningCLI):
 
 
 class EditCLI(_CLI):
-    """Sections ``trainer``, ``model``, ``data``, ``update``, ``measure`` and ``run``."""
+    """Sections ``trainer``, ``model``, ``data``, ``update``, ``guard``, ``measure`` and ``run``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the callbacks of a run sections of the configuration."""
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(ClosedFormUpdate, "update")
+        parser.add_lightning_class_args(EditGuard, "guard")
         parser.add_lightning_class_args(MeasureEdits, "measure")
         parser.add_lightning_class_args(RunRecord, "run")
 
@@ -142,7 +143,8 @@ def fit(args: Sequence[str]) -> None:
         return
     record = _only(cli.trainer, RunRecord)
     history = _only(cli.trainer, MeasureEdits).history
-    notes = "".join(f"{note}\n" for note in _only(cli.trainer, ClosedFormUpdate).notes)
+    told = (ClosedFormUpdate, EditGuard)
+    notes = "".join(f"{note}\n" for kind in told for note in _only(cli.trainer, kind).notes)
     sys.stdout.write(f"\n{score_table(history)}\n\n{notes}report: {record.report}\n")
 
 

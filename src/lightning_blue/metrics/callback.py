@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
 from lightning_blue.data.corpus import corpus_texts
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
@@ -54,6 +54,7 @@ class MeasureEdits(Callback):
         self.history = RunHistory()
         self._text: str | None = None
         self._started = 0.0
+        self._committed = False  # whether the newest batch stays
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Take the requests over, and read the text before any work is spent."""
@@ -76,6 +77,10 @@ class MeasureEdits(Callback):
         """Start the clock of the edit."""
         self._started = time.perf_counter()
 
+    def on_edit_committed(self, trainer: Trainer, module: Any, record: EditRecord) -> None:
+        """Note that the batch was not rolled back."""
+        self._committed = True
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -84,16 +89,22 @@ class MeasureEdits(Callback):
         batch: list[EditRequest],
         batch_idx: int,
     ) -> None:
-        """Measure the batch just applied, and a sample of all edits so far."""
+        """Measure the batch just applied, and a sample of all edits so far.
+
+        Of a batch that was rolled back there is nothing to measure.
+        """
         self._count_seconds("edit", time.perf_counter() - self._started)
-        self.history.applied += len(batch)
         for layer, losses in pl_module.target_losses.items():
             self.history.loss_curves.append(LossCurve(batch_idx, layer, losses.cpu()))
+        committed, self._committed = self._committed, False
+        self.history.count(len(batch), committed)
+        if not committed:
+            return
         metrics = self._evaluate(pl_module, batch).metrics
         self._keep(trainer, "batch", metrics)
         self._log(trainer, _norms(trainer))
         if self.cumulative:
-            applied = self.history.requests[: self.history.applied]
+            applied = self.history.applied_requests
             sampler = random.Random(self.seed)
             sample = sampler.sample(applied, min(self.cumulative, len(applied)))
             metrics = self._evaluate(pl_module, sample).metrics
@@ -101,7 +112,7 @@ class MeasureEdits(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure everything again on the edited model."""
-        first = self.history.requests[: trainer.datamodule.batch_size]  # type: ignore[attr-defined]
+        first = self.history.applied_requests[: trainer.datamodule.batch_size]  # type: ignore[attr-defined]
         self._keep(trainer, "first_batch", self._evaluate(pl_module, first).metrics)
         after = self._evaluate(pl_module, self.history.requests, whole=True)
         self.history.after = after.outcomes
@@ -160,4 +171,6 @@ class MeasureEdits(Callback):
 
 def _norms(trainer: Trainer) -> dict[str, float]:
     updates = [c for c in trainer.callbacks if isinstance(c, ClosedFormUpdate)]  # type: ignore[attr-defined]
-    return {f"update/{name}": norm for update in updates for name, norm in update.norms.items()}
+    guards = [c for c in trainer.callbacks if isinstance(c, EditGuard)]  # type: ignore[attr-defined]
+    norms = {f"update/{name}": norm for update in updates for name, norm in update.norms.items()}
+    return norms | {f"guard/{name}": v for guard in guards for name, v in guard.readings.items()}

@@ -52,6 +52,8 @@ class RunHistory:
         requests: the requests of the run, in order.
         rejected: requests that could not be used.
         applied: how many requests were applied.
+        rolled_back: places in ``requests`` of those whose batch was written and rolled back.
+        guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
         measurements: in the order they were taken.
         loss_curves: in the order of the batches.
         before: outcome of each request on the unedited model.
@@ -64,11 +66,32 @@ class RunHistory:
     requests: list[EditRequest] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     applied: int = 0
+    rolled_back: set[int] = field(default_factory=set)
+    guard_events: list[dict[str, Any]] | None = None
     measurements: list[Measurement] = field(default_factory=list)
     loss_curves: list[LossCurve] = field(default_factory=list)
     before: list[RequestOutcome] = field(default_factory=list)
     after: list[RequestOutcome] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def count(self, n: int, committed: bool) -> None:
+        """Count the next n requests as applied, or as rolled back."""
+        if committed:
+            self.applied += n
+        else:
+            start = self.applied + len(self.rolled_back)
+            self.rolled_back.update(range(start, start + n))
+
+    @property
+    def applied_places(self) -> list[int]:
+        """The places in ``requests`` of those that were applied, in order."""
+        reached = range(self.applied + len(self.rolled_back))
+        return [place for place in reached if place not in self.rolled_back]
+
+    @property
+    def applied_requests(self) -> list[EditRequest]:
+        """The requests that were applied, in order."""
+        return [self.requests[place] for place in self.applied_places]
 
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""

@@ -130,7 +130,7 @@ def _number(estimate: Mapping[str, float]) -> str:
 
 
 def _edits(history: RunHistory) -> str:
-    applied = history.requests[: history.applied]
+    applied = history.applied_requests
     lines = [
         f"- {inline(request.text)} … "
         + (f"{inline(request.target_true)} → " if request.target_true else "")

@@ -64,8 +64,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
     """Return a run's numbers under flat keys; what was not measured has no key.
 
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
-    ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``seconds/...``,
-    ``settings/...`` and ``versions/...``.
+    ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
+    ``seconds/...``, ``settings/...`` and ``versions/...``.
     """
     flat: dict[str, Any] = {}
     for stage in SUMMARY_STAGES:
@@ -77,6 +77,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
         "edits/rejected": len(history.rejected),
         "protocol": history.protocol,
     }
+    if history.guard_events is not None:
+        flat["guard/events"] = len(history.guard_events)
     flat |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     flat |= _flat("settings", history.settings)
     return flat | {f"versions/{name}": number for name, number in versions().items()}

@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from blue_callbacks import EditGuard
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting import files, wandb_run
@@ -80,6 +81,7 @@ class RunRecord(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write everything that was gathered."""
         history = _history(trainer)
+        history.guard_events = _guard_events(trainer)
         history.seconds["prepare"] = pl_module.preparation_seconds
         history.seconds["total"] = time.perf_counter() - self._started
         if not trainer.is_global_zero:
@@ -106,6 +108,13 @@ def _history(trainer: Trainer) -> RunHistory:
         if isinstance(callback, MeasureEdits):
             return callback.history
     raise RuntimeError("RunRecord needs a MeasureEdits callback before it")
+
+
+def _guard_events(trainer: Trainer) -> list[dict[str, Any]] | None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EditGuard) and callback.action != "off":
+            return callback.events
+    return None
 
 
 def _free_folder(root: Path, name: str) -> Path:

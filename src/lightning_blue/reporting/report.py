@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from blue_callbacks.guard import OUTCOMES, crossings
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
@@ -16,6 +17,7 @@ from lightning_blue.support.storage import write_atomic
 
 EXAMPLES = 10  # edits shown, and as many that failed
 REJECTED_SHOWN = 20
+EVENTS_SHOWN = 20
 CAPTIONS = {
     "metrics": "Over edits applied: how well edits hold, and what the rest of the model lost.",
     "before_after": "Before and after, over all requests.",
@@ -51,6 +53,7 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
     """Return the report as markdown; ``pictures`` names the files under ``plots/``."""
     sections = {
         "Scores": score_table(history),
+        "Guard": _guard(history),
         "Plots": _pictures(pictures),
         "The first batch, right after it was applied and at the end": _retention(history),
         "Edits": _examples(history),
@@ -83,6 +86,23 @@ def _sentence(history: RunHistory) -> str:
     return text + "."
 
 
+def _guard(history: RunHistory) -> str:
+    """List the batches that went too far, and what became of them."""
+    events = history.guard_events or []
+    rows = [
+        [
+            str(event["batch"]),
+            inline(", ".join(event["requests"]), CELL),
+            inline(", ".join(crossings(event))),
+            OUTCOMES[event["action"]],
+        ]
+        for event in events[:EVENTS_SHOWN]
+    ]
+    listed = _table(rows, ["batch, from 0", "requests", "above its limit", "what became of it"])
+    more = len(events) - EVENTS_SHOWN
+    return listed + (f"\n\nand {more:,} more." if more > 0 else "")
+
+
 def _pictures(names: Iterable[str]) -> str:
     drawn = set(names)
     shown = [(name, text) for name, text in CAPTIONS.items() if name in drawn]
@@ -98,7 +118,8 @@ def _retention(history: RunHistory) -> str:
 
 
 def _examples(history: RunHistory) -> str:
-    applied = outcome_pairs(history)[: history.applied]
+    pairs = outcome_pairs(history)
+    applied = [pairs[place] for place in history.applied_places]
     missed = [example for example in applied if failed(example[2])]
     parts = [_example_table(applied[:EXAMPLES])] if applied else []
     if missed:

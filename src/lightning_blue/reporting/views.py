@@ -48,13 +48,14 @@ def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:
 def batch_of(history: RunHistory, index: int) -> int | None:
     """Return the number of the batch that a request was applied in, from 0; None if in none."""
     size = history.settings.get("batch_size")
-    return index // size if size and index < history.applied else None
+    reached = index < history.applied + len(history.rolled_back)
+    return index // size if size and reached and index not in history.rolled_back else None
 
 
 def batches(history: RunHistory) -> int | None:
     """Return how many batches were applied, where the size of a batch is known."""
-    last = batch_of(history, history.applied - 1)
-    return None if last is None else last + 1
+    size = history.settings.get("batch_size")
+    return len({place // size for place in history.applied_places}) if size else None
 
 
 def outcome_pairs(
