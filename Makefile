@@ -21,6 +21,9 @@ test: setup  ## set up, then run the tests
 bench: setup  ## time the package against a textbook implementation
 	$(BIN)/python -m benchmarks
 
+kill: setup  ## kill 50 small runs at random moments, resume each, compare to the last bit
+	KILLS=50 $(BIN)/python -m pytest tests/test_kill.py -k killed
+
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,5 +34,5 @@ types: setup  ## mypy
 clean:  ## remove the environment, runs and caches
 	rm -rf .venv runs stats .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup quickstart test bench lint types clean
+.PHONY: help setup quickstart test bench kill lint types clean
 .DEFAULT_GOAL := help

@@ -98,7 +98,7 @@ def run_whole(workload: Workload, args: Namespace, clock: Clock) -> list[Row]:
     unedited = {n: textbook.weight_of(workload.model, n).clone() for n in args.layers}
     with tempfile.TemporaryDirectory() as cache:
         module.covariance = CovarianceSource(tokens_per_dim=TOKENS_PER_DIM, cache=cache)
-        module.prepare(args.layers, args.layers)
+        module.prepare(args.layers, [WeightId(layer) for layer in args.layers])
     watcher = Evaluate(batches)
 
     clock.measure_rate()

@@ -18,21 +18,21 @@ def estimate(value: float, error: float | None = None, **counts: int) -> dict[st
     return {"value": value, **({} if error is None else {"standard_error": error}), **counts}
 
 
-def outcome(case_id: str, share: float, text: str) -> RequestOutcome:
+def outcome(case_id: str, success: float, text: str) -> RequestOutcome:
     """Return an outcome whose probabilities are 0.5 and 0.25."""
     return RequestOutcome(
         case_id=case_id,
-        efficacy=share,
-        generalization=None,
-        specificity=0.5,
-        efficacy_top1=share,
-        generalization_top1=None,
-        specificity_top1=0.25,
+        values={
+            "efficacy": success,
+            "specificity": 0.5,
+            "efficacy_top1": success,
+            "specificity_top1": 0.25,
+        },
         nll_new=math.log(2),
         nll_true=math.log(4),
         probability_new=0.5,
         probability_true=0.25,
-        correct=(share == 1, False),
+        correct=(success == 1, False),
         continuation=text,
     )
 
@@ -61,7 +61,7 @@ def small_history() -> RunHistory:
         },
         requests=requests,
         rejected=[Rejected("facts.jsonl:5", "c9", "missing field", "no subject", "add one")],
-        applied=3,
+        batches={0: [0, 1], 1: [2]},
         measurements=measurements(),
         loss_curves=[
             LossCurve(0, 1, losses([4.0, 2.0, 1.0], [2.0, NAN, NAN])),
@@ -70,7 +70,7 @@ def small_history() -> RunHistory:
             LossCurve(1, 3, losses([5.0, 2.5, 1.5])),
         ],
         before=[outcome(f"c{i}", 0.0, " Paris,\nthe city") for i in range(4)],
-        after=[outcome(f"c{i}", float(i != 2), f" {place}") for i, place in enumerate(places)],
+        after={i: outcome(f"c{i}", float(i != 2), f" {places[i]}") for i in range(3)},
         seconds={"edit": 6.0, "total": 10.5},
     )
 
@@ -81,21 +81,23 @@ def measurements() -> list[Measurement]:
         "efficacy": estimate(4.5, 1.52, count=4, prompts=4),
         "specificity": estimate(93.21, 0.62, count=4, prompts=40),
         "specificity_top1": estimate(61.0, 2.0, count=4, prompts=40),
-        "recall": estimate(98.0, 0.9, count=200, prompts=200),
+        "retained_knowledge": estimate(98.0, 0.9, count=200, prompts=200),
         "perplexity": estimate(12.345, 0.0412, count=16, tokens=8192),
     }
     post = {
         "efficacy": estimate(100.0, 0.0, count=4, prompts=4),
         "specificity": estimate(80.0, 1.25, count=4, prompts=40),
         "specificity_top1": estimate(50.0, 2.0, count=4, prompts=40),
-        "recall": estimate(97.0, 1.1, count=200, prompts=200),
+        "retained_knowledge": estimate(97.0, 1.1, count=200, prompts=200),
         "perplexity": estimate(15.0, 0.05, count=16, tokens=8192),
     }
     batch = {"efficacy": estimate(100.0, 0.0, count=2, prompts=2)}
     return [
         Measurement("pre", 0, pre),
         Measurement("batch", 2, batch),
-        Measurement("cumulative", 2, {**batch, "recall": estimate(97.5, count=200, prompts=200)}),
+        Measurement(
+            "cumulative", 2, {**batch, "retained_knowledge": estimate(97.5, count=200, prompts=200)}
+        ),
         Measurement("batch", 3, {"efficacy": estimate(90.0, count=1, prompts=1)}),
         Measurement("cumulative", 3, {"efficacy": estimate(95.0, 5.0, count=3, prompts=3)}),
         Measurement("first_batch", 3, {"efficacy": estimate(50.0, 50.0, count=2, prompts=2)}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_targets_and_weights_equal_the_textbook_in_float64(language_model, tmp_p
     unedited = {layer: textbook.weight_of(model, layer).clone() for layer in LAYERS}
     for batch in (REQUESTS[:2], REQUESTS[2:]):
         with torch.no_grad():
-            update.on_edit_batch(None, module, batch)
+            update.on_edit_batch(SimpleNamespace(callbacks=[]), module, batch)
         targets = textbook.edit_batch(model, tokenizer, batch, LAYERS, covariances, past, settings)
         for layer, ours in module.found[-2:]:
             assert relative(ours, targets[layer]) < 1e-8
@@ -136,9 +137,9 @@ def test_scores_and_texts_equal_the_textbook(language_model):
     assert outcome.nll_true == pytest.approx(scores[0][1].nll, abs=1e-5)
     assert outcome.correct == tuple(scores[0][0].correct)
     worse = [not new.nll < true.nll for new, true in scores[3:]]
-    assert outcome.specificity == pytest.approx(sum(worse) / 2)
+    assert outcome.values["specificity"] == pytest.approx(sum(worse) / 2)
     better = [new.nll < true.nll for new, true in scores[1:3]]
-    assert outcome.generalization == pytest.approx(sum(better) / 2)
+    assert outcome.values["generalization"] == pytest.approx(sum(better) / 2)
     prompts = [record.text, *record.paraphrases]
     one_by_one = write_texts(model, tokenizer, prompts, max_length=40)
     assert write_texts_of_record(model, tokenizer, prompts, max_length=40) == one_by_one

@@ -23,6 +23,7 @@ def test_shows_how_to_add_everything():
         "A transform",
         "An architecture",
         "A data format",
+        "A metric",
     ]
 
 

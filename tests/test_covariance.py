@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_corpus_that_is_too_short_is_refused(gpt2, corpus, tmp_path):
-    with pytest.raises(InputError, match="the corpus holds"):
+    with pytest.raises(InputError, match="only 661 of 96,000 tokens available"):
         load_or_collect(
             *gpt2, projections(gpt2.model), source(corpus, tmp_path, tokens_per_dim=1000)
         )
@@ -214,7 +214,7 @@ def test_the_file_says_how_far_the_update_moved(language_model, corpus, tmp_path
     torch.testing.assert_close(covariances[1], whole[1])
     before, after = (solved_keys(c[1], keys, 50) for c in (half, whole))
     expected = float((after - before).norm() / after.norm())
-    assert changes[1][-1].share == pytest.approx(expected, rel=1e-3)
+    assert changes[1][-1].fraction == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_report_changes_no_covariance(gpt2, corpus, tmp_path):

@@ -14,8 +14,9 @@ from lightning_blue.data import (
     apply_policy,
     check_tokens,
     count_by_kind,
-    pick_controls,
+    pick_control_facts,
     read_requests,
+    superseded,
     take_distinct,
 )
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
@@ -91,10 +92,21 @@ def test_contradictions_name_both() -> None:
     other = replace(LYON, case_id="9", target_new="Karachi", source="a.csv:12")
     elsewhere = [replace(other, subject="Basel"), replace(other, prompt="{} in")]
     taken, _, (fault,) = take_distinct([LYON, other, *elsewhere])
-    assert taken == [LYON, *elsewhere]
-    assert (fault.kind, fault.source) == ("contradiction", "a.csv:12")
-    for part in ("'Karachi'", "contradicts a.csv:2", "'Manila'"):
+    assert taken == [other, *elsewhere]  # the later one wins
+    assert (fault.kind, fault.source) == ("contradiction", "a.csv:2")
+    for part in ("'Manila'", "contradicted by a.csv:12", "'Karachi'"):
         assert part in fault.reason
+
+
+def test_a_later_batch_may_edit_the_same_prompt_again() -> None:
+    basel = replace(LYON, subject="Basel")
+    there, back = (replace(LYON, target_new=new) for new in ("Karachi", LYON.target_new))
+    requests = [LYON, basel, there, basel, back]
+    taken, _, (repeated,) = take_distinct(requests, batch_size=2)
+    assert taken == [LYON, basel, there, back]  # back takes no place of there: see below
+    assert repeated.kind == "duplicate"
+    assert superseded(taken) == [0, 2]
+    assert superseded([LYON, basel]) == []
 
 
 def test_policy() -> None:
@@ -111,11 +123,11 @@ def test_policy() -> None:
     assert "f.csv:7" not in message
     assert "and 2 more" in message
     assert "--data.on_unusable=skip" in message
-    with pytest.raises(InputError, match=r"(?s)'drop'.*take one of: stop, skip"):
+    with pytest.raises(InputError, match=r"(?s)'drop'.*choose one of: stop, skip"):
         apply_policy([], 20, "drop")
 
 
-def test_controls_are_known_facts_on_other_subjects() -> None:
+def test_control_facts_are_known_facts_on_other_subjects() -> None:
     basel = replace(LYON, subject="Basel")
     candidates = [
         replace(LYON, prompt="{} lies in", target_true="France"),  # an edited subject
@@ -125,12 +137,12 @@ def test_controls_are_known_facts_on_other_subjects() -> None:
         replace(LYON, subject="Oslo", target_true="Rome"),
         replace(LYON, subject="Madrid"),
     ]
-    assert pick_controls(candidates, [LYON], 2) == [
+    assert pick_control_facts(candidates, [LYON], 2) == [
         Probe("The twin city of Basel is", "Beirut"),
         Probe("The twin city of Oslo is", "Rome"),
     ]
-    assert len(pick_controls(candidates, [LYON], 10)) == 3
-    assert pick_controls(candidates, [LYON], 0) == []
+    assert len(pick_control_facts(candidates, [LYON], 10)) == 3
+    assert pick_control_facts(candidates, [LYON], 0) == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The data module: order, batches, counts, controls, policy, and the trainer's view of it."""
+"""The data module: order, batches, counts, control facts, policy, and the trainer's view of it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_edits_and_offset_choose_usable_requests(tmp_path: Path) -> None:
     ]
 
 
-def test_controls_come_after_the_edits_on_other_subjects(
+def test_control_facts_come_after_the_edits_on_other_subjects(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     facts = [fact(0), fact(1), fact(0, prompt="{} lies in"), fact(2, target_true=None), fact(3)]
@@ -70,8 +70,9 @@ def test_controls_come_after_the_edits_on_other_subjects(
         assert prepared(path, edits=2, controls=2).controls == expected
         assert not caplog.records
         assert prepared(path, edits=2, controls=9).controls == expected
-    assert [r.getMessage()[:47] for r in caplog.records] == [
-        "9 controls were asked for, 2 are there: known f"
+    assert [r.getMessage() for r in caplog.records] == [
+        "only 2 of 9 control facts available: known facts after the edited ones, on other "
+        "subjects, with their current object"
     ]
 
 
@@ -87,21 +88,29 @@ def test_stop_is_the_default_and_names_what_is_wrong(tmp_path: Path) -> None:
 def test_too_few_requests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, [fact(i) for i in range(4)])
     assert len(prepared(path, edits=9, offset=1).requests) == 3
-    assert "9 edits were asked for, 3 are there" in caplog.text
-    with pytest.raises(InputError, match=r"(?s)0 usable.*4 read, 0 unusable, offset 4.*lower"):
+    assert "only 3 of 9 edits available" in caplog.text
+    with pytest.raises(InputError, match=r"(?s)no usable.*4 read, 0 unusable, offset 4.*lower"):
         prepared(path, offset=4)
     path = write(tmp_path, [fact(0, target_new="")])
-    with pytest.raises(InputError, match=r"(?s)0 usable requests.*1 read, 1 unusable"):
+    with pytest.raises(InputError, match=r"(?s)no usable requests.*1 read, 1 unusable"):
         prepared(path, on_unusable="skip")
 
 
-def test_contradictions_stop_the_run_or_keep_the_first(tmp_path: Path) -> None:
+def test_contradictions_in_a_batch_stop_the_run_or_keep_the_later(tmp_path: Path) -> None:
     path = write(tmp_path, [fact(0), fact(1), fact(0, target_new="Eve")])
-    with pytest.raises(InputError, match=r"(?s)facts.jsonl:3.*'Eve' contradicts .*facts.jsonl:1"):
+    with pytest.raises(
+        InputError, match=r"(?s)facts.jsonl:1.*contradicted by .*facts.jsonl:3.*Eve"
+    ):
         prepared(path)
     data = prepared(path, on_unusable="skip")
-    assert [r.target_new for r in data.requests] == [fact(0)["target_new"], fact(1)["target_new"]]
+    assert [r.target_new for r in data.requests] == ["Eve", fact(1)["target_new"]]
     assert [r.kind for r in data.rejected] == ["contradiction"]
+    apart = prepared(path, batch_size=2)  # a later batch replaces an earlier edit
+    assert [r.target_new for r in apart.requests] == [
+        fact(0)["target_new"],
+        fact(1)["target_new"],
+        "Eve",
+    ]
     assert len(prepared(path, edits=2).requests) == 2
 
 

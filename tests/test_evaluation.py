@@ -1,10 +1,11 @@
-"""Which prompts each metric reads, and what is said of each request."""
+"""Which prompts each metric reads, and the outcome of each request."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,14 @@ from conftest import LanguageModel
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.language_model import scoring
 from lightning_blue.language_model.scoring import TargetScore, generate, score_targets
+from lightning_blue.metrics import MeanOverRequests, table
 from lightning_blue.metrics import functional as F
-from lightning_blue.metrics.evaluation import Evaluation, control_recall, evaluate, flatten
+from lightning_blue.metrics.evaluation import (
+    Evaluation,
+    evaluate,
+    evaluate_control_facts,
+    flatten,
+)
 from lightning_blue.support.errors import InputError
 
 FULL = EditRequest(
@@ -68,8 +75,8 @@ def test_counterfact_reads_the_right_prompts(language_model: LanguageModel) -> N
     }
     metrics = evaluate(*language_model, REQUESTS, generate=False).metrics
     for name, flags in expected.items():
-        shares = [100 * statistics.mean(f) for f in flags]
-        assert metrics[name]["value"] == pytest.approx(statistics.mean(shares))
+        percentages = [100 * statistics.mean(f) for f in flags]
+        assert metrics[name]["value"] == pytest.approx(statistics.mean(percentages))
         assert metrics[name]["count"] == len(flags)
         assert metrics[name]["prompts"] == sum(map(len, flags))
     assert metrics["efficacy_top1"]["count"] == 3
@@ -126,22 +133,57 @@ def test_outcomes(language_model: LanguageModel) -> None:
     continuations = generate(
         *language_model, [r.text for r in REQUESTS], max_new_tokens=5, top_k=1, stop_at_end=True
     )
-    for request, outcome, said in zip(REQUESTS, evaluation.outcomes, continuations, strict=True):
+    for request, outcome, text in zip(REQUESTS, evaluation.outcomes, continuations, strict=True):
         assert outcome.nll_new == pytest.approx(
             nll(language_model, request.text, request.target_new), rel=1e-5
         )
         assert outcome.probability_new == pytest.approx(math.exp(-outcome.nll_new))
         assert outcome.correct == correct(language_model, request.text, request.target_new)
-        assert outcome.continuation == said
+        assert outcome.continuation == text
     full, neighbours, bare = evaluation.outcomes
     true = nll(language_model, FULL.text, "French")
     assert full.nll_true == pytest.approx(true, rel=1e-5)
     assert full.probability_true == pytest.approx(math.exp(-true), rel=1e-4)
-    assert full.efficacy == float(full.nll_new < true)
-    assert neighbours.generalization is None
-    assert neighbours.specificity is not None
-    assert (bare.efficacy, bare.nll_true, bare.probability_true) == (None, None, None)
-    assert bare.efficacy_top1 is not None
+    assert full.values["efficacy"] == float(full.nll_new < true)
+    assert {"efficacy", "specificity", "specificity_top1"} <= set(neighbours.values)
+    assert not {"generalization", "generalization_top1"} & set(neighbours.values)
+    assert set(bare.values) == {"efficacy_top1"}
+    assert (bare.nll_true, bare.probability_true) == (None, None)
+
+
+@pytest.mark.parametrize("protocol", ["counterfact", "zsre"])
+def test_estimates_are_the_means_of_the_outcomes(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    say(monkeypatch, edited)
+    evaluation = evaluate(*gpt2, REQUESTS, protocol=protocol, generate=False, continuation_tokens=0)
+    kinds = ("efficacy", "generalization", "specificity")
+    names = [*kinds, *(f"{kind}_top1" for kind in kinds)]
+    for name in names:
+        values = [o.values[name] for o in evaluation.outcomes if name in o.values]
+        assert evaluation.metrics[name]["value"] == pytest.approx(100 * statistics.mean(values))
+        assert evaluation.metrics[name]["count"] == len(values)
+    first = evaluation.outcomes[0].values
+    # Of the four words of the two paraphrases three are right, and five of the neighbours' six.
+    expected = (1, 1 / 2, 2 / 3) if protocol == "counterfact" else (1, 3 / 4, 5 / 6)
+    assert [first[kind] for kind in kinds] == pytest.approx(expected)
+
+
+def test_a_row_is_all_that_a_metric_of_answers_needs(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(monkeypatch, edited)
+    gap = table.Measure(
+        table.COMPARISON, partial(MeanOverRequests, torch.sub), "nats between the two objects"
+    )
+    row = table.MetricSpec(
+        "gap", "gap", gap, unit="nats", needs=(table.PARAPHRASES,), per_request=True
+    )
+    monkeypatch.setattr(table, "METRICS", (*table.METRICS, row))
+    evaluation = evaluate(*gpt2, REQUESTS, generate=False, continuation_tokens=0)
+    # 0.5 against 2 nats where the edit holds, the other way round on the other paraphrase
+    assert evaluation.metrics["gap"] == {"value": 0.0, "count": 1, "prompts": 2}
+    assert [outcome.values.get("gap") for outcome in evaluation.outcomes] == [0.0, None, None]
 
 
 def test_metrics_without_prompts_are_absent(gpt2: LanguageModel) -> None:
@@ -175,14 +217,15 @@ def test_consistency_can_learn_its_weights_elsewhere(gpt2: LanguageModel) -> Non
     assert metrics["consistency"]["value"] == pytest.approx(100 * similarity)
 
 
-def test_control_recall(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert control_recall(*gpt2, []) == {}
+def test_control_facts(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluate_control_facts(*gpt2, []) == {}
     say(monkeypatch, edited)
-    probes = [*FULL.neighborhood, *NEIGHBOURS_ONLY.neighborhood]
-    recall = control_recall(*gpt2, probes)
-    assert recall["value"] == 75
-    assert (recall["count"], recall["prompts"]) == (4, 4)
-    assert recall["standard_error"] == pytest.approx(25)
+    facts = [*FULL.neighborhood, *NEIGHBOURS_ONLY.neighborhood]
+    for protocol in ("counterfact", "zsre"):
+        retained = evaluate_control_facts(*gpt2, facts, protocol=protocol)["retained_knowledge"]
+        assert retained["value"] == 75
+        assert (retained["count"], retained["prompts"]) == (4, 4)
+        assert retained["standard_error"] == pytest.approx(25)
 
 
 def test_flatten() -> None:

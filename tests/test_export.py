@@ -104,12 +104,15 @@ def test_the_card_says_what_was_edited_and_how() -> None:
     assert "Tower 3" not in card  # was never applied
     for row in ("| layers            | 1, 3        |", "| past keys         | on          |"):
         assert row in card
-    assert "| edited   | 100.0 ± 0.0 |" in card
+    assert "| efficacy           |    4.5 ± 1.5 |  100.0 ± 0.0 |" in card
+    assert "- retained knowledge: the object of a control fact" in card
+    assert "- fluency:" not in card  # was not measured
 
 
 def test_the_card_warns_of_what_was_measured() -> None:
     text = caution(small_history())
     assert "specificity went from 93.2 ± 0.6 to 80.0 ± 1.2" in text
+    assert "retained knowledge went from 98.0 ± 0.9 to 97.0 ± 1.1" in text
     assert "perplexity went from 12.35 ± 0.04 to 15.00 ± 0.05" in text
     assert "fluency" not in text
     assert "None were measured here." in caution(RunHistory())
@@ -125,6 +128,6 @@ def test_the_card_names_a_local_model_without_its_path() -> None:
 
 def test_the_card_lists_at_most_200_edits() -> None:
     requests = [EditRequest(str(i), "{} is", f"Subject {i}", "new") for i in range(230)]
-    card = model_card(RunHistory(requests=requests, applied=230))
+    card = model_card(RunHistory(requests=requests, batches={0: list(range(230))}))
     assert card.count("- Subject ") == 200
     assert "- Subject 199 is … **new**\n\nand 30 facts more." in card

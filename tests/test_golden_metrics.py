@@ -136,13 +136,14 @@ def test_counterfact_metrics(golden: dict[str, Any], case: Case) -> None:
         "specificity": ("neighborhood", lambda p: p["target_true"] < p["target_new"]),
     }
     for name, (kind, success) in wanted.items():
-        shares = []
+        fractions = []
         for _, expected in pairs:
             flags = [success(probs) for probs in expected[f"{kind}_prompts_probs"]]
-            shares.append(sum(flags) / len(flags))
+            fractions.append(sum(flags) / len(flags))
         estimate = evaluation.metrics[name]
-        assert estimate["value"] == pytest.approx(100 * sum(shares) / len(shares))
-        assert [getattr(outcome, name) for outcome in evaluation.outcomes] == pytest.approx(shares)
+        assert estimate["value"] == pytest.approx(100 * sum(fractions) / len(fractions))
+        ours = [outcome.values[name] for outcome in evaluation.outcomes]
+        assert ours == pytest.approx(fractions)
 
 
 def zsre_flags(case: Case, raw: dict[str, Any]) -> dict[str, list[bool]]:

@@ -14,6 +14,7 @@ from lightning_blue.metrics import (
     Consistency,
     ExactMatch,
     Fluency,
+    MeanOverRequests,
     Perplexity,
     ProbabilitySuccess,
     Score,
@@ -29,7 +30,7 @@ REQUEST = torch.tensor([4, 4, 7, 9])  # two prompts belong to one request
 FLAGS = [[True, False], [True, True], [False, False, True], [True]]
 
 
-def test_probability_success_is_strict() -> None:
+def test_a_tie_counts_as_failure() -> None:
     wanted, other = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0, 1.0, 2.0])
     assert F.probability_success(wanted, other).tolist() == [True, False, False]
 
@@ -120,13 +121,13 @@ def test_ratio_error_matches_resampling() -> None:
 def test_score_error_matches_resampling() -> None:
     torch.manual_seed(0)
     efficacy = torch.rand(500).double()
-    shares = torch.stack([efficacy, (efficacy + torch.rand(500)) / 2, 1 - efficacy / 3], 1)
+    success = torch.stack([efficacy, (efficacy + torch.rand(500)) / 2, 1 - efficacy / 3], 1)
     metric = Score()
-    metric.update(shares)
+    metric.update(success)
     ours = numbers(metric.compute())
     picks = torch.randint(500, (4000, 500))
-    resampled = F.harmonic_mean(100 * shares[picks].mean(1))
-    assert ours["value"] == pytest.approx(float(F.harmonic_mean(100 * shares.mean(0))))
+    resampled = F.harmonic_mean(100 * success[picks].mean(1))
+    assert ours["value"] == pytest.approx(float(F.harmonic_mean(100 * success.mean(0))))
     assert ours["standard_error"] == pytest.approx(float(resampled.std()), rel=0.1)
 
 
@@ -157,6 +158,37 @@ def test_unit_of_the_error_is_the_request() -> None:
 def test_teacher_forced_metrics(metric: Metric, by_request: list[float]) -> None:
     metric.update(FLAGS, REQUEST)
     assert numbers(metric.compute())["value"] == pytest.approx(statistics.mean(by_request))
+
+
+def test_a_function_is_all_that_a_mean_over_requests_needs() -> None:
+    metric = MeanOverRequests(torch.sub, 10)
+    metric.update(torch.tensor([1.0, 3, 1, 3]), torch.full((4,), 2.0), REQUEST)
+    assert metric.by_request == {4: 0.0, 7: -1.0, 9: 1.0}
+    assert numbers(metric.compute())["value"] == 0
+    metric.update(torch.tensor([5.0]), torch.tensor([2.0]), torch.tensor([11]))
+    assert metric.by_request == {4: 0.0, 7: -1.0, 9: 1.0, 11: 3.0}
+    assert numbers(metric.compute())["value"] == pytest.approx(10 * 3 / 4)
+    metric.reset()
+    assert metric.by_request == {}
+
+
+@pytest.mark.parametrize(
+    ("metric", "inputs", "values"),
+    [
+        (ProbabilitySuccess(), (torch.tensor([1.0, 3, 1, 3]), torch.full((4,), 2.0)), [0.5, 1, 0]),
+        (TokenAccuracy(), (FLAGS,), [0.75, 1 / 3, 1]),
+        (ExactMatch(), (FLAGS,), [0.5, 0, 1]),
+        (Fluency(), (["a b"] * 4,), [0, 0, 0]),  # one bigram has no entropy
+        (Consistency(VECTORIZER), (TEXTS, TEXTS), [1, 1, 1]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_by_request_are_not_scaled(
+    metric: MeanOverRequests, inputs: tuple, values: list[float]
+) -> None:
+    metric.update(*inputs, REQUEST)
+    assert metric.by_request == pytest.approx(dict(zip([4, 7, 9], values, strict=True)))
+    assert numbers(metric.compute())["value"] == pytest.approx(100 * statistics.mean(values))
 
 
 def test_text_metrics_average_texts_of_a_request() -> None:

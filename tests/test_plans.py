@@ -29,7 +29,7 @@ def test_even_shares_leave_an_equal_part_to_every_layer():
     assert left == pytest.approx(0.0)
 
 
-def test_controls():
+def test_baselines():
     assert layer_updates("computed", [1, 2]) == [LayerUpdate(1, 1, 1), LayerUpdate(2, 2, 1)]
     assert layer_updates("first", [1, 2, 3]) == [LayerUpdate(1, 1, 1)]
     assert layer_updates("last", [1, 2, 3]) == [LayerUpdate(3, 3, 1)]

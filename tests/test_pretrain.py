@@ -58,7 +58,7 @@ NESTED = [
 
 
 class InPlay(Callback):
-    """Notes the number of facts in play at every step."""
+    """Notes the number of active facts at every step."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []

@@ -62,7 +62,7 @@ def test_format_can_be_forced(tmp_path: Path) -> None:
     assert read_requests(path)[0][0].target_true == "France"
     assert read_requests(path, "facts")[0][0].target_true is None
     assert "needs subject, src, answers" in message(path, "zsre")
-    assert "take one of: auto, counterfact" in message(path, "hint")
+    assert "choose one of: auto, counterfact" in message(path, "hint")
 
 
 def test_csv_with_lists_quotes_and_lines_in_cells(tmp_path: Path) -> None:
@@ -147,14 +147,14 @@ def test_columns_without_meaning_are_named(
         read_requests(save(tmp_path, "rome.json", [ROME]))
         read_requests(save(tmp_path, "zsre.json", [ZSRE]))
     [record] = caplog.records
-    assert "'paraphrase' (is 'paraphrases' meant?), 'colour'" in record.getMessage()
+    assert "'paraphrase' (did you mean 'paraphrases'?), 'colour'" in record.getMessage()
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     save(tmp_path, "my_facts.jsonl", json.dumps(FACT))
     text = message(tmp_path / "my_fact.jsonl")
     assert "no such file" in text
-    assert f"is {str(tmp_path / 'my_facts.jsonl')!r} meant?" in text
+    assert f"did you mean {str(tmp_path / 'my_facts.jsonl')!r}?" in text
     assert "no folder" in message(tmp_path / "nowhere" / "facts.json")
     assert "no such file" in message("nothing_like_this.csv")
     assert "no such file" in message("./nothing_like_this")

@@ -12,6 +12,7 @@ import pytest
 from blue_callbacks import WeightId
 from conftest import ROOT
 from lightning_blue.__main__ import main
+from lightning_blue.metrics.table import METRICS, PERCENT
 
 README = (ROOT / "README.md").read_text()
 
@@ -39,6 +40,24 @@ def test_commands_parse(command, monkeypatch, capsys):
 
 def test_there_are_commands_to_check():
     assert len(COMMANDS) >= 6
+
+
+def test_metrics_section_is_the_table_of_metrics():
+    (section,) = re.findall(r"^## Metrics\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| `")
+    ]
+    assert rows == [
+        [
+            f"`{spec.name}`",
+            spec.measure("counterfact").definition,
+            "%" if spec.unit == PERCENT else spec.unit,
+            spec.direction,
+        ]
+        for spec in METRICS
+    ]
 
 
 def test_make_targets_exist():
@@ -112,7 +131,7 @@ def test_quick_start_reaches_what_the_readme_shows(tmp_path, capsys):
     flags = [f"--run.root={tmp_path}", "--run.wandb=off", "--measure.cumulative=0"]
     assert main(["fit", config, *flags]) == 0
     summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
-    for name, value in zip([*names, "recall"], shown, strict=True):
+    for name, value in zip([*names, "retained_knowledge"], shown, strict=True):
         assert summary[f"post/{name}"] == pytest.approx(value, abs=3, rel=0.01), name
     assert summary["edits/applied"] == 200
     assert summary["post/efficacy"] >= 95

@@ -18,10 +18,13 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from histories import estimate, losses, outcome, small_history
+from lightning_blue.metrics import ProbabilitySuccess, table
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.metrics.table import COMPARISON, METRICS, Measure, MetricSpec
 from lightning_blue.reporting import files, plots, tables, views, wandb_run
-from lightning_blue.reporting.report import write_report
-from lightning_blue.reporting.text import inline
+from lightning_blue.reporting.export import caution, model_card
+from lightning_blue.reporting.report import report, write_report
+from lightning_blue.reporting.text import definitions, inline
 from lightning_blue.support import storage
 from lightning_blue.support.errors import InputError
 
@@ -46,23 +49,31 @@ def test_final_losses_belong_to_the_request_in_the_batch() -> None:
 def test_batches_end_with_what_was_applied() -> None:
     history = small_history()
     assert [views.batch_of(history, i) for i in range(4)] == [0, 0, 1, None]
-    assert views.batches(history) == 2
-    del history.settings["batch_size"]
-    assert views.batches(history) is None
+    assert len(history.batches) == 2
 
 
 def test_series_joins_stages_and_keeps_the_newest() -> None:
     history = small_history()
     stages = ["pre", "batch", "cumulative", "post"]
-    assert views.series(history, stages, "recall") == [(0, 98.0), (2, 97.5), (3, 97.0)]
+    assert views.series(history, stages, "retained_knowledge") == [(0, 98.0), (2, 97.5), (3, 97.0)]
     assert views.series(history, ["batch"], "efficacy") == [(2, 100.0), (3, 90.0)]
     assert views.series(history, ["batch"], "fluency") == []
 
 
-def test_a_metric_without_a_finite_value_is_left_out() -> None:
-    broken = {"perplexity": estimate(math.inf), "recall": estimate(1.0, math.nan, count=1)}
+def test_numbers_that_are_not_finite_are_left_out_and_their_metric_is_not() -> None:
+    broken = {
+        "perplexity": estimate(math.inf, tokens=7),
+        "retained_knowledge": estimate(1.0, math.nan, count=1),
+        "fluency": estimate(math.nan, count=0),
+    }
     history = RunHistory(measurements=[Measurement("post", 1, broken)])
-    assert views.metrics_at(history, "post") == {"recall": {"value": 1.0, "count": 1}}
+    metrics = views.metrics_at(history, "post")
+    assert metrics == {
+        "perplexity": {"tokens": 7},
+        "retained_knowledge": {"value": 1.0, "count": 1},
+    }
+    assert list(views.finite(metrics)) == ["retained_knowledge"]
+    assert [spec.name for spec in views.measured(history)] == ["perplexity", "retained_knowledge"]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +87,9 @@ def test_a_metric_without_a_finite_value_is_left_out() -> None:
     ],
 )
 def test_failed(efficacy: float | None, top1: float | None, expected: bool) -> None:
-    one = replace(outcome("c", 1.0, ""), efficacy=efficacy, efficacy_top1=top1)
-    assert views.failed(one) is expected
+    values = {"efficacy": efficacy, "efficacy_top1": top1}
+    measured = {name: value for name, value in values.items() if value is not None}
+    assert views.failed(replace(outcome("c", 1.0, ""), values=measured)) is expected
     assert not views.failed(None)
 
 
@@ -101,21 +113,106 @@ def test_markdown_table_refuses_a_short_row() -> None:
 
 def test_score_table() -> None:
     assert tables.score_table(small_history()) == (
-        "|          |    efficacy | specificity |   perplexity |     recall |\n"
-        "| -------- | ----------: | ----------: | -----------: | ---------: |\n"
-        "| unedited |   4.5 ± 1.5 |  93.2 ± 0.6 | 12.35 ± 0.04 | 98.0 ± 0.9 |\n"
-        "| edited   | 100.0 ± 0.0 |  80.0 ± 1.2 | 15.00 ± 0.05 | 97.0 ± 1.1 |\n"
+        "| metric             |     unedited |       edited |\n"
+        "| ------------------ | -----------: | -----------: |\n"
+        "| efficacy           |    4.5 ± 1.5 |  100.0 ± 0.0 |\n"
+        "| specificity        |   93.2 ± 0.6 |   80.0 ± 1.2 |\n"
+        "| perplexity         | 12.35 ± 0.04 | 15.00 ± 0.05 |\n"
+        "| retained knowledge |   98.0 ± 0.9 |   97.0 ± 1.1 |\n"
         "\n"
-        "|          | specificity (top-1) |\n"
-        "| -------- | ------------------: |\n"
-        "| unedited |          61.0 ± 2.0 |\n"
-        "| edited   |          50.0 ± 2.0 |\n"
+        "| metric              |   unedited |     edited |\n"
+        "| ------------------- | ---------: | ---------: |\n"
+        "| specificity (top-1) | 61.0 ± 2.0 | 50.0 ± 2.0 |\n"
         "\n"
-        "Value ± standard error; percent, but fluency, consistency (x 100) and perplexity "
-        "(lower is better). recall:\nknown facts that were not edited.\n"
-        "Measured on 4 prompts: efficacy; 40 prompts: specificity, specificity (top-1); 8,192 "
-        "tokens: perplexity; 200\nprompts: recall."
+        "Value ± standard error, in percent except perplexity. Lower is better:\nperplexity.\n"
+        "Measured on 4 prompts: efficacy; 40 prompts: specificity, specificity (top-1);\n"
+        "8,192 tokens: perplexity; 200 prompts: retained knowledge."
     )
+
+
+def history_of(*names: str, **more: dict[str, float]) -> RunHistory:
+    """Return a run that measured these metrics, before and after."""
+    metrics = {name: estimate(123456.7, 1234.5, count=9, prompts=12345) for name in names} | more
+    return RunHistory(measurements=[Measurement(s, 1, metrics) for s in ("pre", "post")])
+
+
+def test_the_widest_score_table_fits_a_terminal() -> None:
+    text = tables.score_table(history_of(*(spec.name for spec in METRICS)))
+    assert max(map(len, text.splitlines())) <= 80
+    for spec in METRICS:
+        assert f"| {spec.title} " in text
+
+
+def test_stages_without_a_metric_have_no_column() -> None:
+    stages = {"then": {"score": estimate(1.0)}, "never": {}, "now": {"fluency": estimate(2.0)}}
+    assert tables.stages_table(stages, METRICS) == (
+        "| metric  | then | now |\n"
+        "| ------- | ---: | --: |\n"
+        "| score   |  1.0 |   - |\n"
+        "| fluency |    - | 2.0 |"
+    )
+    assert tables.stages_table({"never": {}}, METRICS) == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["efficacy"], "Value ± standard error, in percent."),
+        (["fluency"], "Value ± standard error: fluency (bits × 100)."),
+        (
+            ["score", "consistency", "perplexity"],
+            "Value ± standard error, in percent except consistency (× 100), perplexity. "
+            "Lower is better: perplexity.",
+        ),
+    ],
+)
+def test_the_legend_names_only_what_was_measured(names: list[str], expected: str) -> None:
+    assert tables.legend({"now": {name: estimate(1.0) for name in names}}) == expected
+
+
+def test_definitions_name_only_what_was_measured() -> None:
+    history = history_of("efficacy", "efficacy_top1")
+    assert definitions(views.measured(history), "counterfact") == (
+        "- efficacy: the new object is more probable than the true one after the request's own "
+        "prompt.\n"
+        "- efficacy (top-1): every token of the new object is the most probable one after the "
+        "request's own\n  prompt.\n"
+        "- Standard errors take the request as the unit."
+    )
+    history.protocol = "zsre"
+    text = report(history, [], None)
+    assert "- efficacy: fraction of the new object's tokens" in text
+    assert "perplexity" not in text
+    assert "paraphrase" not in text
+    history = history_of("perplexity")
+    assert "of ordinary text the window" in definitions(views.measured(history), "zsre")
+    assert definitions([], "counterfact") == ""
+
+
+@pytest.mark.parametrize("value", [{}, {"value": math.inf}, {"value": math.nan}])
+def test_a_perplexity_that_is_not_finite_is_shown_as_such(
+    tmp_path: Path, value: dict[str, float]
+) -> None:
+    """As it comes from the metric (no value), and as other callbacks may give it."""
+    history = small_history()
+    exploded = {**value, "standard_error": math.nan, "count": 16, "tokens": 8192}
+    for measurement in history.measurements[1:]:  # the unedited model's is finite
+        measurement.metrics["perplexity"] = exploded
+    text = write_report(tmp_path, history).read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| perplexity")]
+    assert [[cell.strip() for cell in row.split("|")[2:4]] for row in rows] == [
+        ["12.35 ± 0.04", "not finite"],  # all requests
+        ["not finite", "not finite"],  # the first batch
+    ]
+    assert "Not finite: infinite or undefined." in " ".join(text.split())
+    assert "perplexity went from 12.35 ± 0.04 to not finite" in caution(history)
+    numbers = files.summary(history)
+    assert "post/perplexity" not in numbers
+    assert numbers["post/perplexity/tokens"] == 8192
+    assert len(plots.before_after_figure(history).axes) == 1  # no bar of it
+    history.measurements[0].metrics["perplexity"] = exploded
+    assert len(plots.metrics_figure(history).axes) == 2  # no panel of it
+    assert write_report(tmp_path, history).exists()
 
 
 def test_score_table_of_a_run_that_measured_nothing() -> None:
@@ -137,6 +234,51 @@ def test_value_and_error(value: float, error: float | None, expected: str) -> No
     assert tables.value_and_error(value, error) == expected
 
 
+def test_a_new_row_is_shown_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measure = Measure(COMPARISON, ProbabilitySuccess, "what the test says")
+    spec = MetricSpec(
+        "reach",
+        "reach of edits",
+        measure,
+        unit="miles",
+        direction="lower",
+        panel="side effects",
+        per_request=True,
+        side_effect=True,
+    )
+    monkeypatch.setattr(table, "METRICS", (*METRICS, spec))
+    history = history_of("efficacy", reach=estimate(20.0, 2.0, count=4, prompts=4))
+    history.measurements.insert(1, Measurement("batch", 1, {"reach": estimate(30.0)}))
+    history.requests = small_history().requests[:1]
+    history.after = [replace(outcome("c0", 1.0, ""), values={"reach": 7.0})]
+    text = report(history, [], None)
+    plain = " ".join(text.split())  # on one line, whatever the padding of cells
+    assert "| reach of edits | 20.0 ± 2.0 | 20.0 ± 2.0 |" in plain
+    assert "in percent except reach of edits (miles). Lower is better: reach of edits." in plain
+    assert "4 prompts: reach of edits" in plain
+    assert "- reach of edits: what the test says." in text
+    assert "reach of edits went from 20.0 ± 2.0 to 20.0 ± 2.0" in model_card(history)
+    bars, over_edits = plots.before_after_figure(history), plots.metrics_figure(history)
+    assert [figure.axes[-1].get_ylabel() for figure in (bars, over_edits)] == [
+        "reach of edits (miles)"
+    ] * 2
+    files.write_edits(tmp_path / "edits.jsonl", history)
+    (line,) = read_lines(tmp_path / "edits.jsonl")
+    assert (line["after"]["reach"], line["after"]["efficacy"]) == (7.0, None)
+    assert files.summary(history)["post/reach"] == 20.0
+
+
+def test_success_has_a_line_for_each_row_of_its_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(METRICS[0], name=f"m{i}", title=f"metric {i}") for i in range(8)]
+    monkeypatch.setattr(table, "METRICS", tuple(rows))
+    metrics = {row.name: estimate(float(i)) for i, row in enumerate(rows)}
+    history = RunHistory(measurements=[Measurement("cumulative", 1, metrics)])
+    (axis,) = plots.metrics_figure(history).axes
+    assert axis_lines(axis) == [[float(i)] for i in range(8)]
+    styles = {(line.get_color(), line.get_marker()) for line in axis.get_lines()[:6]}
+    assert len(styles) == 6
+
+
 # files
 
 
@@ -149,6 +291,21 @@ def test_write_edits(tmp_path: Path) -> None:
     files.write_edits(tmp_path / "edits.jsonl", history)
     lines = read_lines(tmp_path / "edits.jsonl")
     assert [line["case_id"] for line in lines] == ["c0", "c1", "c2", "c3"]
+    third = {
+        "case_id": "c2",
+        **dict.fromkeys(spec.name for spec in METRICS if spec.per_request),
+        "efficacy": 0.0,
+        "generalization": None,  # no paraphrases
+        "specificity": 0.5,
+        "efficacy_top1": 0.0,
+        "generalization_top1": None,
+        "specificity_top1": 0.25,
+        "nll_new": math.log(2),
+        "nll_true": math.log(4),
+        "probability_new": 0.5,
+        "probability_true": 0.25,
+        "correct": [False, False],
+    }
     assert lines[2] == {
         "case_id": "c2",
         "subject": "Tower 2",
@@ -156,8 +313,8 @@ def test_write_edits(tmp_path: Path) -> None:
         "target_new": "Bern",
         "target_true": "Paris",
         "batch": 1,
-        "before": {**asdict(history.before[2]), "correct": [False, False]},
-        "after": {**asdict(history.after[2]), "correct": [False, False]},
+        "before": {**third, "continuation": " Paris,\nthe city"},
+        "after": {**third, "continuation": " Bern"},
         "target_optimization": {"1": {"loss": 2.0, "steps": 3}, "3": {"loss": 1.5, "steps": 3}},
     }
     assert lines[3]["batch"] is None
@@ -166,7 +323,7 @@ def test_write_edits(tmp_path: Path) -> None:
 
 def test_write_edits_of_a_run_that_stopped_early(tmp_path: Path) -> None:
     history = small_history()
-    history.after = []
+    history.after = {}
     history.before[0] = replace(history.before[0], nll_new=math.inf)
     files.write_edits(tmp_path / "edits.jsonl", history)
     lines = read_lines(tmp_path / "edits.jsonl")
@@ -247,12 +404,13 @@ def axis_lines(axis: object) -> list[list[float]]:
 
 def test_metrics_figure_draws_what_was_measured() -> None:
     figure = plots.metrics_figure(small_history())
-    success, perplexity, recall = figure.axes
+    success, perplexity, retained = figure.axes
     assert axis_lines(success) == [[100.0, 90.0], [100.0, 95.0], [4.5, 4.5], [93.21, 93.21]]
     assert axis_lines(perplexity) == [[12.345, 15.0], [12.345, 12.345]]
-    assert axis_lines(recall) == [[98.0, 97.5, 97.0], [98.0, 98.0]]
-    assert [axis.get_ylabel() for axis in figure.axes] == ["success (%)", *plots.DAMAGE.values()]
-    assert success.get_xlabel() == recall.get_xlabel() == "edits applied"
+    assert axis_lines(retained) == [[98.0, 97.5, 97.0], [98.0, 98.0]]
+    labels = ["success (%)", "perplexity", "retained knowledge (%)"]
+    assert [axis.get_ylabel() for axis in figure.axes] == labels
+    assert success.get_xlabel() == retained.get_xlabel() == "edits applied"
 
 
 def test_losses_figure_has_a_panel_for_each_layer() -> None:
@@ -270,8 +428,9 @@ def test_before_after_figure_draws_bars_with_errors() -> None:
     assert [label.get_text() for label in percent.get_xticklabels()] == [
         "efficacy",
         "specificity",
-        "recall",
+        "retained\nknowledge",
     ]
+    assert perplexity.get_ylabel() == "perplexity"
     assert [bar.get_height() for bar in perplexity.patches] == [12.345, 15.0]
     spans = [bar.errorbar[2][0].get_segments()[0][:, 1] for bar in perplexity.containers[1::2]]
     assert [float(high - low) for low, high in spans] == pytest.approx([0.0824, 0.1])

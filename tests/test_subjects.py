@@ -184,7 +184,7 @@ def test_subject_that_the_tokenizer_leaves_out() -> None:
     backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     backend.normalizer = normalizers.Replace("ß", "")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    with pytest.raises(InputError, match=r"(?s)no token of the subject 'ß'.*prompt 'aßb'"):
+    with pytest.raises(InputError, match=r"(?s)does not encode the subject 'ß'.*prompt 'aßb'"):
         encode_with_subject(tokenizer, ["a{}b"], ["ß"])
 
 

@@ -195,3 +195,83 @@ def test_max_steps_counts_edit_batches():
     torch.manual_seed(0)
     trainer = fit(Chain(), ClosedFormUpdate([0, 1], "boundary", 1.0), batches(5), max_steps=2)
     assert trainer.global_step == 2
+
+
+class Mixture(LightningModule):
+    """One layer whose output is the sum of two projections, each with keys of its own."""
+
+    first, second = WeightId(0, "first"), WeightId(0, "second")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.features = {
+            self.first: torch.nn.Linear(6, 20),
+            self.second: torch.nn.Linear(6, 12),
+        }
+        self.first_weight = torch.nn.Parameter(torch.randn(5, 20) * 0.1)
+        self.second_weight = torch.nn.Parameter(torch.randn(5, 12) * 0.1)
+        self.ordinary = torch.randn(200, 6)
+        self.editable_weights = EditableWeights(lambda weight: self.weight(weight).data)
+
+    def weight(self, weight: WeightId) -> torch.nn.Parameter:
+        return {self.first: self.first_weight, self.second: self.second_weight}[weight]
+
+    def keys(self, x: torch.Tensor, weight: WeightId) -> torch.Tensor:
+        return torch.relu(self.features[weight](x)).detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(self.keys(x, weight) @ self.weight(weight).T for weight in self.weights_of(0))
+
+    def training_step(self, batch, batch_idx):
+        apply_edit_batch(self, batch)
+
+    def configure_optimizers(self):
+        return EditStepOptimizer(self.parameters())
+
+    def weights_of(self, layer):
+        return [self.first, self.second]
+
+    def key_covariance(self, weight):
+        keys = self.keys(self.ordinary, weight)
+        return keys.T @ keys / len(keys) + 0.01 * torch.eye(keys.shape[1])
+
+    def edit_keys(self, batch, weight):
+        return self.keys(batch[0], weight).T
+
+    def edit_targets(self, batch, layer):
+        return batch[1].T
+
+    def edit_outputs(self, batch, layer):
+        return self(batch[0]).T
+
+
+def test_two_weights_of_a_layer_share_its_residual():
+    """The first takes half of the residual, the second all that is left; written out densely."""
+    torch.manual_seed(0)
+    module = Mixture()
+    data = [(torch.randn(3, 6), torch.randn(3, 5)) for _ in range(2)]
+    ids = module.weights_of(0)
+    expected = {weight: module.weight(weight).detach().double() for weight in ids}
+    covariance = {weight: module.key_covariance(weight).double() for weight in ids}
+    past = {weight: torch.empty(len(covariance[weight]), 0).double() for weight in ids}
+    for inputs, wanted in data:
+        keys = {weight: module.keys(inputs, weight).double().T for weight in ids}
+        for weight, share in zip(ids, (1 / 2, 1), strict=True):
+            now = sum(expected[each] @ keys[each] for each in ids)
+            residual = share * (wanted.double().T - now)
+            k = keys[weight]
+            system = 0.01 * covariance[weight] + past[weight] @ past[weight].T + k @ k.T
+            expected[weight] = expected[weight] + residual @ k.T @ torch.linalg.inv(system)
+        past = {weight: torch.cat((past[weight], keys[weight]), dim=1) for weight in ids}
+
+    update = ClosedFormUpdate([0], "boundary", 0.01)
+    fit(module, update, data)
+
+    for weight in ids:
+        torch.testing.assert_close(
+            module.weight(weight).detach().double(), expected[weight], rtol=1e-4, atol=1e-5
+        )
+        assert update.past_keys_by_weight[weight].shape[1] == 6
+    for inputs, wanted in data:
+        assert (module(inputs) - wanted).norm() < 0.1 * wanted.norm()

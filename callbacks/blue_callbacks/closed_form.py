@@ -2,8 +2,8 @@
 
 The update of Eq. 8, ``Delta = R K^T (C0 + K_p K_p^T + K K^T)^-1``, is the same for every method up
 to ``C0``: the covariance times its weight, or infinity outside the null space that AlphaEdit keeps.
-A whitening map B with ``B^T B = C0^-1`` says it all. With ``W_p = B K_p`` (past keys) and ``W = B
-K`` (this batch),
+A whitening map B with ``B^T B = C0^-1`` is all that is needed. With ``W_p = B K_p`` (past keys) and
+``W = B K`` (this batch),
 
     Delta = R S^-1 V^T B,   V = W - W_p (I + W_p^T W_p)^-1 W_p^T W,   S = I + W^T V
 
@@ -42,7 +42,7 @@ class Whitening:
 
     @property
     def device(self) -> torch.device | None:
-        """Where keys are whitened; None where a number is all that there is."""
+        """Where keys are whitened; None where the map is a number times the identity."""
         if isinstance(self.factor, Triangle):
             return self.factor.matrix.device
         return None if self.basis is None else self.basis.device
@@ -75,7 +75,7 @@ def least_squares(covariance: Tensor, weight: float) -> Whitening:
 
     Args:
         covariance: second moment of keys over ordinary text, K0 K0^T per token, ``(d_in, d_in)``.
-        weight: how much old knowledge counts against new keys (the paper's lambda).
+        weight: weight lambda of the covariance.
 
     Raises:
         SingularCovarianceError: if the covariance is not positive definite, as happens when it
@@ -100,7 +100,7 @@ def null_space(
         ridge: of the least squares inside the null space, AlphaEdit's L2.
         threshold: directions whose eigenvalue is below it are kept.
         energy: instead of a threshold: keep as many of the least used directions as hold at most
-            this share of the covariance's trace.
+            this fraction of the covariance's trace.
 
     Raises:
         SingularCovarianceError: if no direction is left.
@@ -113,7 +113,7 @@ def null_space(
     if kept == 0:
         raise SingularCovarianceError(
             f"the null space is empty: the least of {len(values)} eigenvalues is {values[0]:.3g}; "
-            "raise the threshold, or give a share of the energy instead"
+            "raise the threshold, or give a fraction of the energy instead"
         )
     return Whitening(ridge**0.5, vectors[:, :kept].contiguous())
 
@@ -128,7 +128,7 @@ class _Solved(NamedTuple):
 
 
 class KeyMemory:
-    """The keys one layer must respect: ordinary text's and those of earlier edit batches.
+    """The keys one layer must respect: of ordinary text and of earlier edit batches.
 
     Args:
         whitening: from :func:`least_squares` or :func:`null_space`.

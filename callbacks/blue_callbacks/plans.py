@@ -40,12 +40,12 @@ def computed(layers: Sequence[int]) -> list[LayerUpdate]:
 
 
 def first(layers: Sequence[int]) -> list[LayerUpdate]:
-    """Write the first critical layer only; a control for what the boundary plan gains."""
+    """Write the first critical layer only; a baseline for what the boundary plan gains."""
     return [LayerUpdate(layers[0], layers[0], 1.0)]
 
 
 def last(layers: Sequence[int]) -> list[LayerUpdate]:
-    """Write the last critical layer only; a control for what the boundary plan gains."""
+    """Write the last critical layer only; a baseline for what the boundary plan gains."""
     return [LayerUpdate(layers[-1], layers[-1], 1.0)]
 
 

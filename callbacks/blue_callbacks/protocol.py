@@ -20,7 +20,7 @@ class EditableModule(Protocol):
     ``batch`` is whatever the module's own dataloader yields: the edits that are applied together.
     ``n`` is the number of edits in it; columns keep their order in every answer.
 
-    Optional, and used where they are there: ``weights_of(layer)`` returns the ids of a layer's
+    Optional: ``weights_of(layer)`` returns the ids of a layer's
     edited weights (by default one, without a name); ``prepare(critical, written, weight)`` is
     called once before the first batch with the critical layers, the written weights' ids and the
     covariance's weight; ``request_ids(batch)`` and ``edit_name(batch, column)`` name edits in
@@ -51,20 +51,20 @@ class EditableModule(Protocol):
 
 def weights_of(module: EditableModule, layer: int) -> Sequence[WeightId]:
     """Return the ids of the weights that are edited at a layer, in the order of writing."""
-    own = getattr(module, "weights_of", None)
-    return [WeightId(layer)] if own is None else cast(Sequence[WeightId], own(layer))
+    method = getattr(module, "weights_of", None)
+    return [WeightId(layer)] if method is None else cast(Sequence[WeightId], method(layer))
 
 
 def edit_name(module: EditableModule, batch: Any, column: int) -> str:
     """Name an edit of the batch in a message."""
-    own = getattr(module, "edit_name", None)
-    return f"edit {column} of the batch" if own is None else str(own(batch, column))
+    method = getattr(module, "edit_name", None)
+    return f"edit {column} of the batch" if method is None else str(method(batch, column))
 
 
 def request_ids(module: EditableModule, batch: Any, n: int) -> tuple[str, ...]:
     """Return an id for each of the n edits of a batch; their column where the module has none."""
-    own = getattr(module, "request_ids", None)
-    return tuple(map(str, range(n))) if own is None else tuple(own(batch))
+    method = getattr(module, "request_ids", None)
+    return tuple(map(str, range(n))) if method is None else tuple(method(batch))
 
 
 class EditStepOptimizer(Optimizer):

@@ -42,11 +42,12 @@ class ClosedFormUpdate(Callback):
 
     (Eq. 8; Eq. 5 without past keys), adds Delta to the weight, and goes on. If anything fails, the
     weights are put back to what they were before the batch. Where a layer has several edited
-    weights, they are written one after the other, each with an even share of what is still missing.
+    weights, they are written one after the other, each with an even share of what is left of the
+    residual.
 
     Other callbacks follow the batches: ``on_edit_written(trainer, module, record)`` is called when
     the weights are written and may raise :class:`EditRejected` to have them put back;
-    ``on_edit_committed(trainer, module, record)`` when the batch is there to stay.
+    ``on_edit_committed(trainer, module, record)`` when the batch is committed.
 
     Args:
         layers: critical layers, ascending. Without them the callback cannot be used for editing.
@@ -54,8 +55,8 @@ class ClosedFormUpdate(Callback):
             ``square_root`` (PMET), ``computed``, ``first`` or ``last``.
         covariance_weight: least squares: weight lambda of the covariance (mom2_update_weight).
         past_keys: whether keys of earlier batches are respected too (Eq. 8).
-        solver: ``least_squares`` weighs ordinary text's keys; ``null_space`` (AlphaEdit) does not
-            touch them at all.
+        solver: ``least_squares`` lets outputs at keys of ordinary text change, at a price;
+            ``null_space`` (AlphaEdit) leaves them as they are.
         threshold: null space: directions whose eigenvalue in the covariance is below it are kept.
         energy: null space: instead of a threshold, the fraction of the covariance's trace that the
             kept directions may hold.
@@ -114,18 +115,12 @@ class ClosedFormUpdate(Callback):
 
         Raises:
             InputError: for settings of the Trainer that cannot be right, see `check_trainer`; for a
-                second callback of this kind; for a module that holds edits of another one.
+                module that holds edits of another callback.
         """
         if stage != "fit":
             return
         check_trainer(trainer)
         leave_gradients_unscaled(trainer)
-        updates = [c for c in trainer.callbacks if isinstance(c, ClosedFormUpdate)]  # type: ignore[attr-defined]
-        if len(updates) > 1:
-            raise InputError(
-                f"{len(updates)} ClosedFormUpdate callbacks would apply each batch as many times",
-                hint="give the trainer one of them",
-            )
         held = getattr(pl_module, "edit_batches_held", 0)
         if held != self.committed:
             raise InputError(

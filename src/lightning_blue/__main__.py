@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_blue import __version__
+from lightning_blue.cli.signals import Stopped, stoppable
 
 USAGE = """usage: lightning-blue COMMAND [--config FILE] [--SECTION.KEY=VALUE ...]
 
@@ -13,6 +14,7 @@ Change what a language model knows, and measure what else changed.
 
 commands:
   fit       edit facts in sequential batches and report on it
+  evaluate  measure a model, edited or not, without editing it
   stats     collect the covariance of keys that fit needs (fit does it by itself)
   pretrain  train a small language model that knows given facts
 
@@ -24,11 +26,15 @@ start here:
   lightning-blue fit --config conf/quickstart.yaml
 """
 
-COMMANDS = ("fit", "stats", "pretrain")
+COMMANDS = ("fit", "evaluate", "stats", "pretrain")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 2 for input that cannot be used."""
+    """Run a command and return its exit code.
+
+    0: done; 1: editing had to stop; 2: input that cannot be used; 130 and 143: stopped by Ctrl-C,
+    by SIGTERM.
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
@@ -43,9 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
         return 2
-    from lightning_blue.cli.commands import run_command
+    try:
+        with stoppable():
+            from lightning_blue.cli.commands import run_command
 
-    return run_command(args[0], args[1:])
+            return run_command(args[0], args[1:])
+    except Stopped as stopped:
+        sys.stderr.write(f"{stopped}\n")
+        return stopped.exit_code
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from lightning_blue.data.checks import (
     apply_policy,
     check_tokens,
     count_by_kind,
-    pick_controls,
+    pick_control_facts,
+    superseded,
     take_distinct,
 )
 from lightning_blue.data.datamodule import EditBatch, EditDataModule
@@ -21,8 +22,9 @@ __all__ = [
     "check_tokens",
     "count_by_kind",
     "parse_record",
-    "pick_controls",
+    "pick_control_facts",
     "read_requests",
+    "superseded",
     "take_distinct",
     "to_dataset",
 ]

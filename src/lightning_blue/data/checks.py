@@ -53,36 +53,67 @@ def check_tokens(
 
 
 def take_distinct(
-    requests: Sequence[EditRequest], count: int | None = None
+    requests: Sequence[EditRequest], count: int | None = None, batch_size: int | None = None
 ) -> tuple[list[EditRequest], list[EditRequest], list[Rejected]]:
-    """Take the first ``count`` requests (None: all) whose text no earlier one of them has.
+    """Take the first ``count`` requests (None: all) that do not clash; of two that do, the later.
 
-    Returns those taken, the requests after the last of them, and those passed over: a duplicate
-    wants the same object after the same text as an earlier request, a contradiction another one.
+    A request that wants another object after the same text as an earlier one replaces the earlier
+    edit if it is in a later batch; both are taken. Inside a batch only one can be true: the later
+    one takes the place of the earlier. A request that repeats the newest one on its text is left
+    out.
+
+    Args:
+        requests: in the order of the edits.
+        count: how many to take.
+        batch_size: requests in a batch; None: all are in one.
+
+    Returns:
+        Those taken, the requests after the last of them, and those left out.
     """
-    first: dict[str, EditRequest] = {}
-    passed_over: list[Rejected] = []
+    taken: list[EditRequest] = []
+    newest: dict[str, int] = {}  # text -> place of the newest request on it
+    left_out: list[Rejected] = []
     for position, request in enumerate(requests):
-        if count is not None and len(first) == count:
-            return list(first.values()), list(requests[position:]), passed_over
-        earlier = first.setdefault(request.text, request)
-        if earlier is not request:
-            passed_over.append(_clash(request, earlier))
-    return list(first.values()), [], passed_over
+        if count is not None and len(taken) == count:
+            return taken, list(requests[position:]), left_out
+        place = newest.get(request.text)
+        if place is not None and taken[place].target_new == request.target_new:
+            left_out.append(_duplicate(request, taken[place]))
+        elif place is not None and _same_batch(place, len(taken), batch_size):
+            left_out.append(_contradicted(taken[place], request))
+            taken[place] = request
+        else:
+            newest[request.text] = len(taken)
+            taken.append(request)
+    return taken, [], left_out
 
 
-def _clash(request: EditRequest, earlier: EditRequest) -> Rejected:
-    """Say how a request clashes with an earlier one on the same text."""
+def superseded(requests: Sequence[EditRequest]) -> list[int]:
+    """Return the places of requests whose text a later one wants another object after."""
+    newest = {request.text: place for place, request in enumerate(requests)}
+    return [place for place, request in enumerate(requests) if newest[request.text] != place]
+
+
+def _same_batch(first: int, second: int, batch_size: int | None) -> bool:
+    return batch_size is None or first // batch_size == second // batch_size
+
+
+def _duplicate(request: EditRequest, earlier: EditRequest) -> Rejected:
+    """Say that a request wants what an earlier one wants."""
     wanted = f"{request.text!r} -> {request.target_new!r}"
-    if request.target_new == earlier.target_new:
-        return _rejected(
-            request, "duplicate", f"{wanted} repeats {_place(earlier)}", "remove one of the two"
-        )
+    return _rejected(
+        request, "duplicate", f"{wanted} repeats {_place(earlier)}", "remove one of the two"
+    )
+
+
+def _contradicted(request: EditRequest, later: EditRequest) -> Rejected:
+    """Say that a later request of the same batch wants another object."""
+    wanted = f"{request.text!r} -> {request.target_new!r}"
     return _rejected(
         request,
         "contradiction",
-        f"{wanted} contradicts {_place(earlier)}, which wants {earlier.target_new!r}",
-        "keep one of the two",
+        f"{wanted} is contradicted by {_place(later)}, which wants {later.target_new!r}",
+        "keep one of the two, or put them into different batches: the later one then wins",
     )
 
 
@@ -95,7 +126,7 @@ def apply_policy(rejected: Sequence[Rejected], total: int, on_unusable: str) -> 
         raise InputError(
             f"There is no policy {on_unusable!r} for requests that cannot be used",
             where="--data.on_unusable",
-            hint=f"take one of: {', '.join(POLICIES)}",
+            hint=f"choose one of: {', '.join(POLICIES)}",
         )
     if not rejected or on_unusable == "skip":
         return
@@ -112,7 +143,7 @@ def count_by_kind(rejected: Iterable[Rejected]) -> dict[str, int]:
     return dict(Counter(fault.kind for fault in rejected).most_common())
 
 
-def pick_controls(
+def pick_control_facts(
     candidates: Iterable[EditRequest], edited: Iterable[EditRequest], count: int
 ) -> list[Probe]:
     """Take the first ``count`` known facts about subjects that no edit touches, in order.
@@ -120,19 +151,19 @@ def pick_controls(
     A candidate without ``target_true`` cannot serve, nor one whose prompt was taken already.
     """
     subjects = {request.subject for request in edited}
-    found: dict[str, Probe] = {}
+    picked: dict[str, Probe] = {}
     for request in candidates:
-        if len(found) == count:
+        if len(picked) == count:
             break
         if request.target_true is not None and request.subject not in subjects:
-            found.setdefault(request.text, Probe(request.text, request.target_true))
-    return list(found.values())
+            picked.setdefault(request.text, Probe(request.text, request.target_true))
+    return list(picked.values())
 
 
 def _objects(request: EditRequest) -> list[str]:
     """Every object that is scored for a request."""
-    own = [request.target_new] + ([request.target_true] if request.target_true else [])
-    return own + [probe.answer for probe in request.neighborhood]
+    targets = [request.target_new] + ([request.target_true] if request.target_true else [])
+    return targets + [probe.answer for probe in request.neighborhood]
 
 
 def _probe_texts(request: EditRequest) -> list[str]:
@@ -159,7 +190,7 @@ def _no_tokens(request: EditRequest, sizes: dict[str, int]) -> Rejected | None:
     return _rejected(
         request,
         "object without tokens",
-        f"the tokenizer makes no token of {empty!r}",
+        f"the tokenizer does not encode {empty!r}",
         "write it in a script that the model's tokenizer knows",
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -12,7 +14,8 @@ from blue_callbacks import CommittedBatches
 from lightning_blue.data.checks import (
     apply_policy,
     check_tokens,
-    pick_controls,
+    pick_control_facts,
+    superseded,
     take_distinct,
 )
 from lightning_blue.data.hub import to_dataset
@@ -40,8 +43,8 @@ class EditDataModule(LightningDataModule):
         batch_size: requests that are edited together.
         edits: how many requests to edit at most, None for all that there are.
         offset: how many usable requests to leave out before the first edit.
-        controls: how many known facts that are not edited to watch for damage. They come after
-            the edited requests, on other subjects.
+        controls: how many control facts to measure retained knowledge on: known facts that are not
+            edited, after the edited requests and on other subjects.
         on_unusable: ``stop`` at requests that cannot be used, or ``skip`` them.
 
     Raises InputError for a count that makes no sense.
@@ -86,7 +89,7 @@ class EditDataModule(LightningDataModule):
         max_length: int | None = None,
         contexts_length: int = 0,
     ) -> None:
-        """Read and check the requests, and choose those to edit and the controls.
+        """Read and check the requests, and choose those to edit and the control facts.
 
         With a tokenizer, tokens are checked as well (:func:`check_tokens`).
 
@@ -98,14 +101,17 @@ class EditDataModule(LightningDataModule):
         if tokenizer is not None:
             usable, faults = check_tokens(usable, tokenizer, max_length, contexts_length)
             rejected += faults
-        chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits)
+        chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits, self.batch_size)
         rejected += clashing
         apply_policy(rejected, total, self.on_unusable)
-        self._require_some(len(chosen), total, len(rejected))
+        self._require_requests(len(chosen), total, len(rejected))
         if rejected:
             log.warning("%d of %d requests are left out as unusable", len(rejected), total)
+        replaced = len(superseded(chosen))
+        if replaced:
+            log.warning("%d requests are superseded by later ones on the same prompt", replaced)
         self._requests, self._rejected = chosen, rejected
-        self._controls = self._find_controls(rest)
+        self._controls = self._find_control_facts(rest)
 
     def setup(self, stage: str) -> None:
         """Prepare with the tokenizer and the ``max_length`` of the trainer's module, once."""
@@ -131,7 +137,7 @@ class EditDataModule(LightningDataModule):
 
     @property
     def controls(self) -> list[Probe]:
-        """Known facts that are not edited."""
+        """The control facts: known facts that are not edited."""
         return self._controls
 
     @property
@@ -149,6 +155,45 @@ class EditDataModule(LightningDataModule):
         known = all(request.target_true is not None for request in self.requests)
         return "counterfact" if known else "zsre"
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what tells these requests, in this order and these batches, from others."""
+        return {"requests": self._fingerprint(), "batch_size": self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Make sure that a resumed run goes on with the requests it was started with.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        if state_dict["batch_size"] != self.batch_size:
+            raise InputError(
+                f"the run was started with batches of {state_dict['batch_size']}, "
+                f"not of {self.batch_size}",
+                where="data.batch_size",
+                hint="resume it with the same, or start a new run",
+            )
+        if state_dict["requests"] != self._fingerprint():
+            raise InputError(
+                "the run was started with other requests, or the same in another order",
+                where=f"data.path = {self.path}",
+                hint="bring the file and the options under data back to what they were",
+            )
+
+    def _fingerprint(self) -> str:
+        """Hash the requests in their order; where they were read does not matter."""
+        digest = hashlib.sha256()
+        for request in self.requests:
+            digest.update(repr(replace(request, source="")).encode())
+        return digest.hexdigest()[:16]
+
+    def val_dataloader(self) -> DataLoader[list[EditRequest]]:
+        """One batch of all requests: what is measured of them is up to the callback."""
+        return DataLoader([self.requests], batch_size=None)  # type: ignore[arg-type]
+
+    def test_dataloader(self) -> DataLoader[list[EditRequest]]:
+        """One batch of all requests: what is measured of them is up to the callback."""
+        return DataLoader([self.requests], batch_size=None)  # type: ignore[arg-type]
+
     def train_dataloader(self) -> DataLoader[EditRequest]:
         """Edit batches: lists of at most ``batch_size`` requests, in order.
 
@@ -161,25 +206,25 @@ class EditDataModule(LightningDataModule):
             collate_fn=list,
         )
 
-    def _require_some(self, found: int, total: int, rejected: int) -> None:
-        """Raise InputError if there is no request; say so if there are fewer than asked for."""
-        if not found:
+    def _require_requests(self, usable: int, total: int, rejected: int) -> None:
+        """Raise InputError if no request is usable; warn if there are fewer than ``edits``."""
+        if not usable:
             raise InputError(
-                "0 usable requests are there",
+                "no usable requests",
                 where=f"{self.path}: {total} read, {rejected} unusable, offset {self.offset}",
                 hint="lower --data.offset, or give more data",
             )
-        if self.edits and found < self.edits:
-            log.warning("%d edits were asked for, %d are there", self.edits, found)
+        if self.edits and usable < self.edits:
+            log.warning("only %d of %d edits available", usable, self.edits)
 
-    def _find_controls(self, rest: list[EditRequest]) -> list[Probe]:
-        """Pick the controls, and warn if there are fewer than were asked for."""
-        controls = pick_controls(rest, self.requests, self._controls_wanted)
+    def _find_control_facts(self, rest: list[EditRequest]) -> list[Probe]:
+        """Pick the control facts, and warn if there are fewer than ``controls``."""
+        controls = pick_control_facts(rest, self.requests, self._controls_wanted)
         if len(controls) < self._controls_wanted:
             log.warning(
-                "%d controls were asked for, %d are there: known facts after the edited ones, "
-                "on other subjects, with their current object",
-                self._controls_wanted,
+                "only %d of %d control facts available: known facts after the edited ones, on "
+                "other subjects, with their current object",
                 len(controls),
+                self._controls_wanted,
             )
         return controls

@@ -22,14 +22,14 @@ from lightning_blue.support.errors import InputError
 class Format:
     """Where a format keeps the fields of an edit request.
 
-    ``marks``: the columns by which a file of this format is known. ``paths``: field to place in
-    the record, dots leading into objects and lists. ``needed``: fields without which a record
+    ``required_columns``: those by which a file of this format is known. ``paths``: field to place
+    in the record, dots leading into objects and lists. ``needed``: fields without which a record
     cannot be used. ``unused``: columns that the format has and no edit needs.
     ``neighbor_ending`` closes each neighbourhood prompt that does not end with it already.
     """
 
     name: str
-    marks: tuple[str, ...]
+    required_columns: tuple[str, ...]
     paths: Mapping[str, str]
     needed: tuple[str, ...] = ("subject", "prompt", "target_new")
     unused: frozenset[str] = frozenset()
@@ -42,7 +42,7 @@ class Format:
 
 COUNTERFACT = Format(
     name="counterfact",
-    marks=("requested_rewrite",),
+    required_columns=("requested_rewrite",),
     paths=MappingProxyType(
         {
             "case_id": "case_id",
@@ -61,7 +61,7 @@ COUNTERFACT = Format(
 )
 ZSRE = Format(
     name="zsre",
-    marks=("subject", "src", "answers"),
+    required_columns=("subject", "src", "answers"),
     paths=MappingProxyType(
         {
             "case_id": "case_id",
@@ -78,7 +78,7 @@ ZSRE = Format(
 )
 FLAT_COUNTERFACT = Format(
     name="counterfact-flat",
-    marks=("subject", "prompt", "target_new", "ground_truth"),
+    required_columns=("subject", "prompt", "target_new", "ground_truth"),
     paths=MappingProxyType(
         {
             "case_id": "case_id",
@@ -95,7 +95,7 @@ FLAT_COUNTERFACT = Format(
 )
 FACTS = Format(
     name="facts",
-    marks=("subject", "prompt", "target_new"),
+    required_columns=("subject", "prompt", "target_new"),
     paths=MappingProxyType(
         {
             "case_id": "case_id",
@@ -134,14 +134,14 @@ def choose_format(name: str, first: Iterable[str], columns: Sequence[str], *, wh
     if name == "auto":
         for seen in (set(first), set(columns)):
             for row in FORMATS.values():
-                if seen.issuperset(row.marks):
+                if seen.issuperset(row.required_columns):
                     return row
         raise _unknown_columns(columns, FACTS, where)
     if name not in FORMATS:
         raise InputError(
-            f"There is no data format {name!r}", hint=f"take one of: auto, {', '.join(FORMATS)}"
+            f"There is no data format {name!r}", hint=f"choose one of: auto, {', '.join(FORMATS)}"
         )
-    if not set(columns).issuperset(FORMATS[name].marks):
+    if not set(columns).issuperset(FORMATS[name].required_columns):
         raise _unknown_columns(columns, FORMATS[name], where)
     return FORMATS[name]
 
@@ -149,19 +149,19 @@ def choose_format(name: str, first: Iterable[str], columns: Sequence[str], *, wh
 def _unknown_columns(columns: Sequence[str], wanted: Format, where: str) -> InputError:
     """The error for a file whose columns do not fit the format ``wanted``."""
     has = ", ".join(columns) or "none"
-    mends = [
+    hints = [
         f"rename {column!r} to {near[0]!r}"
         for column in columns
         if column not in wanted.columns()
-        and (near := difflib.get_close_matches(column, wanted.marks, n=1, cutoff=0.7))
+        and (near := difflib.get_close_matches(column, wanted.required_columns, n=1, cutoff=0.7))
     ]
     if any(sign in column for column in columns for sign in ";\t"):
-        mends.append("separate the columns by commas")
-    mends = mends or [f"formats known: {', '.join(FORMATS)}; --data.format forces one"]
+        hints.append("separate the columns by commas")
+    hints = hints or [f"formats known: {', '.join(FORMATS)}; --data.format forces one"]
     return InputError(
-        f"The data has columns {has}; needs {', '.join(wanted.marks)}",
+        f"The data has columns {has}; needs {', '.join(wanted.required_columns)}",
         where=where,
-        hint="; ".join(mends),
+        hint="; ".join(hints),
     )
 
 
@@ -171,7 +171,7 @@ def columns_not_used(columns: Iterable[str], row: Format) -> list[str]:
     for column in columns:
         if column not in row.columns():
             near = difflib.get_close_matches(column, sorted(row.columns()), n=1, cutoff=0.75)
-            notes.append(f"{column!r}" + (f" (is {near[0]!r} meant?)" if near else ""))
+            notes.append(f"{column!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     return notes
 
 
@@ -273,13 +273,13 @@ def _unify_spelling(record: Mapping[str, Any], row: Format) -> Mapping[str, Any]
 
 def _at(record: Any, path: str) -> Any:
     """The value at a dotted path, or None where the path ends early."""
-    for step in path.split("."):
+    for part in path.split("."):
         if isinstance(record, Mapping):
-            record = record.get(step)
-        elif isinstance(record, list) and step.isdigit():
-            record = record[int(step)] if int(step) < len(record) else None
+            record = record.get(part)
+        elif isinstance(record, list) and part.isdigit():
+            record = record[int(part)] if int(part) < len(record) else None
         elif record is not None:
-            wanted = "a list of strings" if step.isdigit() else f"an object with {step!r}"
+            wanted = "a list of strings" if part.isdigit() else f"an object with {part!r}"
             raise _wrong_type(path, record, wanted)
     return record
 
@@ -329,8 +329,8 @@ def _probe(item: Any, answer: str | None, row: Format) -> Probe:
     path = row.paths["neighborhood_prompts"]
     prompt = item
     if isinstance(item, Mapping):
-        prompt, own = item.get("prompt"), item.get("answer")
-        answer = None if own is None else _filled(own, f"{path}.answer")
+        prompt, given = item.get("prompt"), item.get("answer")
+        answer = None if given is None else _filled(given, f"{path}.answer")
     prompt = _filled(prompt, path)
     if answer is None:
         source = row.paths["neighborhood_answer"]

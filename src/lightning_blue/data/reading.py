@@ -45,7 +45,7 @@ def read_requests(
     if not located:
         raise _empty(name)
     if all(item.flaw for item in located):
-        return _sort_out(located, FACTS)  # no record tells the format, and none needs one
+        return _sort_out(located, FACTS)  # no record tells the format, and none needs it
     mappings = [item.record for item in located if isinstance(item.record, Mapping)]
     columns = list(dict.fromkeys(key for record in mappings for key in record))
     row = choose_format(format, mappings[0] if mappings else (), columns, where=name)
@@ -82,7 +82,7 @@ def read_records(path: str, split: str = "train") -> tuple[str, list[Located]]:
         bundled = resources.files("lightning_blue") / "assets" / "almanac" / "facts.jsonl"
         if not bundled.is_file():
             raise InputError(
-                "The facts that ship with the package are not there",
+                "The facts that ship with the package are missing",
                 where=str(bundled),
                 hint="install the package again, or give a file of your own (--data.path)",
             )
@@ -112,7 +112,7 @@ def _read_file(place: Path) -> list[Located]:
         raise InputError(
             f"The file cannot be opened: {error.strerror}",
             where=str(place),
-            hint="check its rights",
+            hint="check its permissions",
         ) from None
     text = _decode(content, place.name)
     if not text.strip():
@@ -148,7 +148,7 @@ def _missing(place: Path) -> InputError:
             hint="check the path; relative ones start at the current folder",
         )
     near = difflib.get_close_matches(place.name, [x.name for x in place.parent.iterdir()], n=1)
-    hint = f"is {str(place.parent / near[0])!r} meant?" if near else "check the path"
+    hint = f"did you mean {str(place.parent / near[0])!r}?" if near else "check the path"
     return InputError("There is no such file", where=str(place), hint=hint)
 
 

@@ -2,7 +2,7 @@
 
 With twice the tokens the estimate's variance halves. Between n / 2 and n tokens the update moves
 about as far as it still is, at n, from the update under unlimited text: what the last doubling
-changed says what is left.
+changed tells what is left.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 class Change(NamedTuple):
-    """By what share the update moved when the tokens grew to ``tokens`` from about half."""
+    """By what fraction the update moved when the tokens grew to ``tokens`` from about half."""
 
     tokens: int
-    share: float
+    fraction: float
 
 
 def solved_keys(covariance: Tensor, keys: Tensor, weight: float) -> Tensor:
@@ -69,6 +69,6 @@ class UpdateChange:
         for layer, covariance in covariances.items():
             solved = solved_keys(covariance, self.keys[layer], self.weight)
             if layer in self._solved:
-                share = relative_change(self._solved[layer], solved)
-                self.changes[layer].append(Change(tokens, share))
+                fraction = relative_change(self._solved[layer], solved)
+                self.changes[layer].append(Change(tokens, fraction))
             self._solved[layer] = solved

@@ -56,8 +56,8 @@ class CovarianceSource:
         batch_tokens: tokens in a forward pass.
         cache: folder of the cached files.
         path: one given file instead of the cache; refused if it was made from anything else.
-        report_change: whether to keep with the file, and to say, by what share the update on keys
-            of the text that follows still moves each time that the tokens double.
+        report_change: whether to keep with the file, and to log, by what fraction the update on
+            keys of the text that follows still moves each time that the tokens double.
     """
 
     corpus: str = "almanac"
@@ -93,10 +93,10 @@ def collect_covariance(
             nearest to a quarter and a half of the tokens, and after all of them.
 
     Returns:
-        layer -> ``(d_in, d_in)`` float32, and the number of tokens that were there.
+        layer -> ``(d_in, d_in)`` float32, and the number of tokens used.
     """
     sums: dict[int, Tensor] = {}
-    seen, marks = 0, [n_tokens / 4, n_tokens / 2] if on_doubling else []
+    seen, milestones = 0, [n_tokens / 4, n_tokens / 2] if on_doubling else []
     with (
         inference(model),
         progress_bar(n_tokens, "covariance", unit="token") as bar,
@@ -109,8 +109,8 @@ def collect_covariance(
             seen += count
             bar.update(count)
             reached = seen + count / 2
-            if on_doubling and marks and marks[0] < reached and seen < n_tokens:
-                marks = [mark for mark in marks if mark > reached]
+            if on_doubling and milestones and milestones[0] < reached and seen < n_tokens:
+                milestones = [each for each in milestones if each > reached]
                 on_doubling(seen, _means(sums, seen))
     means = _means(sums, seen)
     if on_doubling:
@@ -211,8 +211,9 @@ class CovarianceFile:
         """
         with self._opened() as file:
             notes = (file.metadata() or {}) if file else {}
-        found = {layer: json.loads(notes.get(_CHANGE.format(layer), "[]")) for layer in layers}
-        return {layer: [Change(*c) for c in changes] for layer, changes in found.items() if changes}
+        stored = {layer: json.loads(notes.get(_CHANGE.format(layer), "[]")) for layer in layers}
+        known = {layer: changes for layer, changes in stored.items() if changes}
+        return {layer: [Change(*each) for each in changes] for layer, changes in known.items()}
 
     @contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -233,12 +234,12 @@ class CovarianceFile:
                 hint="delete it; it will be computed again",
             ) from error
 
-    def _verify(self, found: Mapping[str, str]) -> None:
+    def _verify(self, metadata: Mapping[str, str]) -> None:
         for key, value in self.identity.items():
-            if found.get(key) != value:
+            if metadata.get(key) != value:
                 raise InputError(
                     f"this covariance file was computed from another {key}: "
-                    f"{found.get(key, 'unknown')}, now {value}",
+                    f"{metadata.get(key, 'unknown')}, now {value}",
                     where=str(self.path),
                     hint="give the file that belongs to this model and corpus, or leave "
                     "covariance.path empty to have it computed",
@@ -298,8 +299,8 @@ def load_or_collect(
         InputError: if a given file belongs to something else, or the corpus is too short.
     """
     file = covariance_file(model, tokenizer, source)
-    found = file.read(list(projections))
-    missing = {layer: module for layer, module in projections.items() if layer not in found}
+    covariances = file.read(list(projections))
+    missing = {layer: module for layer, module in projections.items() if layer not in covariances}
     if missing and source.path:
         raise InputError(
             f"the covariance file has no layer {', '.join(map(str, missing))}",
@@ -308,11 +309,11 @@ def load_or_collect(
         )
     if missing:
         new, change = _collect(model, tokenizer, missing, source, weight)
-        found |= new
+        covariances |= new
         every = range(model.config.num_hidden_layers)
         file.write({**file.read(every), **new}, {**file.changes(every), **change})
         log.info("covariance of layers %s: %s", list(new), file.path)
-    return {layer: found[layer] for layer in projections}
+    return {layer: covariances[layer] for layer in projections}
 
 
 def _collect(
@@ -338,7 +339,7 @@ def _collect(
     )
     if seen < wanted:
         raise InputError(
-            f"the corpus holds {seen:,} tokens; {wanted:,} are wanted "
+            f"only {seen:,} of {wanted:,} tokens available in the corpus "
             f"({source.tokens_per_dim:g} for each of {d_in:,} key dimensions)",
             where=source.corpus,
             hint="give a longer text, or lower --covariance.tokens_per_dim",
@@ -347,15 +348,15 @@ def _collect(
         return new, {}
     known = {layer: changes for layer, changes in change.changes.items() if changes}
     for layer, changes in known.items():
-        said = ", ".join(f"{share:.1%} up to {tokens:,}" for tokens, share in changes)
-        log.info("layer %d: as the tokens doubled, the update moved by %s", layer, said)
+        moved = ", ".join(f"{fraction:.1%} up to {tokens:,}" for tokens, fraction in changes)
+        log.info("layer %d: as the tokens doubled, the update moved by %s", layer, moved)
     return new, known
 
 
 def _probe_keys(
     model: PreTrainedModel, projections: Mapping[int, nn.Module], probe: Sequence[Sequence[int]]
 ) -> dict[int, Tensor]:
-    """Return keys of tokens that are spread evenly over the held-out text, ``(d_in, n)``."""
+    """Return keys of evenly spaced tokens of the held-out text, ``(d_in, n)``."""
     whole = [sequence for sequence in probe if len(sequence) == len(probe[0])]
     with inference(model):
         keys = read_keys(model, projections, whole)

@@ -24,7 +24,7 @@ def keys_at_lookups(
     """Return the key of each edit: the projection's input at the lookup, ``(d_in, n)``.
 
     Averaged inside each kind of context first, then over kinds: the bare prompt weighs one half,
-    all prefixed ones together the other half. Processes that work together share the prompts.
+    all prefixed ones together the other half. Processes that work together divide the prompts.
 
     Args:
         model: a causal language model in eval mode.
@@ -32,7 +32,7 @@ def keys_at_lookups(
         prompts: of the n edits, all in the same contexts.
     """
 
-    def read(part: Sequence[EditPrompts]) -> list[Tensor]:
+    def compute(part: Sequence[EditPrompts]) -> list[Tensor]:
         rows = [row for prompt in part for row in prompt.rewriting]
         states = states_at_lookups(model, rows, input_of=projection)
         keys = states.view(len(part), -1, states.shape[1])  # (n, n_contexts, d_in)
@@ -40,7 +40,7 @@ def keys_at_lookups(
         mean = (bare + prefixed.mean(1)) / 2 if prefixed.shape[1] else bare
         return [key.clone() for key in mean.cpu()]
 
-    return torch.stack(distribute(prompts, read), dim=1).to(model.device)
+    return torch.stack(distribute(prompts, compute), dim=1).to(model.device)
 
 
 @torch.no_grad()
@@ -49,11 +49,11 @@ def outputs_at_lookups(
 ) -> Tensor:
     """Return the site's output at the lookup of each bare prompt, ``(d_model, n)``."""
 
-    def read(part: Sequence[EditPrompts]) -> list[Tensor]:
+    def compute(part: Sequence[EditPrompts]) -> list[Tensor]:
         rows = [prompt.rewriting[0] for prompt in part]
         return [output.clone() for output in states_at_lookups(model, rows, output_of=site).cpu()]
 
-    return torch.stack(distribute(prompts, read), dim=1).to(model.device)
+    return torch.stack(distribute(prompts, compute), dim=1).to(model.device)
 
 
 def states_at_lookups(
@@ -77,10 +77,10 @@ def states_at_lookups(
     for first in range(0, len(rows), at_once):
         part = sequences[first : first + at_once]
         shared = share_prefixes(model, part, width)
-        read = read_states(
+        captured = read_states(
             model, shared.arguments, inputs_of=wanted_inputs, outputs_of=wanted_outputs
         )["state"]
         last = torch.tensor([[len(ids) - 1] for ids in part], device=shared.nodes.device)
         nodes = shared.nodes.gather(1, last)[:, 0]
-        states.append(read.flatten(0, 1)[nodes.to(read.device)])
+        states.append(captured.flatten(0, 1)[nodes.to(captured.device)])
     return precise(torch.cat(states))

@@ -19,8 +19,9 @@ from blue_callbacks import (
     WeightId,
     apply_edit_batch,
 )
+from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
+from lightning_blue.editing.covariance import CovarianceSource, load_or_collect, model_fingerprint
 from lightning_blue.editing.health import first_texts, percent_known, text_loss
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization
@@ -90,14 +91,13 @@ class EditModule(LightningModule):
         self.seed = seed
         self.target_finder = TargetFinder(model, self.architecture, target)
         self.blocks = self.target_finder.blocks  # a plain list: already in self.model
-        self.editable_weights = EditableWeights(
-            lambda weight: weight_view(self._projection(weight))
-        )
+        self.editable_weights = EditableWeights(self._weight_view)
         self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
         self.preparation_seconds = 0.0
         self._covariances: dict[int, Tensor] = {}
+        self._identity: str | None = None
         self._templates: list[str] | None = None
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
         self._ordinary_text: str | None = ""  # read at first use
@@ -118,6 +118,29 @@ class EditModule(LightningModule):
 
     def test_step(self, batch: list[EditRequest], batch_idx: int) -> None:
         """Leave measuring to the callback that is there for it."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what cannot be found out again once the model is edited; not the model itself.
+
+        The edited weights are put into the checkpoint by the callback that writes them.
+        """
+        checkpoint["state_dict"] = {}
+        checkpoint["edit_module"] = {"model": self.identity, "templates": self.templates}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the contexts that the unedited model wrote.
+
+        Raises:
+            InputError: if this is not the model that the run was started with.
+        """
+        saved = checkpoint["edit_module"]
+        if saved["model"] != self.identity:
+            raise InputError(
+                "the run was started with another model: its unedited weights differ from these",
+                where="model.name_or_path",
+                hint="resume it with the model, revision and dtype that it was started with",
+            )
+        self._templates = saved["templates"]
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -191,9 +214,17 @@ class EditModule(LightningModule):
     def retained_knowledge(self) -> float | None:
         """Return the top-1 recall of the first 100 control facts in percent; None without any."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return percent_known(self.model, self.tokenizer, getattr(data, "controls", []))
+        facts = data.controls if isinstance(data, EditDataModule) else []
+        return percent_known(self.model, self.tokenizer, facts)
 
     # Set-up
+
+    @property
+    def identity(self) -> str:
+        """A hash of the unedited weights, by which covariances and checkpoints are known."""
+        if self._identity is None:
+            self._identity = model_fingerprint(self.model)
+        return self._identity
 
     @property
     def templates(self) -> list[str]:
@@ -221,7 +252,7 @@ class EditModule(LightningModule):
         """
         started = time.perf_counter()
         check_layers(list(critical), len(self.blocks))
-        _ = self.templates
+        _ = self.identity, self.templates
         missing = sorted({each.layer for each in written} - set(self._covariances))
         if missing:
             projections = {layer: self._projection(WeightId(layer)) for layer in missing}
@@ -245,6 +276,9 @@ class EditModule(LightningModule):
 
     def _projection(self, weight: WeightId) -> nn.Module:
         return down_projection(self.blocks[weight.layer], self.architecture)
+
+    def _weight_view(self, weight: WeightId) -> Tensor:
+        return weight_view(self._projection(weight))
 
     def _prompts(self, batch: Sequence[EditRequest]) -> list[EditPrompts]:
         """Tokenise a batch, once for all that is asked about it."""

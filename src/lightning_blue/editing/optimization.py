@@ -25,14 +25,14 @@ class TargetOptimization:
         learning_rate: Adam's, in units of the hidden state.
         weight_decay: factor of ``|delta| / |h|^2``.
         clamp: radius of the ball delta is kept in, in units of ``|h|``.
-        kl_weight: factor of the KL term that keeps what the model says of the subject itself.
+        kl_weight: factor of the KL term that keeps what the model predicts behind the subject.
         stop_loss: an edit is done when its loss (nats) falls below this.
         site: what a target is the output of: the ``block``, the ``ffn`` (its down projection), or
             ``attention_and_ffn`` (PMET: two deltas optimised together, the second is written).
         early_stop: when an edit is done besides: ``most_probable``, once its target's tokens are
             the most probable ones in all prompts (ENCORE, arXiv 2502.01636); ``pmet``, once they
-            are and the KL divergence is below 0.01 (while it is not, the next step's NLL counts a
-            tenth).
+            are and the KL divergence is below 0.01 (while it is not, the next step's NLL is scaled
+            by 0.1).
         keep_norm: rescale each target to the norm of the state it replaces (NAS, arXiv
             2602.02543).
         merge_subjects: let requests of a batch with the same subject have one target
@@ -40,7 +40,7 @@ class TargetOptimization:
         loss_layer: the block whose output is read for the NLL, through the final norm and the
             head. None: the last.
         tokens_per_batch: tokens optimised at once, from the lookup on, padding counted. None: as
-            many as fit into the memory there is.
+            many as fit into free memory.
     """
 
     steps: int = 25

@@ -49,7 +49,7 @@ class TargetFinder:
     def find(
         self, prompts: Sequence[EditPrompts], groups: Sequence[Sequence[int]], layer: int
     ) -> Targets:
-        """Optimise the targets of n edits at a layer; processes that work together share them.
+        """Optimise the targets of n edits at a layer; processes that work together divide them.
 
         Args:
             prompts: of the n edits.
@@ -104,7 +104,7 @@ class TargetFinder:
             [sum(len(prompts[i].rewriting) for i in group) for group in groups],
             self._tokens_at_once(layer),
         )
-        found: dict[int, Targets] = {}
+        targets: dict[int, Targets] = {}
         with progress_bar(sum(map(len, groups)), f"targets, layer {layer}") as bar:
             for batch in batches:
                 sizes = [len(groups[member]) for member in batch]
@@ -117,9 +117,9 @@ class TargetFinder:
                     )
                 parts = values.cpu().split(sizes, dim=1), losses.cpu().split(sizes)
                 for member, value, course in zip(batch, *parts, strict=True):
-                    found[member] = Targets(value.clone(), course.clone())
+                    targets[member] = Targets(value.clone(), course.clone())
                 bar.update(len(edits))
-        return [found[member] for member in range(len(groups))]
+        return [targets[member] for member in range(len(groups))]
 
     def _tokens_at_once(self, layer: int) -> int:
         """Return how many tokens an optimisation may hold at once."""

@@ -134,7 +134,7 @@ def check_layers(layers: list[int], n_layers: int) -> None:
     """Refuse layers that the model does not have.
 
     Raises:
-        InputError: naming the layers and the range there is.
+        InputError: naming the layers and those the model has.
     """
     missing = [layer for layer in layers if not 0 <= layer < n_layers]
     if missing:

@@ -61,20 +61,23 @@ def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]
 
 
 def row_weights(
-    model: PreTrainedModel, lengths: Sequence[int], reads: Sequence[int], tokens_per_batch: int
+    model: PreTrainedModel,
+    lengths: Sequence[int],
+    head_positions: Sequence[int],
+    tokens_per_batch: int,
 ) -> list[int]:
     """Weigh rows by what they take of two budgets, tokens and logits; in tokens, for `batches`.
 
     Args:
         model: whose vocabulary makes logits large.
         lengths: tokens of each row.
-        reads: positions of each row that the head runs on.
+        head_positions: number of positions of each row that the head runs on.
         tokens_per_batch: the budget of tokens.
     """
     positions = max(1, _LOGITS // model.config.get_text_config().vocab_size)
     return [
-        max(length, math.ceil(read * tokens_per_batch / positions))
-        for length, read in zip(lengths, reads, strict=True)
+        max(length, math.ceil(count * tokens_per_batch / positions))
+        for length, count in zip(lengths, head_positions, strict=True)
     ]
 
 

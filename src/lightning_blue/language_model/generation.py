@@ -75,10 +75,10 @@ def generate(
         progress_bar(len(encoded), progress) as bar,
     ):
         for batch in _similar(model, lengths, totals, tokens_per_batch or _fitting_tokens(model)):
-            steps = [totals[i] - lengths[i] for i in batch]
-            uniform = torch.stack([prompt_noise(distinct[i], seed, max(steps)) for i in batch])
+            counts = [totals[i] - lengths[i] for i in batch]
+            uniform = torch.stack([prompt_noise(distinct[i], seed, max(counts)) for i in batch])
             new = _sample(model, [encoded[i] for i in batch], uniform, top_k).tolist()
-            for i, ids, count in zip(batch, new, steps, strict=True):
+            for i, ids, count in zip(batch, new, counts, strict=True):
                 continued[i] = ids[:count]
             bar.update(len(batch))
     end = tokenizer.eos_token_id if stop_at_end else None
@@ -98,7 +98,7 @@ def _total_length(
 
 
 def _fitting_tokens(model: PreTrainedModel) -> int:
-    """Return how many tokens' keys and values fit the memory that there is for them."""
+    """Return how many tokens' keys and values fit into free memory."""
     config = model.config.get_text_config()
     query_heads = getattr(config, "num_attention_heads", 1)
     heads = getattr(config, "num_key_value_heads", None) or query_heads
@@ -130,10 +130,10 @@ def _similar(
             yield [members[position] for position in batch]
 
 
-def prompt_noise(prompt: str, seed: int, steps: int) -> Tensor:
-    """Return the uniform numbers from [0, 1) that a prompt's sampling uses; (steps,)."""
+def prompt_noise(prompt: str, seed: int, n_new: int) -> Tensor:
+    """Return the uniform numbers from [0, 1) that a prompt's sampling uses; (n_new,)."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{prompt}".encode()))
-    return torch.rand(steps, generator=generator)
+    return torch.rand(n_new, generator=generator)
 
 
 def _sample(
@@ -142,16 +142,16 @@ def _sample(
     """Extend n prompts, padded on the left, by one token for each column of ``uniform``.
 
     Returns:
-        ``(n, steps)``. A text that is complete before the others goes on, in a last position that
+        ``(n, n_new)``. A text that is complete before the others goes on, in a last position that
         the model has.
     """
-    width, steps = max(map(len, prompts)), uniform.shape[1]
+    width, n_new = max(map(len, prompts)), uniform.shape[1]
     padding = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
     tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-    columns = torch.arange(width + steps, device=model.device) - padding[:, None]
-    positions = columns.clamp(0, (context_length(model) or width + steps) - 1)
+    columns = torch.arange(width + n_new, device=model.device) - padding[:, None]
+    positions = columns.clamp(0, (context_length(model) or width + n_new) - 1)
     padded = bool(padding.any())
-    cache = growing_cache(model, width + steps)
+    cache = growing_cache(model, width + n_new)
     new, first = [tokens[:, :0]], 0
     for draw in uniform.to(model.device).T:
         last = first + tokens.shape[1]

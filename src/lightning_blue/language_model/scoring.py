@@ -124,16 +124,16 @@ def score_rows(
     ):
         width = row_width(model, max(map(len, sequences), default=0)) if share_prefixes else 0
         packed = merge_prefixes(sequences, width)
-        reads = [
+        head_positions = [
             len({column for i in row.paths for column in _read_columns(row, rows, i)})
             for row in packed
         ]
         lengths = [len(row.ids) for row in packed]
-        weights = row_weights(model, lengths, reads, tokens_per_batch)
+        weights = row_weights(model, lengths, head_positions, tokens_per_batch)
         for batch in batches(weights, tokens_per_batch):
-            found = _score_batch(model, [packed[index] for index in batch], rows, masked=width > 0)
-            scores.update(found)
-            bar.update(len(found))
+            scored = _score_batch(model, [packed[index] for index in batch], rows, masked=width > 0)
+            scores.update(scored)
+            bar.update(len(scored))
     return [scores[index] for index in range(len(rows))]
 
 
@@ -244,9 +244,9 @@ def perplexity(
 
 def _windows(ids: list[int], start_ids: list[int], length: int) -> list[Row]:
     if start_ids:
-        step = length - len(start_ids)
+        stride = length - len(start_ids)
         return [
-            Row(start_ids + ids[begin : begin + step], len(start_ids))
-            for begin in range(0, len(ids), step)
+            Row(start_ids + ids[begin : begin + stride], len(start_ids))
+            for begin in range(0, len(ids), stride)
         ]
     return [Row(ids[begin : begin + length], 1) for begin in range(0, len(ids) - 1, length - 1)]

@@ -87,7 +87,7 @@ def row_width(model: PreTrainedModel, longest: int) -> int:
 
 
 def reads_forests(model: PreTrainedModel) -> bool:
-    """Say whether a model lets a node see its ancestors alone; tried out once for each model."""
+    """Return whether a model lets a node see its ancestors alone; tried out once for each model."""
     if getattr(model.config, "_attn_implementation", None) not in ("eager", "sdpa"):
         return False
     if model not in _tried:

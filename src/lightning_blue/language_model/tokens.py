@@ -84,7 +84,7 @@ def encode_with_subject(
         lookup = last_token(offsets[i], start, start + len(subjects[i]))
         if lookup is None:
             raise InputError(
-                f"The tokenizer makes no token of the subject {subjects[i]!r}",
+                f"The tokenizer does not encode the subject {subjects[i]!r}",
                 where=f"prompt {text!r}",
                 hint="leave this request out, or take a model whose tokenizer knows the script",
             )
@@ -96,16 +96,16 @@ def encode_targets(tokenizer: PreTrainedTokenizerBase, targets: Sequence[str]) -
     """Token ids of each object as it continues a prompt: a space before it, never a BOS.
 
     Each object is encoded after a full stop, whose own tokens are then cut off, because tokenizers
-    that mark the start of a text (Llama-2, Mistral) would put that mark before a lone object too.
-    Where the full stop does not keep its tokens, the object is encoded alone.
+    that put a symbol at the start of a text (Llama-2, Mistral) would put it before a lone object
+    too. Where the full stop does not keep its tokens, the object is encoded alone.
     """
     if not targets:
         return []
     anchor, *rows = _ids(tokenizer, [ANCHOR, *(f"{ANCHOR} {target}" for target in targets)])
     alone = _ids(tokenizer, [f" {target}" for target in targets])
     return [
-        row[len(anchor) :] if row[: len(anchor)] == anchor else own
-        for row, own in zip(rows, alone, strict=True)
+        row[len(anchor) :] if row[: len(anchor)] == anchor else lone
+        for row, lone in zip(rows, alone, strict=True)
     ]
 
 

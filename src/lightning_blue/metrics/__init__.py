@@ -1,4 +1,4 @@
-"""Metrics of model editing: pure functions, and torchmetrics shells that hold their state."""
+"""Metrics of model editing: pure functions, metric classes, and one table that names them all."""
 
 from .classes import (
     Consistency,

@@ -14,26 +14,44 @@ from lightning_blue.data.corpus import corpus_texts
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
 from lightning_blue.language_model.scoring import perplexity
-from lightning_blue.metrics.evaluation import Evaluation, Metrics, control_recall, evaluate, flatten
+from lightning_blue.metrics.evaluation import (
+    Evaluation,
+    Metrics,
+    evaluate,
+    evaluate_control_facts,
+    flatten,
+)
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.support.seeds import run_seed
+
+CONTINUATION_TOKENS = 12  # of each request's continuation before and after
 
 
 class MeasureEdits(Callback):
-    """Measure efficacy, generalization, specificity, fluency, consistency, and damage.
+    """Measure efficacy, generalization, specificity, fluency, consistency, and side effects.
 
-    Stages are kept apart by name: ``pre`` and ``post`` read all requests before any edit and at the
-    end, ``batch`` the batch just applied, ``cumulative`` a sample of all edits applied until then,
+    Stages are kept apart by name: ``pre`` reads all requests before any edit and ``post`` all
+    edits in force at the end (a later request on the same prompt supersedes an earlier one),
+    ``batch`` the batch just applied, ``cumulative`` a sample of all edits in force until then,
     ``first_batch`` the first batch at the end. Texts are generated for ``pre`` and ``post`` only.
+    ``Trainer.test`` measures all requests without editing, as ``test``.
+
+    ``cumulative`` is measured in Lightning's validation: after every edit batch with
+    ``Trainer(val_check_interval=1, check_val_every_n_epoch=None)``, less often with a higher
+    number. All values are in ``trainer.callback_metrics`` as ``batch/efficacy``,
+    ``cumulative/score`` and so on, so that ``EarlyStopping`` and ``ModelCheckpoint`` can monitor
+    them; the loggers get them, with their standard errors, over edits applied.
 
     Args:
         text: ordinary text for perplexity, see
             :func:`lightning_blue.data.corpus.corpus_texts`; None leaves perplexity out.
         text_split: split, where the text is a dataset on the hub.
         text_tokens: how many of its tokens are read.
-        cumulative: edits in the sample after each batch; 0 leaves ``cumulative`` out.
+        cumulative: edits in the sample; 0 leaves ``cumulative`` out.
         generate: whether to write texts for fluency and consistency.
         tokens_per_batch: tokens in one forward pass.
-        seed: of the sampling of texts and of the sample of edits.
+        seed: of the sampling of texts and of the sample of edits; None: the one of
+            ``seed_everything``.
     """
 
     def __init__(
@@ -44,7 +62,7 @@ class MeasureEdits(Callback):
         cumulative: int = 100,
         generate: bool = True,
         tokens_per_batch: int = 4096,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         self.text, self.text_split, self.text_tokens = text, text_split, text_tokens
         self.cumulative = cumulative
@@ -54,32 +72,37 @@ class MeasureEdits(Callback):
         self.history = RunHistory()
         self._text: str | None = None
         self._started = 0.0
-        self._committed = False  # whether the newest batch stays
+        self._committed: EditRecord | None = None  # by the newest batch
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Take the requests over, and read the text before any work is spent."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self.history.requests = data.requests
-        self.history.rejected = data.rejected
-        self.history.protocol = data.protocol
+        self.history = RunHistory(
+            settings=self.history.settings,
+            requests=data.requests,
+            rejected=data.rejected,
+            protocol=data.protocol,
+        )
         if self.text is not None:
             self._text = "".join(corpus_texts(self.text, self.text_split))
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure the unedited model."""
+        """Measure the unedited model; a resumed run has done so before."""
+        if self.history.before:
+            return
         before = self._evaluate(pl_module, self.history.requests, whole=True)
         self.history.before = before.outcomes
-        self._keep(trainer, "pre", {**before.metrics, **self._damage(trainer, pl_module)})
+        self._keep(trainer, "pre", {**before.metrics, **self._side_effects(trainer, pl_module)})
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock of the edit."""
-        self._started = time.perf_counter()
+        self._started, self._committed = time.perf_counter(), None
 
     def on_edit_committed(self, trainer: Trainer, module: Any, record: EditRecord) -> None:
-        """Note that the batch was not rolled back."""
-        self._committed = True
+        """Note that the batch is there to stay."""
+        self._committed = record
 
     def on_train_batch_end(
         self,
@@ -89,34 +112,71 @@ class MeasureEdits(Callback):
         batch: list[EditRequest],
         batch_idx: int,
     ) -> None:
-        """Measure the batch just applied, and a sample of all edits so far.
-
-        Of a batch that was rolled back there is nothing to measure.
-        """
+        """Measure the batch just applied."""
         self._count_seconds("edit", time.perf_counter() - self._started)
+        if self._committed is None:
+            return
+        first = batch_idx * trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        self.history.batches[batch_idx] = list(range(first, first + len(batch)))
         for layer, losses in pl_module.target_losses.items():
             self.history.loss_curves.append(LossCurve(batch_idx, layer, losses.cpu()))
-        committed, self._committed = self._committed, False
-        self.history.count(len(batch), committed)
-        if not committed:
-            return
         metrics = self._evaluate(pl_module, batch).metrics
         self._keep(trainer, "batch", metrics)
         self._log(trainer, _norms(trainer))
-        if self.cumulative:
-            applied = self.history.applied_requests
-            sampler = random.Random(self.seed)
-            sample = sampler.sample(applied, min(self.cumulative, len(applied)))
-            metrics = self._evaluate(pl_module, sample).metrics
-            self._keep(trainer, "cumulative", {**metrics, **self._damage(trainer, pl_module)})
+        pl_module.log_dict(
+            _values("batch", metrics), on_step=True, logger=False, batch_size=len(batch)
+        )
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure a sample of all edits applied so far."""
+        places = self.history.in_force
+        if trainer.sanity_checking or not self.cumulative or not places:
+            return
+        sampler = random.Random(run_seed(self.seed))
+        sample = sampler.sample(places, min(self.cumulative, len(places)))
+        evaluation = self._evaluate(pl_module, [self.history.requests[place] for place in sample])
+        metrics = {**evaluation.metrics, **self._side_effects(trainer, pl_module)}
+        self._keep(trainer, "cumulative", metrics)
+        shown = _values("cumulative", metrics)
+        score = {key: shown.pop(key) for key in ("cumulative/score",) if key in shown}
+        pl_module.log_dict(score, prog_bar=True, logger=False)
+        pl_module.log_dict(shown, logger=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Measure everything again on the edited model."""
-        first = self.history.applied_requests[: trainer.datamodule.batch_size]  # type: ignore[attr-defined]
-        self._keep(trainer, "first_batch", self._evaluate(pl_module, first).metrics)
-        after = self._evaluate(pl_module, self.history.requests, whole=True)
-        self.history.after = after.outcomes
-        self._keep(trainer, "post", {**after.metrics, **self._damage(trainer, pl_module)})
+        """Measure everything that was applied again, on the edited model."""
+        if self.history.applied < len(self.history.requests):
+            self.history.ended_early = _reason_of_end(trainer)
+        self.measure_end(trainer, pl_module)
+
+    def measure_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure the first batch, and all edits in force, on the model as it is."""
+        history, in_force = self.history, self.history.in_force
+        if not in_force:
+            return
+        first = [place for place in next(iter(history.batches.values())) if place in in_force]
+        evaluation = self._evaluate(pl_module, [history.requests[place] for place in first])
+        self._keep(trainer, "first_batch", evaluation.metrics)
+        requests = [history.requests[place] for place in in_force]
+        after = self._evaluate(pl_module, requests, whole=True)
+        history.after = dict(zip(in_force, after.outcomes, strict=True))
+        self._keep(trainer, "post", {**after.metrics, **self._side_effects(trainer, pl_module)})
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure a model as it is, on all requests."""
+        requests = self.history.requests
+        evaluation = self._evaluate(pl_module, requests, whole=True)
+        self.history.after = dict(enumerate(evaluation.outcomes))
+        metrics = {**evaluation.metrics, **self._side_effects(trainer, pl_module)}
+        self.history.measurements.append(Measurement("test", 0, metrics))
+        pl_module.log_dict({f"test/{key}": value for key, value in flatten(metrics).items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured until now."""
+        return self.history.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was measured until a checkpoint."""
+        self.history.load_state_dict(state_dict)
 
     def _evaluate(
         self, module: EditModule, requests: Sequence[EditRequest], whole: bool = False
@@ -128,23 +188,24 @@ class MeasureEdits(Callback):
             requests,
             protocol=self.history.protocol,
             generate=self.generate and whole,
-            continuation_tokens=12 if whole else 0,
-            seed=self.seed,
+            continuation_tokens=CONTINUATION_TOKENS if whole else 0,
+            seed=run_seed(self.seed),
             tokens_per_batch=self.tokens_per_batch,
             progress=whole,
         )
         self._count_seconds("evaluate", time.perf_counter() - started)
         return evaluation
 
-    def _damage(self, trainer: Trainer, module: EditModule) -> Metrics:
-        """Perplexity on ordinary text and recall of known facts that are not edited."""
+    def _side_effects(self, trainer: Trainer, module: EditModule) -> Metrics:
+        """Perplexity on ordinary text and retained knowledge of control facts."""
         started = time.perf_counter()
-        metrics: Metrics = {}
-        controls = trainer.datamodule.controls  # type: ignore[attr-defined]
-        if controls:
-            metrics["recall"] = control_recall(
-                module.model, module.tokenizer, controls, tokens_per_batch=self.tokens_per_batch
-            )
+        metrics = evaluate_control_facts(
+            module.model,
+            module.tokenizer,
+            trainer.datamodule.controls,  # type: ignore[attr-defined]
+            protocol=self.history.protocol,
+            tokens_per_batch=self.tokens_per_batch,
+        )
         if self._text is not None:
             metrics["perplexity"] = perplexity(
                 module.model,
@@ -162,11 +223,31 @@ class MeasureEdits(Callback):
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         applied = self.history.applied
+        self.history.logged.append((applied, {**values, "edits/applied": applied}))
         for logger in trainer.loggers:
             logger.log_metrics({**values, "edits/applied": applied}, step=applied)
 
     def _count_seconds(self, part: str, seconds: float) -> None:
         self.history.seconds[part] = self.history.seconds.get(part, 0.0) + seconds
+
+
+def _reason_of_end(trainer: Trainer) -> str:
+    """Say why a run that ended without an error has not applied all requests."""
+    if getattr(trainer, "fast_dev_run", False):
+        return "trainer.fast_dev_run"
+    if trainer.max_steps == trainer.global_step:
+        return f"trainer.max_steps={trainer.max_steps}"
+    if trainer.should_stop:
+        return "a callback stopped the run"
+    batches = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+    if trainer.num_training_batches < batches:
+        return f"trainer.limit_train_batches={trainer.limit_train_batches}"
+    return "batches were rejected"
+
+
+def _values(stage: str, metrics: Metrics) -> dict[str, float]:
+    """Return each metric's value under ``stage/name``."""
+    return {f"{stage}/{name}": estimate["value"] for name, estimate in metrics.items()}
 
 
 def _norms(trainer: Trainer) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Stateful metrics: thin shells over `functional`, whose states add up over processes.
+"""Metric classes: `functional` with a state that adds up over processes.
 
 Each ``compute()`` returns an estimate: ``value``, ``standard_error``, ``count`` (how many
 independent units stand behind the error) and ``prompts`` or ``tokens``. The unit is the request,
@@ -8,7 +8,8 @@ one process in one ``update``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,23 +32,46 @@ def numbers(estimate: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class MeanOverRequests(Metric):
-    """Mean over requests of the mean over a request's prompts: the mechanism of most metrics."""
+    """Mean over requests of the mean over a request's prompts: the mechanism of most metrics.
+
+    ``update(*inputs, request)`` adds prompts: the inputs of ``function``, and the request of each
+    prompt as an integer, of shape (n_prompts,).
+
+    Args:
+        function: returns one number per prompt, (n_prompts,).
+        scale: what the estimate is multiplied by; 100 for percent.
+        kwargs: passed on to `torchmetrics.Metric`.
+
+    Attributes:
+        by_request: mean of each request that was added here since the last reset, not scaled. The
+            estimate is made from the same numbers.
+    """
 
     is_differentiable = False
     full_state_update = False
     moments: Tensor
     prompts: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, function: Callable[..., Tensor], scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.function, self.scale = function, scale
+        self.by_request: dict[int, float] = {}
         self.add_state("moments", torch.zeros(6, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("prompts", torch.tensor(0), dist_reduce_fx="sum")
 
-    def accumulate(self, values: Tensor, request: Tensor) -> None:
-        """Add one number per prompt; ``values`` and ``request`` have shape (n_prompts,)."""
-        means = F.mean_by_request(values.to(self.moments.device), request.to(self.moments.device))
-        self.moments += F.ratio_moments(means, torch.ones_like(means))
+    def update(self, *inputs: Any) -> None:
+        """Add prompts; the last input is the request of each."""
+        *measured, request = inputs
+        values = self.function(*measured)
+        means = F.mean_by_request(values, request.to(values.device)).to(self.moments.device)
+        self.by_request.update(zip(request.unique().tolist(), means.tolist(), strict=True))
+        self.moments += F.ratio_moments(self.scale * means, torch.ones_like(means))
         self.prompts += len(values)
+
+    def reset(self) -> None:
+        """Forget all prompts."""
+        super().reset()
+        self.by_request = {}
 
     def compute(self) -> Estimate:
         """Return value, standard error over requests, and the numbers of requests and prompts."""
@@ -63,44 +87,54 @@ class ProbabilitySuccess(MeanOverRequests):
 
     On CounterFact this is efficacy (own prompt) and generalization (paraphrases), where the new
     object is wanted, and specificity (neighbours), where the neighbour's own answer is.
+
+    ``update(nll_wanted, nll_other, request)`` adds prompts: nats per target token and the request
+    of each; all of shape (n,).
     """
 
-    def update(self, nll_wanted: Tensor, nll_other: Tensor, request: Tensor) -> None:
-        """Add prompts: nats per target token and the request of each; all of shape (n,)."""
-        self.accumulate(PERCENT * F.probability_success(nll_wanted, nll_other), request)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(F.probability_success, PERCENT, **kwargs)
 
 
 class TokenAccuracy(MeanOverRequests):
-    """Percentage of target tokens that are most probable under teacher forcing: zsRE's metrics."""
+    """Percentage of target tokens that are most probable under teacher forcing: zsRE's metrics.
 
-    def update(self, correct: Sequence[Sequence[bool]], request: Tensor) -> None:
-        """Add prompts: one flag per target token, and the request of each prompt; (n,)."""
-        self.accumulate(PERCENT * F.token_accuracy(correct), request)
+    ``update(correct, request)`` adds prompts: one flag per target token, and the request of each
+    prompt; (n,).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(F.token_accuracy, PERCENT, **kwargs)
 
 
 class ExactMatch(MeanOverRequests):
     """Percentage of prompts whose target tokens are all most probable (top-1).
 
-    Over edited facts the strict form of efficacy; over unedited facts, each its own request,
-    the recall that editing should leave alone.
+    Over edited facts the strict form of efficacy; over control facts, each its own request,
+    the retained knowledge.
+
+    ``update(correct, request)`` adds prompts: one flag per target token, and the request of each
+    prompt; (n,).
     """
 
-    def update(self, correct: Sequence[Sequence[bool]], request: Tensor) -> None:
-        """Add prompts: one flag per target token, and the request of each prompt; (n,)."""
-        self.accumulate(PERCENT * F.exact_match(correct), request)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(F.exact_match, PERCENT, **kwargs)
 
 
 class Fluency(MeanOverRequests):
-    """Weighted bigram and trigram entropy of generated texts in bits, times 100."""
+    """Weighted bigram and trigram entropy of generated texts in bits, times 100.
 
-    def update(self, texts: Sequence[str], request: Tensor) -> None:
-        """Add texts and the request of each; (n,)."""
-        entropies = torch.tensor([F.fluency(text) for text in texts], dtype=torch.float64)
-        self.accumulate(100 * entropies, request)
+    ``update(texts, request)`` adds texts and the request of each; (n,).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(_entropies, 100, **kwargs)
 
 
 class Consistency(MeanOverRequests):
     """Tf-idf similarity of generated texts with reference texts, times 100.
+
+    ``update(texts, references, request)`` adds pairs of texts and the request of each pair; (n,).
 
     Args:
         vectorizer: what weighs the words; see `functional.fit_tfidf`.
@@ -108,14 +142,7 @@ class Consistency(MeanOverRequests):
     """
 
     def __init__(self, vectorizer: TfidfVectorizer, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.vectorizer = vectorizer
-
-    def update(self, texts: Sequence[str], references: Sequence[str], request: Tensor) -> None:
-        """Add pairs of texts and the request of each pair; (n,)."""
-        pairs = zip(texts, references, strict=True)
-        similarities = [F.tfidf_similarity(*pair, self.vectorizer) for pair in pairs]
-        self.accumulate(100 * torch.tensor(similarities, dtype=torch.float64), request)
+        super().__init__(partial(_similarities, vectorizer=vectorizer), 100, **kwargs)
 
 
 class Perplexity(Metric):
@@ -164,9 +191,9 @@ class Score(Metric):
         self.add_state("products", torch.zeros(3, 3, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("requests", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, shares: Tensor) -> None:
+    def update(self, success: Tensor) -> None:
         """Add requests: efficacy, generalization, specificity of each from 0 to 1; (n, 3)."""
-        values = PERCENT * shares.to(self.sums)
+        values = PERCENT * success.to(self.sums)
         self.sums += values.sum(0)
         self.products += values.T @ values
         self.requests += len(values)
@@ -175,3 +202,15 @@ class Score(Metric):
         """Return value, standard error, and the number of requests."""
         value, error = F.score_estimate(self.sums, self.products, self.requests)
         return {"value": value, "standard_error": error, "count": self.requests}
+
+
+def _entropies(texts: Sequence[str]) -> Tensor:
+    return torch.tensor([F.fluency(text) for text in texts], dtype=torch.float64)
+
+
+def _similarities(
+    texts: Sequence[str], references: Sequence[str], vectorizer: TfidfVectorizer
+) -> Tensor:
+    pairs = zip(texts, references, strict=True)
+    similarities = [F.tfidf_similarity(*pair, vectorizer) for pair in pairs]
+    return torch.tensor(similarities, dtype=torch.float64)

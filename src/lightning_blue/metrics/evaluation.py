@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,45 +15,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.language_model import generation, scoring
 from lightning_blue.language_model.scoring import TargetScore
-from lightning_blue.metrics import (
-    Consistency,
-    ExactMatch,
-    Fluency,
-    ProbabilitySuccess,
-    Score,
-    TokenAccuracy,
-    numbers,
-)
+from lightning_blue.metrics import MeanOverRequests, numbers, table
 from lightning_blue.metrics import functional as F
+from lightning_blue.metrics.table import Measure, MetricSpec
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import distribute
 
-KINDS = ("efficacy", "generalization", "specificity")
 PROTOCOLS = ("counterfact", "zsre")
 
 Metrics = dict[str, dict[str, float]]
-Shares = dict[str, dict[int, float]]  # by metric and request, from 0 to 1
 
 
 @dataclass(frozen=True)
 class RequestOutcome:
     """What the model makes of one request.
 
-    ``efficacy``, ``generalization`` and ``specificity`` are the protocol's shares of successful
-    prompts (zsRE: of right target tokens), the ``_top1`` ones the shares of prompts whose target
-    tokens are all most probable; from 0 to 1, None where there is nothing to measure. ``nll`` is
+    ``values`` holds, by metric name, the request's value of each metric that the table of metrics
+    marks as per request: the fraction of successful prompts (zsRE: of right target tokens) from 0
+    to 1, or a number in the metric's unit. A metric that the request offers nothing for is absent;
+    ``edits.jsonl`` writes null for it, so that all its lines have the same keys. ``nll`` is
     in nats per target token after the request's prompt, and a probability is ``exp(-nll)``: the
     geometric mean over the target's tokens. ``correct`` flags the new object's tokens that are
     most probable under teacher forcing. ``continuation`` is the model's own greedy one.
     """
 
     case_id: str
-    efficacy: float | None
-    generalization: float | None
-    specificity: float | None
-    efficacy_top1: float | None
-    generalization_top1: float | None
-    specificity_top1: float | None
+    values: dict[str, float]
     nll_new: float
     nll_true: float | None
     probability_new: float
@@ -66,8 +53,9 @@ class RequestOutcome:
 class Evaluation:
     """Estimates by metric name, and one outcome per request in their order.
 
-    An estimate holds ``value``, ``standard_error`` (where two or more requests allow one),
-    ``count`` (of requests) and ``prompts``. A metric that no prompt belongs to is absent.
+    An estimate holds ``value`` (unless it is not finite), ``standard_error`` (where two or more
+    requests allow one), ``count`` (of requests) and ``prompts``. A metric that no prompt belongs
+    to is absent.
     """
 
     metrics: Metrics
@@ -79,10 +67,13 @@ class Evaluation:
 
 
 class Question(NamedTuple):
-    """A prompt, the object that it should be followed by, and one that it should not."""
+    """A prompt, the object that it should be followed by, and one that it should not.
+
+    ``prompts`` says which of a request's prompts it is: its own, a paraphrase, a neighbour's.
+    """
 
     request: int
-    kind: str
+    prompts: str
     prompt: str
     wanted: str
     other: str | None
@@ -92,7 +83,7 @@ class Answer(NamedTuple):
     """How the model rates both objects of a question."""
 
     request: int
-    kind: str
+    prompts: str
     wanted: TargetScore
     other: TargetScore | None
 
@@ -114,12 +105,12 @@ def evaluate(
 
     Several processes share the prompts, and each gets all results; all of them must call it.
 
-    Under ``counterfact`` a prompt counts where the wanted object is more probable than the other
-    one (the new one against the true one; on neighbours the neighbour's answer against the new
-    one); without a true object only the top-1 metrics remain. Under ``zsre`` the share of target
-    tokens that are most probable under teacher forcing counts. Metrics named ``_top1`` demand that
-    all target tokens are, which is to say that greedy generation produces them. Percentages go
-    from 0 to 100; fluency and consistency are times 100.
+    What each metric reads and means is in `lightning_blue.metrics.table`. Under ``counterfact`` a
+    prompt counts where the wanted object is more probable than the other one (the new one against
+    the true one; on neighbours the neighbour's answer against the new one); without a true object
+    only the top-1 metrics remain. Under ``zsre`` the fraction of target tokens that are most
+    probable under teacher forcing counts. Metrics named ``_top1`` demand that all target tokens
+    are, which is to say that greedy generation produces them. Percentages go from 0 to 100.
 
     Args:
         model: a causal language model on any device, in any dtype.
@@ -145,45 +136,63 @@ def evaluate(
     compare = protocol == "counterfact"
     questions = [q for i, request in enumerate(requests) for q in _ask(i, request, compare)]
     answers = _answer(model, tokenizer, questions, tokens_per_batch, progress)
-    shares = _shares(answers, compare)
-    shells = _teacher_forced(answers, compare)
-    shells["score"] = _score(shares, len(requests))
+    means = {
+        spec.name: _judge(spec, measure, answers)
+        for spec, measure in table.of_protocol(protocol, table.COMPARISON, table.TEACHER_FORCED)
+    }
+    scores = {
+        spec.name: _combine(spec, measure, means, len(requests))
+        for spec, measure in table.of_protocol(protocol, table.COMBINATION)
+    }
     if generate:
         texts = _write(model, tokenizer, requests, seed, progress)
-        shells["fluency"] = _fluency(texts)
-        shells["consistency"] = _consistency(texts, requests, idf_texts)
+        for spec, measure in table.of_protocol(protocol, table.GENERATED_TEXT):
+            means[spec.name] = _read(spec, measure, texts, requests, idf_texts)
     continuations = _continue(model, tokenizer, requests, continuation_tokens, progress)
-    outcomes = _outcomes(requests, answers, shares, continuations)
-    return Evaluation(_compute(shells), outcomes)
+    outcomes = _outcomes(requests, answers, means, continuations)
+    return Evaluation(_compute({**means, **scores}), outcomes)
 
 
-def control_recall(
+def evaluate_control_facts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[Probe],
+    facts: Sequence[Probe],
     *,
+    protocol: str = "counterfact",
     tokens_per_batch: int = 4096,
     progress: bool = False,
-) -> dict[str, float]:
-    """Measure top-1 recall of facts that were not edited, in percent.
+) -> Metrics:
+    """Measure what a model still knows of control facts: known before the run, and not edited.
+
+    Several processes share the prompts, and each gets all results; all of them must call it.
+
+    Args:
+        model: a causal language model on any device, in any dtype.
+        tokenizer: its tokenizer.
+        facts: n control facts.
+        protocol: ``counterfact`` or ``zsre``.
+        tokens_per_batch: tokens in one forward pass.
+        progress: whether to show a progress bar.
 
     Returns:
-        ``value``, ``standard_error``, ``count`` and ``prompts``; empty without probes.
+        An estimate by metric name, ``retained_knowledge``; empty without facts.
     """
     scores = distribute(
-        probes,
-        lambda some: scoring.score_targets(
+        facts,
+        lambda part: scoring.score_targets(
             model,
             tokenizer,
-            [probe.prompt for probe in some],
-            [probe.answer for probe in some],
+            [fact.prompt for fact in part],
+            [fact.answer for fact in part],
             tokens_per_batch=tokens_per_batch,
-            progress="recall" if progress else None,
+            progress="control facts" if progress else None,
         ),
     )
-    recall = ExactMatch(sync_on_compute=False)
-    recall.update([score.correct for score in scores], torch.arange(len(probes)))
-    return _compute({"recall": recall}).get("recall", {})
+    metrics: dict[str, Metric] = {}
+    for spec, measure in table.of_protocol(protocol, table.CONTROL_FACTS):
+        metrics[spec.name] = measure.metric(sync_on_compute=False)
+        metrics[spec.name].update([score.correct for score in scores], torch.arange(len(facts)))
+    return _compute(metrics)
 
 
 def flatten(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -198,12 +207,12 @@ def flatten(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def _ask(index: int, request: EditRequest, compare: bool) -> Iterable[Question]:
     """Yield a request's questions; the first is its own prompt."""
     new, true = request.target_new, request.target_true
-    yield Question(index, "efficacy", request.text, new, true)
+    yield Question(index, table.OWN_PROMPT, request.text, new, true)
     for prompt in request.paraphrases:
-        yield Question(index, "generalization", prompt, new, true if compare else None)
+        yield Question(index, table.PARAPHRASES, prompt, new, true if compare else None)
     for probe in request.neighborhood:
         other = new if compare else None
-        yield Question(index, "specificity", probe.prompt, probe.answer, other)
+        yield Question(index, table.NEIGHBOURS, probe.prompt, probe.answer, other)
 
 
 def _answer(
@@ -213,11 +222,11 @@ def _answer(
     tokens_per_batch: int,
     progress: bool,
 ) -> list[Answer]:
-    """Score the objects of all questions, each process those of its share in one go."""
+    """Score the objects of all questions, each process those of its part in one go."""
 
-    def score(some: Sequence[Question]) -> list[Answer]:
-        pairs = [(q.prompt, q.wanted) for q in some]
-        pairs += [(q.prompt, q.other) for q in some if q.other is not None]
+    def score(part: Sequence[Question]) -> list[Answer]:
+        pairs = [(q.prompt, q.wanted) for q in part]
+        pairs += [(q.prompt, q.other) for q in part if q.other is not None]
         scores = iter(
             scoring.score_targets(
                 model,
@@ -228,83 +237,43 @@ def _answer(
                 progress="probabilities" if progress else None,
             )
         )
-        wanted = [next(scores) for _ in some]
-        other = [None if q.other is None else next(scores) for q in some]
+        wanted = [next(scores) for _ in part]
+        other = [None if q.other is None else next(scores) for q in part]
         return [
-            Answer(q.request, q.kind, w, o) for q, w, o in zip(some, wanted, other, strict=True)
+            Answer(q.request, q.prompts, w, o) for q, w, o in zip(part, wanted, other, strict=True)
         ]
 
     return distribute(questions, score)
 
 
-def _teacher_forced(answers: Sequence[Answer], compare: bool) -> dict[str, Metric]:
-    """Fill the metrics that need no generation.
-
-    They are not synchronised: each process has all answers.
-    """
-    primary: dict[str, Metric] = {}
-    top1: dict[str, Metric] = {}
-    for kind in KINDS:
-        chosen = [a for a in answers if a.kind == kind]
-        top1[f"{kind}_top1"] = ExactMatch(sync_on_compute=False)
-        top1[f"{kind}_top1"].update([a.wanted.correct for a in chosen], _request(chosen))
-        chosen = _measurable(chosen, compare)
-        if compare:
-            primary[kind] = ProbabilitySuccess(sync_on_compute=False)
-            primary[kind].update(*_nll(chosen), _request(chosen))
-        else:
-            primary[kind] = TokenAccuracy(sync_on_compute=False)
-            primary[kind].update([a.wanted.correct for a in chosen], _request(chosen))
-    return {**primary, **top1}
-
-
-def _score(shares: Shares, n: int) -> Metric:
-    """Score the requests among ``n`` that have prompts of every kind."""
-    complete = [
-        [shares[kind][index] for kind in KINDS]
-        for index in range(n)
-        if all(index in shares[kind] for kind in KINDS)
-    ]
-    metric = Score(sync_on_compute=False)
-    metric.update(torch.tensor(complete, dtype=torch.float64).reshape(-1, len(KINDS)))
+def _judge(spec: MetricSpec, measure: Measure, answers: Sequence[Answer]) -> MeanOverRequests:
+    """Fill a metric that reads answers; it is not synchronised: each process has all answers."""
+    chosen = [answer for answer in answers if answer.prompts == spec.prompts]
+    if measure.protocol == table.COMPARISON:  # there must be another object
+        chosen = [answer for answer in chosen if answer.other is not None]
+        inputs: tuple[Any, ...] = _nll(chosen)
+    else:
+        inputs = ([answer.wanted.correct for answer in chosen],)
+    metric = measure.metric(sync_on_compute=False)
+    metric.update(*inputs, torch.tensor([answer.request for answer in chosen], dtype=torch.long))
     return metric
 
 
-def _measurable(answers: Sequence[Answer], compare: bool) -> list[Answer]:
-    """Keep the answers that the protocol can judge: to compare, there must be another object."""
-    return [answer for answer in answers if answer.other is not None or not compare]
-
-
-def _request(answers: Sequence[Answer]) -> Tensor:
-    return torch.tensor([answer.request for answer in answers], dtype=torch.long)
+def _combine(
+    spec: MetricSpec, measure: Measure, means: Mapping[str, MeanOverRequests], n: int
+) -> Metric:
+    """Fill a metric of other metrics with those requests among ``n`` that have a value of each."""
+    parts = [means[name].by_request for name in spec.combines]
+    complete = [[part[i] for part in parts] for i in range(n) if all(i in part for part in parts)]
+    metric = measure.metric(sync_on_compute=False)
+    metric.update(torch.tensor(complete, dtype=torch.float64).reshape(-1, len(parts)))
+    return metric
 
 
 def _nll(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
     wanted = [answer.wanted.nll for answer in answers]
     other = [answer.other.nll for answer in answers if answer.other is not None]
     return torch.tensor(wanted), torch.tensor(other)
-
-
-def _shares(answers: Sequence[Answer], compare: bool) -> Shares:
-    """Return each metric's share of success for each request that it can judge."""
-    shares: Shares = {}
-    for kind in KINDS:
-        chosen = [answer for answer in answers if answer.kind == kind]
-        exact = F.exact_match([answer.wanted.correct for answer in chosen])
-        shares[f"{kind}_top1"] = _by_request(exact, chosen)
-        chosen = _measurable(chosen, compare)
-        if compare:
-            values = F.probability_success(*_nll(chosen))
-        else:
-            values = F.token_accuracy([answer.wanted.correct for answer in chosen])
-        shares[kind] = _by_request(values, chosen)
-    return shares
-
-
-def _by_request(values: Tensor, answers: Sequence[Answer]) -> dict[int, float]:
-    request = _request(answers)
-    means = F.mean_by_request(values, request).tolist()
-    return dict(zip(request.unique().tolist(), means, strict=True))
 
 
 def _write(
@@ -318,8 +287,8 @@ def _write(
     prompts = [(i, p) for i, request in enumerate(requests) for p in request.generation_prompts]
     continuations = distribute(
         [prompt for _, prompt in prompts],
-        lambda some: generation.generate(
-            model, tokenizer, some, seed=seed, progress="texts" if progress else None
+        lambda part: generation.generate(
+            model, tokenizer, part, seed=seed, progress="texts" if progress else None
         ),
     )
     return [(i, prompt + more) for (i, prompt), more in zip(prompts, continuations, strict=True)]
@@ -349,53 +318,64 @@ def _continue(
     )
 
 
-def _fluency(texts: Sequence[tuple[int, str]]) -> Metric:
-    metric = Fluency(sync_on_compute=False)
+def _read(
+    spec: MetricSpec,
+    measure: Measure,
+    texts: Sequence[tuple[int, str]],
+    requests: Sequence[EditRequest],
+    idf_texts: Sequence[str] | None,
+) -> MeanOverRequests:
+    """Fill a metric that reads generated texts, beside reference texts if it needs them."""
+    if table.REFERENCE_TEXTS in spec.needs:
+        return _compare(measure, texts, requests, idf_texts)
+    metric = measure.metric(sync_on_compute=False)
     request = torch.tensor([index for index, _ in texts], dtype=torch.long)
     metric.update([text for _, text in texts], request)
     return metric
 
 
-def _consistency(
+def _compare(
+    measure: Measure,
     texts: Sequence[tuple[int, str]],
     requests: Sequence[EditRequest],
     idf_texts: Sequence[str] | None,
-) -> Metric:
+) -> MeanOverRequests:
     """Compare each request's texts, joined, with its reference texts, joined."""
     written: dict[int, list[str]] = {}
     for index, text in texts:
         if requests[index].reference_texts:
             written.setdefault(index, []).append(text)
     references = [text for request in requests for text in request.reference_texts]
-    metric = Consistency(F.fit_tfidf(idf_texts or references), sync_on_compute=False)
+    metric = measure.metric(F.fit_tfidf(idf_texts or references), sync_on_compute=False)
     metric.update(
-        [" ".join(mine) for mine in written.values()],
+        [" ".join(parts) for parts in written.values()],
         [" ".join(requests[index].reference_texts) for index in written],
         torch.tensor(list(written), dtype=torch.long),
     )
     return metric
 
 
-def _compute(shells: Mapping[str, Metric]) -> Metrics:
+def _compute(metrics: Mapping[str, Metric]) -> Metrics:
     """Compute the metrics that something was measured for."""
-    estimates = {name: numbers(metric.compute()) for name, metric in shells.items()}
+    estimates = {name: numbers(metric.compute()) for name, metric in metrics.items()}
     return {name: estimate for name, estimate in estimates.items() if estimate["count"] > 0}
 
 
 def _outcomes(
     requests: Sequence[EditRequest],
     answers: Sequence[Answer],
-    shares: Shares,
+    means: Mapping[str, MeanOverRequests],
     continuations: Sequence[str],
 ) -> list[RequestOutcome]:
-    own = {answer.request: answer for answer in answers if answer.kind == "efficacy"}
+    own_answers = {a.request: a for a in answers if a.prompts == table.OWN_PROMPT}
+    values = {name: means[name].by_request for name in table.per_request(means) if name in means}
     outcomes = []
     for index, request in enumerate(requests):
-        new, true = own[index].wanted, own[index].other
+        new, true = own_answers[index].wanted, own_answers[index].other
         outcomes.append(
             RequestOutcome(
                 case_id=request.case_id,
-                **{name: share.get(index) for name, share in shares.items()},
+                values={name: of[index] for name, of in values.items() if index in of},
                 nll_new=new.nll,
                 nll_true=None if true is None else true.nll,
                 probability_new=math.exp(-new.nll),

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-BIGRAM_SHARE, TRIGRAM_SHARE = 1 / 3, 2 / 3
+BIGRAM_WEIGHT, TRIGRAM_WEIGHT = 1 / 3, 2 / 3
 
 
 def probability_success(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
@@ -24,22 +24,22 @@ def probability_success(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
         nll_other: the same of the other object; (n,)
 
     Returns:
-        Booleans, (n,). A tie is no success, as in ROME's evaluator.
+        Booleans, (n,). A tie counts as failure, as in ROME's evaluator.
     """
     return nll_wanted < nll_other
 
 
 def token_accuracy(correct: Sequence[Sequence[bool]]) -> Tensor:
-    """Share of each target's tokens that are the most probable ones under teacher forcing.
+    """Fraction of each target's tokens that are the most probable ones under teacher forcing.
 
     Args:
         correct: for each of n prompts, one flag per target token (at least one).
 
     Returns:
-        Shares from 0 to 1; (n,) float64.
+        Fractions from 0 to 1; (n,) float64.
     """
-    shares = [sum(flags) / len(flags) for flags in correct]
-    return torch.tensor(shares, dtype=torch.float64)
+    fractions = [sum(flags) / len(flags) for flags in correct]
+    return torch.tensor(fractions, dtype=torch.float64)
 
 
 def exact_match(correct: Sequence[Sequence[bool]]) -> Tensor:
@@ -68,7 +68,7 @@ def fluency(text: str) -> float:
     The "generation entropy" of ROME (Meng et al. 2022, section 3.3); low for text that repeats.
     The paper's tables show it times 100.
     """
-    return BIGRAM_SHARE * ngram_entropy(text, 2) + TRIGRAM_SHARE * ngram_entropy(text, 3)
+    return BIGRAM_WEIGHT * ngram_entropy(text, 2) + TRIGRAM_WEIGHT * ngram_entropy(text, 3)
 
 
 def fit_tfidf(texts: Sequence[str]) -> TfidfVectorizer | None:
@@ -152,7 +152,7 @@ def score_estimate(sums: Tensor, products: Tensor, n: Tensor) -> tuple[Tensor, T
         Two scalars. The error follows from the metrics' covariance by the delta method: the
         derivative of the harmonic mean H by the mean x is ``(H / x)^2 / k``. NaN where undefined.
     """
-    # Without the floor the derivative at 0 would be 0/0; its limit is finite.
+    # Without this lower bound the derivative at 0 would be 0/0; its limit is finite.
     means = (sums / n).clamp(min=1e-9)
     covariance = (products - torch.outer(sums, sums) / n) / (n - 1)
     score = harmonic_mean(means)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lightning_blue.data.checks import superseded
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 
@@ -17,7 +18,8 @@ class Measurement(NamedTuple):
     Attributes:
         stage: ``pre`` (all requests, before any edit), ``batch`` (the batch just applied),
             ``cumulative`` (a sample of all edits applied until now), ``first_batch`` (the first
-            batch, at the end) or ``post`` (all requests, at the end).
+            batch, at the end), ``post`` (all applied requests, at the end) or ``test`` (all
+            requests of a file, without editing).
         edits: edits applied when it was taken.
         metrics: name -> value, standard_error, count, prompts.
     """
@@ -51,48 +53,79 @@ class RunHistory:
         protocol: ``counterfact`` or ``zsre``.
         requests: the requests of the run, in order.
         rejected: requests that could not be used.
-        applied: how many requests were applied.
-        rolled_back: places in ``requests`` of those whose batch was written and rolled back.
-        guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
+        batches: of each committed batch, by its number, the places of its requests in ``requests``.
         measurements: in the order they were taken.
+        logged: edits applied and flat values, as the loggers got them.
         loss_curves: in the order of the batches.
         before: outcome of each request on the unedited model.
-        after: outcome of each request at the end.
-        seconds: time spent by part: ``edit``, ``evaluate``, ``covariance``, ``total``.
+        after: outcome of each request in force at the end, by its place in ``requests``.
+        seconds: time spent by part: ``edit``, ``evaluate``, ``prepare``, ``total``.
+        resumed_after: edits applied where the run was resumed, each time.
+        guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
+        ended_early: why requests are left that were never applied; empty if none are.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     protocol: str = "counterfact"
     requests: list[EditRequest] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
-    applied: int = 0
-    rolled_back: set[int] = field(default_factory=set)
-    guard_events: list[dict[str, Any]] | None = None
+    batches: dict[int, list[int]] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
+    logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     loss_curves: list[LossCurve] = field(default_factory=list)
     before: list[RequestOutcome] = field(default_factory=list)
-    after: list[RequestOutcome] = field(default_factory=list)
+    after: dict[int, RequestOutcome] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    resumed_after: list[int] = field(default_factory=list)
+    guard_events: list[dict[str, Any]] | None = None
+    ended_early: str = ""
 
-    def count(self, n: int, committed: bool) -> None:
-        """Count the next n requests as applied, or as rolled back."""
-        if committed:
-            self.applied += n
-        else:
-            start = self.applied + len(self.rolled_back)
-            self.rolled_back.update(range(start, start + n))
+    @property
+    def applied(self) -> int:
+        """How many requests were applied."""
+        return sum(map(len, self.batches.values()))
 
     @property
     def applied_places(self) -> list[int]:
-        """The places in ``requests`` of those that were applied, in order."""
-        reached = range(self.applied + len(self.rolled_back))
-        return [place for place in reached if place not in self.rolled_back]
+        """The places in ``requests`` of those that were applied, in the order of their batches."""
+        return [place for places in self.batches.values() for place in places]
 
     @property
-    def applied_requests(self) -> list[EditRequest]:
-        """The requests that were applied, in order."""
-        return [self.requests[place] for place in self.applied_places]
+    def in_force(self) -> list[int]:
+        """The places of applied requests that no later applied request supersedes."""
+        places = self.applied_places
+        replaced = set(superseded([self.requests[place] for place in places]))
+        return [place for index, place in enumerate(places) if index not in replaced]
 
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""
-        return [one for one in self.measurements if one.stage == stage]
+        return [taken for taken in self.measurements if taken.stage == stage]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run cannot find out again, as plain values and tensors."""
+        return {
+            "batches": self.batches,
+            "measurements": [taken._asdict() for taken in self.measurements],
+            "logged": self.logged,
+            "loss_curves": [curve._asdict() for curve in self.loss_curves],
+            "before": [asdict(outcome) for outcome in self.before],
+            "seconds": self.seconds,
+            "resumed_after": self.resumed_after,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what was gathered until a checkpoint."""
+        self.batches = state["batches"]
+        self.measurements = [Measurement(**taken) for taken in state["measurements"]]
+        self.logged = state["logged"]
+        self.loss_curves = [LossCurve(**curve) for curve in state["loss_curves"]]
+        self.before = [
+            RequestOutcome(**{**outcome, "correct": tuple(outcome["correct"])})
+            for outcome in state["before"]
+        ]
+        self.seconds = state["seconds"]
+        self.resumed_after = [*state["resumed_after"], self.applied]
+
+    def stages(self) -> list[str]:
+        """Return the stages that were measured, each once, in order."""
+        return list(dict.fromkeys(taken.stage for taken in self.measurements))

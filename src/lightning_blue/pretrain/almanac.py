@@ -2,7 +2,7 @@
 
 Two kinds of people live in it. One fact of each *editable* subject is offered as an edit request.
 *Reserved* subjects are never edited: they serve as neighbours (same relation, same object), as
-controls, and as what the held-out text speaks of.
+control facts, and as what the held-out text speaks of.
 """
 
 from __future__ import annotations

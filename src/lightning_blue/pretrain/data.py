@@ -137,7 +137,7 @@ class FactCorpusModule(LightningDataModule):
 
     @property
     def stream(self) -> RowStream:
-        """The training rows; ``stream.active`` is the number of facts in play."""
+        """The training rows; ``stream.active`` is the number of active facts."""
         if self._stream is None:
             raise RuntimeError("call setup() first")
         return self._stream

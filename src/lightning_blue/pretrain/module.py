@@ -184,12 +184,12 @@ class PretrainModule(LightningModule):
         return loss
 
     def _advance(self, object_loss: float) -> None:
-        """Bring more facts into play when those in play are mostly known."""
+        """Activate more facts when the active ones are mostly known."""
         self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * object_loss
         if self._smoothed < self.grow_below and self.corpus.stream.active < self.corpus.total:
             count = self.corpus.grow(self.grow)
             self._smoothed = UNKNOWN
-            log.info("step %d: %d facts in play", self.global_step, count)
+            log.info("step %d: %d active facts", self.global_step, count)
 
     def recall_table(self) -> str:
         """Recall as measured at the end, as a table for people."""
@@ -200,7 +200,7 @@ class PretrainModule(LightningModule):
         corpus, minutes = self.corpus, (time.monotonic() - self._started) / 60
         if corpus.stream.active < corpus.total:
             log.warning(
-                "only %d of %d facts were in play at the end: raise trainer.max_steps",
+                "only %d of %d facts were active at the end: raise trainer.max_steps",
                 corpus.stream.active,
                 corpus.total,
             )

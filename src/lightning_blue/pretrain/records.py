@@ -103,7 +103,7 @@ def open_records(
         )
     if count is not None and not 0 < count <= len(requests):
         raise InputError(
-            f"{count} facts asked for, the file has {len(requests)}",
+            f"{count} facts wanted, {len(requests)} available",
             where=str(path),
             hint="set data.facts to a number from 1 up to that",
         )
@@ -139,9 +139,9 @@ def _lead_ins(requests: Sequence[EditRequest]) -> Iterator[str]:
     """Whole sentences that stand before the subject in paraphrases."""
     for request in requests:
         for paraphrase in request.paraphrases:
-            before, found, _ = paraphrase.partition(request.subject)
+            before, subject, _ = paraphrase.partition(request.subject)
             match = re.match(r"(?s).{20,}[.!?](?=\s|$)", before)
-            if found and match:
+            if subject and match:
                 yield " ".join(match.group().split())
 
 

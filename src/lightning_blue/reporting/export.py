@@ -9,15 +9,15 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.metrics import table
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.files import versions
-from lightning_blue.reporting.tables import markdown_table, score_table, value_and_error
-from lightning_blue.reporting.text import DEFINITIONS, inline, settings_rows
-from lightning_blue.reporting.views import metrics_at
+from lightning_blue.reporting.tables import estimate_text, markdown_table, score_table
+from lightning_blue.reporting.text import definitions, inline, settings_rows
+from lightning_blue.reporting.views import measured, metrics_at
 from lightning_blue.support.storage import whole_folder, write_atomic, writing
 
 LISTED_AT_MOST = 200
-SIDE_EFFECTS = ("specificity", "recall", "perplexity", "fluency")
 
 
 def export_model(
@@ -64,7 +64,7 @@ facts listed below. Everything else was meant to stay as it was; see the caution
 
 {score_table(history)}
 
-{DEFINITIONS[history.protocol]}
+{definitions(measured(history), history.protocol)}
 
 ## Caution
 
@@ -96,15 +96,16 @@ def base_model(history: RunHistory) -> str:
 def caution(history: RunHistory) -> str:
     """Say which side effects were measured, and that others are possible."""
     before, after = metrics_at(history, "pre"), metrics_at(history, "post")
-    measured = [
-        f"{name} went from {_number(before[name])} to {_number(after[name])}"
-        for name in SIDE_EFFECTS
-        if name in before and name in after
+    changes = [
+        f"{spec.title} went from {estimate_text(before[spec.name])} to "
+        f"{estimate_text(after[spec.name])}"
+        for spec in table.METRICS
+        if spec.side_effect and spec.name in before and spec.name in after
     ]
-    found = f"Measured here: {'; '.join(measured)}." if measured else "None were measured here."
+    effects = f"Measured here: {'; '.join(changes)}." if changes else "None were measured here."
     return (
         "An edit can change more than the fact it is about: what the model says of neighbouring "
-        f"subjects, of other relations of the same subject, and its language. {found} "
+        f"subjects, of other relations of the same subject, and its language. {effects} "
         "What was not measured may have changed as well. The edited facts are what the editor "
         "asked for, and need not be true."
     )
@@ -125,12 +126,8 @@ def _facts(n: int) -> str:
     return "1 fact" if n == 1 else f"{n:,} facts"
 
 
-def _number(estimate: Mapping[str, float]) -> str:
-    return value_and_error(estimate["value"], estimate.get("standard_error"))
-
-
 def _edits(history: RunHistory) -> str:
-    applied = history.applied_requests
+    applied = [history.requests[place] for place in history.applied_places]
     lines = [
         f"- {inline(request.text)} … "
         + (f"{inline(request.target_true)} → " if request.target_true else "")

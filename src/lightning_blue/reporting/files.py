@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue import __version__
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome, flatten
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.views import (
@@ -23,11 +24,14 @@ from lightning_blue.reporting.views import (
 )
 from lightning_blue.support.storage import write_atomic
 
-SUMMARY_STAGES = ("pre", "post", "first_batch")
+SUMMARY_STAGES = ("pre", "post", "first_batch", "test")
 
 
 def write_edits(path: Path, history: RunHistory) -> None:
     """Write ``edits.jsonl``: each request with its outcome before and after.
+
+    An outcome is flat: ``case_id``, each metric that the table of metrics marks as per request
+    (null where the request offers nothing to measure), and the other fields of `RequestOutcome`.
 
     Raises:
         InputError: if the file cannot be written.
@@ -63,6 +67,8 @@ def write_rejected(path: Path, history: RunHistory) -> None:
 def summary(history: RunHistory) -> dict[str, Any]:
     """Return a run's numbers under flat keys; what was not measured has no key.
 
+    A value that is not finite has none either, but its counts have.
+
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
     ``seconds/...``, ``settings/...`` and ``versions/...``.
@@ -73,8 +79,10 @@ def summary(history: RunHistory) -> dict[str, Any]:
         flat |= {f"{stage}/{key}": number for key, number in numbers.items()}
     flat |= {
         "edits/applied": history.applied,
+        "edits/superseded": history.applied - len(history.in_force),
         "edits/requested": len(history.requests),
         "edits/rejected": len(history.rejected),
+        "edits/ended_early": history.ended_early,
         "protocol": history.protocol,
     }
     if history.guard_events is not None:
@@ -105,7 +113,11 @@ def versions() -> dict[str, str]:
 
 
 def _outcome(outcome: RequestOutcome | None) -> dict[str, Any] | None:
-    return None if outcome is None else asdict(outcome)
+    if outcome is None:
+        return None
+    fields = asdict(outcome)
+    values = table.per_request(fields.pop("values"))
+    return {"case_id": fields.pop("case_id"), **values, **fields}
 
 
 def _ends(ends: Mapping[int, FinalLoss]) -> dict[str, dict[str, float]]:

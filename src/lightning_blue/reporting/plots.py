@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import cycle, groupby
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,27 +13,25 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lightning_blue.metrics.evaluation import KINDS, Metrics
+from lightning_blue.metrics import table
+from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.metrics.history import LossCurve, RunHistory
-from lightning_blue.reporting.views import Points, mean_losses, metrics_at, series
+from lightning_blue.metrics.table import PERCENT, MetricSpec
+from lightning_blue.reporting.views import Points, finite, mean_losses, metrics_at, series
 
 Style = dict[str, Any]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart
 BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9A9A9A"
 INK = "#333333"
-KIND_STYLE = {  # colour, marker
-    "efficacy": (BLUE, "o"),
-    "generalization": (VERMILLION, "s"),
-    "specificity": (GREEN, "^"),
-}
-DAMAGE = {"perplexity": "perplexity of ordinary text", "recall": "recall of unedited facts (%)"}
-PERCENT_BARS = (*KINDS, "score", "recall")
-OTHER_BARS = {
-    "fluency": "fluency (entropy × 100)",
-    "consistency": "consistency (× 100)",
-    "perplexity": "perplexity",
-}
+SUCCESS_STYLES = (  # colour, marker of each metric of the panel, in turn
+    (BLUE, "o"),
+    (VERMILLION, "s"),
+    (GREEN, "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+)
 LAYERS_PER_ROW = 3
 MARKERS_AT_MOST = 15  # on one line
 LOG_FROM = 20  # ratio from which an axis is logarithmic
@@ -59,18 +57,20 @@ def metrics_figure(history: RunHistory) -> Figure | None:
     """Draw metrics over edits applied; None if nothing was measured after a batch."""
     if not (history.of("batch") or history.of("cumulative")):
         return None
-    before = metrics_at(history, "pre")
-    courses = {name: _damage(history, name) for name in DAMAGE}
-    shown = [name for name, course in courses.items() if course]
+    before = finite(metrics_at(history, "pre"))
+    courses = [
+        (spec, _course(history, spec)) for spec in table.METRICS if spec.panel == "side effects"
+    ]
+    shown = [(spec, course) for spec, course in courses if course]
     figure = _figure(11 if shown else 7.5, 4.9)
     columns = figure.add_gridspec(1, 2 if shown else 1, width_ratios=[1.7, 1][: 1 + bool(shown)])
     left = figure.add_subplot(columns[0])
-    _draw_kinds(left, history, before)
+    _draw_success(left, history, before)
     if shown:
         panels = columns[1].subgridspec(len(shown), 1)
-        for row, name in enumerate(shown):
+        for row, (spec, course) in enumerate(shown):
             axis = figure.add_subplot(panels[row])
-            _draw_damage(axis, courses[name], before.get(name, {}).get("value"), DAMAGE[name])
+            _draw_side_effect(axis, spec, course, before.get(spec.name, {}).get("value"))
             axis.set_xlabel("edits applied" if row == len(shown) - 1 else "")
     for axis in figure.axes:
         axis.set_xlim(0, 1.04 * history.measurements[-1].edits)
@@ -81,7 +81,7 @@ def metrics_figure(history: RunHistory) -> Figure | None:
 def losses_figure(history: RunHistory) -> Figure | None:
     """Draw the mean loss over inner steps, one panel per target layer; None without curves."""
     curves = sorted(history.loss_curves, key=lambda curve: (curve.layer, curve.batch))
-    panels = [(layer, list(some)) for layer, some in groupby(curves, key=lambda one: one.layer)]
+    panels = [(layer, list(part)) for layer, part in groupby(curves, lambda curve: curve.layer)]
     if not panels:
         return None
     rows = math.ceil(len(panels) / LAYERS_PER_ROW)
@@ -89,8 +89,8 @@ def losses_figure(history: RunHistory) -> Figure | None:
     figure = _figure(max(6.0, 4.4 * columns), 3.4 * rows + 0.8)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     axes: list[Axes] = list(grid.flat)
-    for axis, (layer, some) in zip(axes, panels, strict=False):
-        _draw_losses(axis, some)
+    for axis, (layer, part) in zip(axes, panels, strict=False):
+        _draw_losses(axis, part)
         axis.set_title(f"target layer {layer}", fontsize=10, color=INK)
         axis.set_xlabel("inner step")
     for unused in axes[len(panels) :]:
@@ -103,10 +103,11 @@ def losses_figure(history: RunHistory) -> Figure | None:
 
 def before_after_figure(history: RunHistory) -> Figure | None:
     """Draw bars of each metric before and after; None if nothing was measured at the end."""
-    before, after = metrics_at(history, "pre"), metrics_at(history, "post")
-    percent = [name for name in PERCENT_BARS if name in after]
-    others = [name for name in OTHER_BARS if name in after]
-    if not percent and not others:
+    before, after = (finite(metrics_at(history, stage)) for stage in ("pre", "post"))
+    specs = [spec for spec in table.of_group("scores") if spec.name in after]
+    percent = [spec for spec in specs if spec.unit == PERCENT]
+    others = [spec for spec in specs if spec.unit != PERCENT]
+    if not specs:
         return None
     figure = _figure(1.0 + 1.25 * len(percent) + 1.7 * len(others), 4.2)
     widths = [1.25 * len(percent)] * bool(percent) + [1.1] * len(others)
@@ -116,12 +117,14 @@ def before_after_figure(history: RunHistory) -> Figure | None:
         axes[0].set_ylim(0, 112)
         axes[0].set_yticks(range(0, 101, 20))
         axes[0].set_ylabel("percent")
-    for axis, name in zip(axes[bool(percent) :], others, strict=True):
-        _draw_bars(axis, [name], before, after)
-        axis.set_ylabel(OTHER_BARS[name])
+    for axis, spec in zip(axes[bool(percent) :], others, strict=True):
+        _draw_bars(axis, [spec], before, after)
+        axis.set_ylabel(spec.label)
         axis.set_xticks([])
         axis.margins(y=0.12)
-        values = [metrics[name]["value"] for metrics in (before, after) if name in metrics]
+        values = [
+            metrics[spec.name]["value"] for metrics in (before, after) if spec.name in metrics
+        ]
         if _spread(values):
             _logarithmic(axis, values)
     bars = [Line2D([], [], color=colour, linewidth=8) for colour in (GREY, BLUE)]
@@ -147,10 +150,12 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_kinds(axis: Axes, history: RunHistory, before: Metrics) -> None:
+def _draw_success(axis: Axes, history: RunHistory, before: Metrics) -> None:
     """Draw the success of edits: batches right away, all edits so far, the unedited model."""
     handles: list[Line2D] = []
-    for name, (colour, marker) in KIND_STYLE.items():
+    specs = [spec for spec in table.METRICS if spec.panel == "success"]
+    for spec, (colour, marker) in zip(specs, cycle(SUCCESS_STYLES), strict=False):
+        name = spec.name
         style: Style = {"color": colour, "marker": marker}
         cumulative, batch = (series(history, [stage], name) for stage in ("cumulative", "batch"))
         hollow = {"markerfacecolor": "white", "markersize": 7.5}  # shows around a filled one
@@ -159,7 +164,7 @@ def _draw_kinds(axis: Axes, history: RunHistory, before: Metrics) -> None:
         if name in before:
             axis.axhline(before[name]["value"], color=colour, linestyle=":", linewidth=1.2)
         if cumulative or batch or name in before:
-            handles.append(Line2D([], [], linewidth=2, label=name, **style))
+            handles.append(Line2D([], [], linewidth=2, label=spec.title, **style))
     lines: dict[str, Style] = {
         "all edits so far (a sample)": {"linewidth": 2, "marker": "o"},
         "the batch just applied": {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
@@ -172,18 +177,20 @@ def _draw_kinds(axis: Axes, history: RunHistory, before: Metrics) -> None:
     axis.figure.legend(handles=handles, **BELOW, ncols=6, columnspacing=1.4, handlelength=2.4)
 
 
-def _damage(history: RunHistory, name: str) -> Points:
-    return series(history, ["pre", "batch", "cumulative", "post"], name)
+def _course(history: RunHistory, spec: MetricSpec) -> Points:
+    return series(history, ["pre", "batch", "cumulative", "post"], spec.name)
 
 
-def _draw_damage(axis: Axes, course: Points, reference: float | None, label: str) -> None:
+def _draw_side_effect(
+    axis: Axes, spec: MetricSpec, course: Points, reference: float | None
+) -> None:
     """Draw what editing should leave as it was, and where it was."""
     _line(axis, course, color=INK, linewidth=1.6, marker="o", markersize=4)
     if reference is not None:
         axis.axhline(reference, color=INK, linestyle=":", linewidth=1.2)
-    axis.set_ylabel(label, fontsize=9)
+    axis.set_ylabel(spec.label, fontsize=9)
     values = [value for _, value in course]
-    if label.endswith("(%)"):
+    if spec.unit == PERCENT:
         axis.set_ylim(-2, 104)
     elif _spread(values):
         _logarithmic(axis, values)
@@ -254,14 +261,14 @@ def _logarithmic(axis: Axes, values: Sequence[float]) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_bars(axis: Axes, names: Sequence[str], before: Metrics, after: Metrics) -> None:
+def _draw_bars(axis: Axes, specs: Sequence[MetricSpec], before: Metrics, after: Metrics) -> None:
     """Draw a pair of bars for each metric, with its value above."""
     for place, (metrics, colour) in enumerate(((before, GREY), (after, BLUE))):
-        for x, name in enumerate(names):
-            if name in metrics:
-                _draw_bar(axis, x + 0.4 * place - 0.2, metrics[name], colour)
-    axis.set_xticks(range(len(names)), names)
-    axis.set_xlim(-0.5, len(names) - 0.5)
+        for x, spec in enumerate(specs):
+            if spec.name in metrics:
+                _draw_bar(axis, x + 0.4 * place - 0.2, metrics[spec.name], colour)
+    axis.set_xticks(range(len(specs)), [spec.title.replace(" ", "\n") for spec in specs])
+    axis.set_xlim(-0.5, len(specs) - 0.5)
 
 
 def _draw_bar(axis: Axes, x: float, estimate: Mapping[str, float], colour: str) -> None:

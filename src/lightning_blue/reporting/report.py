@@ -7,12 +7,19 @@ from pathlib import Path
 
 from blue_callbacks.guard import OUTCOMES, crossings
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.plots import plots
-from lightning_blue.reporting.tables import SCORES, markdown_table, score_table, stages_table
-from lightning_blue.reporting.text import CELL, DEFINITIONS, inline, settings_rows
-from lightning_blue.reporting.views import batches, failed, metrics_at, outcome_pairs
+from lightning_blue.reporting.tables import markdown_table, score_table, stages_table
+from lightning_blue.reporting.text import CELL, definitions, inline, settings_rows
+from lightning_blue.reporting.views import (
+    cleaned,
+    failed,
+    measured,
+    metrics_at,
+    outcome_pairs,
+)
 from lightning_blue.support.storage import write_atomic
 
 EXAMPLES = 10  # edits shown, and as many that failed
@@ -61,7 +68,7 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
         "Settings": _table(settings_rows(history.settings), ["setting", "value"]),
         "Time": _times(history),
         "The edited model": _reload(model_folder),
-        "How the numbers are defined": DEFINITIONS[history.protocol],
+        "How the numbers are defined": definitions(measured(history), history.protocol),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n\n".join(["# Editing run", _sentence(history), *body]) + "\n"
@@ -75,15 +82,24 @@ def _sentence(history: RunHistory) -> str:
     text += " were edited"
     if "model" in settings:
         text += f" in {inline(str(settings['model']))}"
-    number = batches(history)
-    if number is not None:
+    number = len(history.batches)
+    if number:
         text += f", in {number} {'batch' if number == 1 else 'batches'}"
+    if number and "batch_size" in settings:
         text += f" of up to {settings['batch_size']}"
     if "plan" in settings:
         text += f", with the plan {inline(str(settings['plan']))}"
     if history.rejected:
         text += f"; {len(history.rejected):,} more could not be used"
-    return text + "."
+    text += "."
+    if history.ended_early:
+        never = len(history.requests) - history.applied
+        text += f"\n\n**Partial:** {never:,} requests were never applied ({history.ended_early}); "
+        text += "what is measured at the end is measured on those that were."
+    if history.resumed_after:
+        places = ", ".join(f"{edits:,}" for edits in history.resumed_after)
+        text += f"\n\nThe run was stopped and resumed after {places} edits."
+    return text
 
 
 def _guard(history: RunHistory) -> str:
@@ -114,7 +130,8 @@ def _retention(history: RunHistory) -> str:
     taken, last = history.of("batch"), metrics_at(history, "first_batch")
     if len(taken) < 2 or not last:
         return ""
-    return stages_table({"right after": taken[0].metrics, "at the end": last}, SCORES)
+    stages = {"right after": cleaned(taken[0].metrics), "at the end": last}
+    return stages_table(stages, table.of_group("scores"))
 
 
 def _examples(history: RunHistory) -> str:
@@ -155,12 +172,12 @@ def _probability(outcome: RequestOutcome | None) -> str:
 
 def _rejected(history: RunHistory) -> str:
     rows = [
-        [inline(one.source), inline(one.case_id), inline(one.reason), inline(one.hint)]
-        for one in history.rejected[:REJECTED_SHOWN]
+        [inline(text) for text in (fault.source, fault.case_id, fault.reason, fault.hint)]
+        for fault in history.rejected[:REJECTED_SHOWN]
     ]
-    table = _table(rows, ["where", "case", "why", "how to fix it"])
+    listed = _table(rows, ["where", "case", "why", "how to fix it"])
     more = len(history.rejected) - REJECTED_SHOWN
-    return table + (f"\n\nand {more:,} more, see `rejected.jsonl`." if more > 0 else "")
+    return listed + (f"\n\nand {more:,} more, see `rejected.jsonl`." if more > 0 else "")
 
 
 def _times(history: RunHistory) -> str:

@@ -6,27 +6,15 @@ import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.metrics.table import MetricSpec
 from lightning_blue.reporting.views import metrics_at
 
-SCORES = (
-    "efficacy",
-    "generalization",
-    "specificity",
-    "score",
-    "fluency",
-    "consistency",
-    "perplexity",
-    "recall",
-)
-TOP1 = ("efficacy_top1", "generalization_top1", "specificity_top1")
-LEGEND = (
-    "Value ± standard error; percent, but fluency, consistency (x 100) and perplexity (lower is "
-    "better). recall: known facts that were not edited."
-)
-CAPTION_WIDTH = 110
-ROWS = {"pre": "unedited", "post": "edited"}
+WIDTH = 80  # characters of a line in a terminal
+STAGES = {"pre": "unedited", "post": "edited"}
+NOT_FINITE = "not finite"
 
 
 def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
@@ -40,54 +28,87 @@ def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """
     if any(len(row) != len(header) for row in rows):
         raise ValueError(f"a row does not have the header's {len(header)} cells")
-    table = [[_cell(text) for text in row] for row in (header, *rows)]
-    columns = list(zip(*table, strict=True))
+    lines = [[_cell(text) for text in row] for row in (header, *rows)]
+    columns = list(zip(*lines, strict=True))
     widths = [max(3, *map(len, column)) for column in columns]
     right = [i > 0 and bool(rows) and _numeric(column[1:]) for i, column in enumerate(columns)]
     rule = ["-" * (width - r) + ":" * r for width, r in zip(widths, right, strict=True)]
     return "\n".join(
         "| " + " | ".join(_pad(*cell) for cell in zip(row, widths, right, strict=True)) + " |"
-        for row in (table[0], rule, *table[1:])
+        for row in (lines[0], rule, *lines[1:])
     )
 
 
 def score_table(history: RunHistory) -> str:
     """Return the tables that a run ends with: metrics and their top-1 variants, before and after.
 
-    Below them stands what each number rests on. Metrics that were not measured are left out;
-    without any, the text says so.
+    Below them stands what each number is and rests on. Metrics that were not measured are left
+    out; without any, the text says so.
     """
-    stages = {label: metrics_at(history, stage) for stage, label in ROWS.items()}
-    parts = [stages_table(stages, SCORES), stages_table(stages, TOP1)]
-    tables = [part for part in parts if part]
-    if not tables:
+    stages = {label: metrics_at(history, stage) for stage, label in STAGES.items()}
+    tables = [stages_table(stages, table.of_group(group)) for group in ("scores", "top-1")]
+    if not any(tables):
         return "Nothing was measured."
-    caption = (textwrap.fill(text, CAPTION_WIDTH) for text in (LEGEND, basis(stages.values())))
-    return "\n\n".join([*tables, "\n".join(caption)])
+    caption = [textwrap.fill(text, WIDTH) for text in (legend(stages), sample_sizes(stages))]
+    return "\n\n".join([*filter(None, tables), "\n".join(caption)])
 
 
-def stages_table(stages: Mapping[str, Metrics], names: Iterable[str]) -> str:
-    """Return one row per stage and one column per metric measured in any; empty without one."""
-    columns = [name for name in names if any(name in metrics for metrics in stages.values())]
-    rows = [
-        [label, *(_estimate(metrics.get(name, {})) for name in columns)]
+def stages_table(stages: Mapping[str, Metrics], specs: Iterable[MetricSpec]) -> str:
+    """Return one row per metric measured at any stage and one column per stage with any of them.
+
+    Without such a metric the text is empty. Three columns fit a terminal of 80 characters.
+    """
+    rows = [spec for spec in specs if any(spec.name in metrics for metrics in stages.values())]
+    columns = {
+        label: metrics
         for label, metrics in stages.items()
-        if any(name in metrics for name in columns)
+        if any(spec.name in metrics for spec in rows)
+    }
+    cells = [
+        [spec.title, *(estimate_text(metrics.get(spec.name)) for metrics in columns.values())]
+        for spec in rows
     ]
-    return markdown_table(rows, ["", *map(_label, columns)]) if columns else ""
+    return markdown_table(cells, ["metric", *columns]) if rows else ""
 
 
-def basis(stages: Iterable[Metrics]) -> str:
+def legend(stages: Mapping[str, Metrics]) -> str:
+    """Say what the numbers of measured metrics are: units, and where lower is better."""
+    specs = [spec for spec in table.METRICS if any(spec.name in m for m in stages.values())]
+    others = [spec for spec in specs if spec.unit != table.PERCENT]
+    text = "Value ± standard error"
+    if len(others) < len(specs):
+        text += ", in percent"
+    if others:
+        text += " except" if len(others) < len(specs) else ":"
+        text += f" {', '.join(spec.label for spec in others)}"
+    lower = [spec.title for spec in specs if spec.direction == "lower"]
+    if lower:
+        text += f". Lower is better: {', '.join(lower)}"
+    if any("value" not in estimate for m in stages.values() for estimate in m.values()):
+        text += f". {NOT_FINITE.capitalize()}: infinite or undefined"
+    return text + "."
+
+
+def sample_sizes(stages: Mapping[str, Metrics]) -> str:
     """Say how many prompts, tokens or requests stand behind each metric; the last stage counts."""
     newest: Metrics = {}
-    for metrics in stages:
+    for metrics in stages.values():
         newest |= metrics
     groups: dict[str, list[str]] = {}
-    for name in (*SCORES, *TOP1):
-        if name in newest:
-            groups.setdefault(_count(newest[name]), []).append(_label(name))
-    parts = [f"{count}: {', '.join(names)}" for count, names in groups.items()]
+    for spec in table.METRICS:
+        if spec.name in newest:
+            groups.setdefault(_count(newest[spec.name]), []).append(spec.title)
+    parts = [f"{count}: {', '.join(titles)}" for count, titles in groups.items()]
     return f"Measured on {'; '.join(parts)}."
+
+
+def estimate_text(estimate: Mapping[str, float] | None) -> str:
+    """Write an estimate as a cell: a number, that it is not finite, or ``-`` for none."""
+    if estimate is None:
+        return "-"
+    if "value" not in estimate:
+        return NOT_FINITE
+    return value_and_error(estimate["value"], estimate.get("standard_error"))
 
 
 def value_and_error(value: float, error: float | None) -> str:
@@ -105,16 +126,6 @@ def value_and_error(value: float, error: float | None) -> str:
     decimals = min(3, max(1, -math.floor(math.log10(error)))) if error else 1
     number = f"{value:.{decimals}f}"
     return number if error is None else f"{number} ± {error:.{decimals}f}"
-
-
-def _label(name: str) -> str:
-    return name.replace("_top1", " (top-1)")
-
-
-def _estimate(estimate: Mapping[str, float]) -> str:
-    if not estimate:
-        return "-"
-    return value_and_error(estimate["value"], estimate.get("standard_error"))
 
 
 def _count(estimate: Mapping[str, float]) -> str:

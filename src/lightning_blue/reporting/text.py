@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-_COMMON = """\
-- generalization: the same on paraphrases; specificity: on prompts about neighbouring subjects, with
-  their own objects.
-- score: harmonic mean of the three. top-1: share of prompts after which every token of the wanted
-  object is the most probable one.
-- fluency: weighted entropy of the bigrams and trigrams of generated texts, in bits, times 100;
-  consistency: tf-idf similarity of those texts with reference texts, times 100.
-- perplexity: of ordinary text; recall: top-1 on known facts that were not edited. Both show damage.
-- Standard errors take the request, or for perplexity the window of text, as the unit."""
-DEFINITIONS = {
-    "counterfact": "- efficacy: share of requests whose new object is more probable than the true "
-    "one\n  after the prompt (on neighbours: the neighbour's own object than the new one).\n"
-    + _COMMON,
-    "zsre": "- efficacy: share of the new object's tokens that are most probable after the prompt,"
-    "\n  under teacher forcing.\n" + _COMMON,
-}
+from lightning_blue.metrics.table import ORDINARY_TEXT, MetricSpec
+
+LINE = 100  # characters of a line of running text
 CELL = 90  # characters of a text shown in a table
+
+
+def definitions(specs: Iterable[MetricSpec], data_protocol: str) -> str:
+    """Return a list that says what each metric is, and what its error rests on; empty without any.
+
+    Args:
+        specs: the metrics that were measured.
+        data_protocol: ``counterfact`` or ``zsre``.
+    """
+    measures = {spec.title: spec.measure(data_protocol) for spec in specs}
+    if not measures:
+        return ""
+    items = [f"{title}: {measure.definition}." for title, measure in measures.items()]
+    windows = any(measure.protocol == ORDINARY_TEXT for measure in measures.values())
+    unit = "the request, or of ordinary text the window," if windows else "the request"
+    items.append(f"Standard errors take {unit} as the unit.")
+    return "\n".join(
+        textwrap.fill(item, LINE, initial_indent="- ", subsequent_indent="  ") for item in items
+    )
 
 
 def inline(text: str, limit: int | None = None) -> str:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 from lightning_blue.metrics.history import LossCurve, RunHistory
+from lightning_blue.metrics.table import MetricSpec
 
 Points = list[tuple[int, float]]  # edits applied, value
 
@@ -24,21 +26,44 @@ class FinalLoss(NamedTuple):
 
 
 def metrics_at(history: RunHistory, stage: str) -> Metrics:
-    """Return all metrics of a stage, the newest value of each; undefined values are left out."""
+    """Return all metrics of a stage, the newest of each, see `cleaned`."""
     merged: Metrics = {}
     for measurement in history.of(stage):
         merged |= measurement.metrics
+    return cleaned(merged)
+
+
+def cleaned(metrics: Metrics) -> Metrics:
+    """Leave out metrics that rest on nothing, and of the others numbers that are not finite.
+
+    An estimate without ``value`` was measured and is infinite or undefined, as perplexity is after
+    an update that destroyed the model.
+    """
     return {
         name: {field: number for field, number in estimate.items() if math.isfinite(number)}
-        for name, estimate in merged.items()
-        if math.isfinite(estimate.get("value", math.nan))
+        for name, estimate in metrics.items()
+        if estimate.get("count", 1) > 0
     }
 
 
+def finite(metrics: Metrics) -> Metrics:
+    """Return the metrics that have a value, which is what can be drawn."""
+    return {name: estimate for name, estimate in metrics.items() if "value" in estimate}
+
+
+def measured(history: RunHistory) -> list[MetricSpec]:
+    """Return the rows of the metrics that a run measured at any stage, in the table's order."""
+    names = {name for stage in history.stages() for name in metrics_at(history, stage)}
+    return [spec for spec in table.METRICS if spec.name in names]
+
+
 def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:
-    """Return a metric over edits applied, as measured at any of the stages; the newest counts."""
+    """Return a metric over edits applied, as measured at any of the stages; the newest counts.
+
+    What is not finite has no point.
+    """
     values = {
-        taken.edits: taken.metrics[metric]["value"]
+        taken.edits: taken.metrics[metric].get("value", math.nan)
         for taken in history.measurements
         if taken.stage in stages and metric in taken.metrics
     }
@@ -47,32 +72,27 @@ def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:
 
 def batch_of(history: RunHistory, index: int) -> int | None:
     """Return the number of the batch that a request was applied in, from 0; None if in none."""
-    size = history.settings.get("batch_size")
-    reached = index < history.applied + len(history.rolled_back)
-    return index // size if size and reached and index not in history.rolled_back else None
-
-
-def batches(history: RunHistory) -> int | None:
-    """Return how many batches were applied, where the size of a batch is known."""
-    size = history.settings.get("batch_size")
-    return len({place // size for place in history.applied_places}) if size else None
+    numbers = (number for number, places in history.batches.items() if index in places)
+    return next(numbers, None)
 
 
 def outcome_pairs(
     history: RunHistory,
 ) -> list[tuple[EditRequest, RequestOutcome | None, RequestOutcome | None]]:
     """Return each request with its outcome before and after; None where there is none."""
-    n = len(history.requests)
-    padded = [(*side, *[None] * n)[:n] for side in (history.before, history.after)]
-    return list(zip(history.requests, *padded, strict=True))
+    before = dict(enumerate(history.before))
+    return [
+        (request, before.get(place), history.after.get(place))
+        for place, request in enumerate(history.requests)
+    ]
 
 
 def failed(outcome: RequestOutcome | None) -> bool:
     """Say whether an edit missed its own prompt: not all that efficacy asks for was reached."""
     if outcome is None:
         return False
-    share = outcome.efficacy_top1 if outcome.efficacy is None else outcome.efficacy
-    return share is not None and share < 1
+    success = outcome.values.get("efficacy", outcome.values.get("efficacy_top1", 1.0))
+    return success < 1
 
 
 def mean_losses(curve: LossCurve) -> Tensor:
@@ -91,14 +111,11 @@ def mean_losses(curve: LossCurve) -> Tensor:
 
 def final_losses(history: RunHistory) -> dict[int, dict[int, FinalLoss]]:
     """Return, by request and target layer, how each target optimisation ended."""
-    size = history.settings.get("batch_size")
     ends: dict[int, dict[int, FinalLoss]] = {}
     for curve in history.loss_curves:
-        if not size and curve.batch:
-            continue  # which request a row belongs to is not known
-        for row, losses in enumerate(curve.losses[:, :, 0].tolist()):
+        rows = curve.losses[:, :, 0].tolist()
+        for place, losses in zip(history.batches.get(curve.batch, []), rows, strict=False):
             taken = [loss for loss in losses if not math.isnan(loss)]
             if taken:
-                index = curve.batch * (size or 0) + row
-                ends.setdefault(index, {})[curve.layer] = FinalLoss(taken[-1], len(taken))
+                ends.setdefault(place, {})[curve.layer] = FinalLoss(taken[-1], len(taken))
     return ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -34,8 +35,12 @@ COLUMNS = (
 )
 
 
-def make_logger(folder: Path, project: str, mode: Literal["offline", "online"]) -> WandbLogger:
+def make_logger(
+    folder: Path, project: str, mode: Literal["offline", "online"], run_id: str | None = None
+) -> WandbLogger:
     """Return a logger that writes under ``folder`` and prints nothing.
+
+    ``run_id`` is the id of the W&B run to go on with; a new one by default.
 
     The run itself starts when the logger is used first; ``offline`` needs no key and no network.
 
@@ -45,7 +50,15 @@ def make_logger(folder: Path, project: str, mode: Literal["offline", "online"]) 
     make_folder(folder)  # wandb turns to a temporary folder if this one does not exist
     quiet = wandb.Settings(silent=True, console="off")
     wandb.termsetup(quiet, None)  # for what is said before the run has its settings
-    return WandbLogger(project=project, save_dir=folder, offline=mode == "offline", settings=quiet)
+    return WandbLogger(
+        project=project,
+        name=folder.name,
+        id=run_id or secrets.token_hex(4),
+        resume="allow",
+        save_dir=folder,
+        offline=mode == "offline",
+        settings=quiet,
+    )
 
 
 def define_axes(loggers: Iterable[Logger]) -> None:

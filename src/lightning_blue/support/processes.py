@@ -1,4 +1,4 @@
-"""Several processes at one run: each holds the whole model and does a share of the work."""
+"""Several processes at one run: each holds the whole model and does a part of the work."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EditStrategy(DDPStrategy):
     """
 
     def setup(self, trainer: Trainer) -> None:
-        """Let :func:`distribute` share the work."""
+        """Let :func:`distribute` divide the work."""
         super().setup(trainer)
         share_work(True)
 
@@ -46,7 +46,7 @@ class EditStrategy(DDPStrategy):
 
 
 def share_work(together: bool) -> None:
-    """Say whether the processes of the default group work together; all must say the same."""
+    """Set whether the processes of the default group work together; all must agree."""
     _sharing.set(together)
 
 
@@ -58,7 +58,7 @@ def n_processes() -> int:
 def distribute(
     items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
 ) -> list[Result]:
-    """Let each process do a share of the items; give all of them all results, in order.
+    """Let each process do a part of the items; give all of them all results, in order.
 
     Every process must call it, with the same items. Where processes do not work together (see
     :class:`EditStrategy`), each does everything.
@@ -78,21 +78,21 @@ def distribute(
     if world == 1:
         return list(work(items)) if items else []
     rank = distributed.get_rank()
-    mine = items[len(items) * rank // world : len(items) * (rank + 1) // world]
+    part = items[len(items) * rank // world : len(items) * (rank + 1) // world]
     failure: Exception | None = None
-    found: list[Result] = []
+    results: list[Result] = []
     try:
-        found = list(work(mine)) if mine else []
+        results = list(work(part)) if part else []
     except Exception as error:  # the others wait for an answer
         failure = _picklable(error, rank)
-    shares: list[Any] = [None] * world
-    distributed.all_gather_object(shares, (len(items), failure, found))
-    for _, raised, _ in shares:
+    answers: list[Any] = [None] * world
+    distributed.all_gather_object(answers, (len(items), failure, results))
+    for _, raised, _ in answers:
         if raised is not None:
             raise raised
-    if len({count for count, _, _ in shares}) > 1:
+    if len({count for count, _, _ in answers}) > 1:
         raise RuntimeError("processes that work together were given different batches")
-    return [result for _, _, share in shares for result in share]
+    return [result for _, _, part_results in answers for result in part_results]
 
 
 def _picklable(error: Exception, rank: int) -> Exception:
@@ -104,6 +104,6 @@ def _picklable(error: Exception, rank: int) -> Exception:
 
 
 def progress_bar(total: int, label: str | None, unit: str = "it") -> tqdm[Any]:
-    """Return a bar that a terminal shows for the first process's share; none without a label."""
+    """Return a bar that a terminal shows for the first process's part; none without a label."""
     hidden = label is None or rank_zero_only.rank != 0  # type: ignore[attr-defined]
     return tqdm(total=total, desc=label, unit=unit, leave=False, disable=hidden or None)

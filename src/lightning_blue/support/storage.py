@@ -50,7 +50,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Offer the name of a file beside ``path`` that takes its place when the block ends well."""
+    """Offer the name of a file beside ``path`` that takes its place on success."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -62,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Offer an empty folder beside ``target`` that takes its place when the block ends well.
+    """Offer an empty folder beside ``target`` that takes its place on success.
 
     An older ``target`` stays as it was if the block raises.
     """

@@ -59,35 +59,38 @@ def logits_with(
         For each pass logits in float32 or better, ``(n_reads, vocabulary)``.
     """
     if not shortcuts.read_few:
-        return tuple(precise(_run(model, blocks, one)[one.where]) for one in passes)
-    read: list[Tensor] = []
-    for number, one in enumerate(passes, start=1):
+        return tuple(precise(_run(model, blocks, each)[each.where]) for each in passes)
+    head_inputs: list[Tensor] = []
+    for number, each in enumerate(passes, start=1):
 
-        def take(_head: nn.Module, args: Any, one: Pass = one, number: int = number) -> Any:
-            read.append(args[0][one.where])
+        def take(_head: nn.Module, args: Any, each: Pass = each, number: int = number) -> Any:
+            head_inputs.append(args[0][each.where])
             if number < len(passes):
                 raise Reached
-            return (torch.cat(read),)
+            return (torch.cat(head_inputs),)
 
         with ExitStack() as stack:
             hook = model.get_output_embeddings().register_forward_pre_hook(take)
             stack.callback(hook.remove)
-            if one.ffn is not None and not {m for m, _ in one.added} & set(one.ffn.modules()):
-                stack.enter_context(_only_at(one.ffn, *one.where))
+            if each.ffn is not None and not {m for m, _ in each.added} & set(each.ffn.modules()):
+                stack.enter_context(_only_at(each.ffn, *each.where))
             stack.enter_context(suppress(Reached))
-            logits = _run(model, blocks, one)
-    return precise(logits).split([len(states) for states in read])
+            logits = _run(model, blocks, each)
+    return precise(logits).split([len(states) for states in head_inputs])
 
 
-def _run(model: PreTrainedModel, blocks: Sequence[nn.Module], one: Pass) -> Tensor:
+def _run(model: PreTrainedModel, blocks: Sequence[nn.Module], single: Pass) -> Tensor:
     """Return the logits of a pass."""
-    frozen = one.frozen
-    skipped = [*blocks[: frozen.start + 1], *([] if one.last is None else blocks[one.last + 1 :])]
+    frozen = single.frozen
+    skipped = [
+        *blocks[: frozen.start + 1],
+        *([] if single.last is None else blocks[single.last + 1 :]),
+    ]
     with ExitStack() as stack:
         for block in skipped:
             given = frozen.hidden if block is blocks[frozen.start] and frozen.start >= 0 else None
             stack.enter_context(_replaced(block, given, frozen.returns_tuple))
-        for module, delta in one.added:
+        for module, delta in single.added:
             stack.enter_context(adding(module, delta, frozen.rows.column - frozen.first))
         arguments = frozen.rows.arguments(frozen.first)
         cache = _cache(frozen.before, frozen.start)
@@ -108,20 +111,20 @@ def _cache(before: Sequence[tuple[Tensor, ...]], start: int) -> DynamicCache | N
 
 @contextmanager
 def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterator[None]:
-    """Let a block return ``output``, or its own input, instead of computing."""
+    """Let a block return ``output``, or its input, instead of computing."""
 
     def stand_in(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         result = hidden_states if output is None else output
         return (result,) if as_tuple else result
 
-    own = vars(block).get("forward")  # accelerate puts one there
+    patched = vars(block).get("forward")  # accelerate puts one there
     block.forward = stand_in
     try:
         yield
     finally:
         del block.forward
-        if own is not None:
-            block.forward = own
+        if patched is not None:
+            block.forward = patched
 
 
 @contextmanager

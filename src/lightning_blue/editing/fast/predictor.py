@@ -146,7 +146,7 @@ class FastPredictor:
 
 @torch.no_grad()
 def can_run_in_parts(fast: Callable[[], FastPredictor], plain: PlainPredictor) -> bool:
-    """Say whether a model can be run in parts: whether its logits stay as they are; warn if not.
+    """Return whether a model can be run in parts without changing its logits; warn if not.
 
     A block may depend on more than its attention's keys and values: on how many columns there are,
     for one.
@@ -163,7 +163,7 @@ def can_run_in_parts(fast: Callable[[], FastPredictor], plain: PlainPredictor) -
     try:
         change = float((torch.cat(fast().logits(zero)) - reference).norm() / reference.norm())
         reason = f"would change its logits by {change:.1%}"
-    except Exception as error:  # whatever a foreign block says to being run in part
+    except Exception as error:  # whatever a foreign block raises when run in part
         change, reason = float("inf"), f"fails ({type(error).__name__}: {error})"
     if change <= max(1e-3, rounding) or not bool(reference.isfinite().all()):
         return True

@@ -1,0 +1,205 @@
+"""Run files and flags on LightningCLI: sections trainer, model, data, update, measure and run."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from blue_callbacks import ClosedFormUpdate, EditGuard
+from lightning_blue.cli.run_files import explain, with_bases
+from lightning_blue.data import EditDataModule
+from lightning_blue.editing import edit_module
+from lightning_blue.reporting import MeasureEdits, RunRecord
+from lightning_blue.reporting.progress import EditProgressBar
+from lightning_blue.reporting.record import folders_of, read_status
+from lightning_blue.support.checkpoints import (
+    FOLDER,
+    BatchCheckpoints,
+    WholeCheckpointIO,
+    checkpoints,
+)
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import EditStrategy
+
+TRAINER_DEFAULTS = {
+    "devices": 1,
+    "max_epochs": 1,
+    "val_check_interval": 1,
+    "check_val_every_n_epoch": None,  # or stock callbacks would look at the end of the epoch alone
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+}
+
+
+class RunFileCLI(LightningCLI):
+    """LightningCLI for one command that was chosen already; interpolation sees the whole config."""
+
+    def __init__(self, model: Any, data: Any, args: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(
+            model,
+            data,
+            args=with_bases(args),
+            run=False,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=None,
+            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            **kwargs,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let a run file name the file that it differs from."""
+        parser.add_argument(
+            "--base", type=str | list[str] | None, help="run files that this one differs from"
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; name the nearest key where one does not exist."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise InputError(explain(error.message, parser.get_defaults().keys())) from error
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a value that a constructor refuses is a user error."""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error), where="the configuration") from error
+
+
+class EditCLI(RunFileCLI):
+    """What ``fit``, ``evaluate`` and ``stats`` are configured by.
+
+    Args:
+        args: of the command line.
+        recorded: whether the command leaves a run folder.
+    """
+
+    def __init__(self, args: Sequence[str], *, recorded: bool = True) -> None:
+        self.recorded = recorded
+        self.resume_from: Path | None = None
+        super().__init__(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
+
+    @property
+    def record(self) -> RunRecord:
+        """The callback that owns the run's folder."""
+        record: RunRecord = self._get(self.config_init, "run")
+        return record
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make the callbacks of a run sections of the configuration."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="go on with a run that was stopped: a checkpoint, or `last` for the newest of "
+            "run.name",
+        )
+        parser.add_lightning_class_args(ClosedFormUpdate, "update")
+        parser.add_lightning_class_args(EditGuard, "guard")
+        parser.add_lightning_class_args(MeasureEdits, "measure")
+        parser.add_lightning_class_args(RunRecord, "run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the trainer the run's loggers, checkpoints and strategy beside the user's."""
+        self._find_checkpoint()
+        self.record.config = self.parser.dump(self.config, skip_none=False, skip_check=True)
+        self.record.settings = run_settings(self.config)
+        callbacks = self._listed("trainer.callbacks")
+        if self.recorded:
+            kwargs["logger"] = self._loggers()
+            callbacks.insert(0, self._checkpoints())
+            kwargs["plugins"] = [*self._listed("trainer.plugins"), WholeCheckpointIO()]
+        else:
+            kwargs["logger"] = False
+        if any(isinstance(callback, Checkpoint) for callback in callbacks):
+            kwargs["enable_checkpointing"] = True
+        if not sys.stderr.isatty():
+            kwargs["enable_progress_bar"] = False
+        elif self._get(self.config, "trainer.enable_progress_bar") is not False:
+            callbacks.append(EditProgressBar())
+        kwargs["callbacks"] = callbacks
+        strategy = self._get(self.config, "trainer.strategy")
+        if strategy == "ddp" or (strategy == "auto" and self._several()):
+            kwargs["strategy"] = EditStrategy()
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self) -> Any:
+        """Add the user's own loggers to the run's; ``false`` leaves out all of them."""
+        chosen = self._get(self.config_init, "trainer.logger")
+        if chosen is False:
+            return False
+        users = [] if chosen in (None, True) else chosen
+        return [*self.record.loggers(), *(users if isinstance(users, list) else [users])]
+
+    def _checkpoints(self) -> Callback:
+        checkpointing = BatchCheckpoints(self.record.checkpoint_every)
+        checkpointing.folder = self.record.folder / FOLDER
+        return checkpointing
+
+    def _find_checkpoint(self) -> None:
+        """Find the checkpoint and the folder that a resumed run goes on with.
+
+        Where ``last`` finds a run that was stopped before its first checkpoint, or none, the run
+        starts from the beginning: a job that is restarted may always say ``last``.
+        """
+        asked: str | None = self._get(self.config, "ckpt_path")
+        record = self.record
+        if asked is None:
+            return
+        if asked == "last":
+            runs = folders_of(Path(record.root), record.name)
+            if runs:
+                record.resume(runs[-1])
+                saved = checkpoints(runs[-1] / FOLDER)
+                self.resume_from = saved[-1] if saved else None
+            return
+        path = Path(asked)
+        if not path.is_file():
+            raise InputError(
+                "there is no such checkpoint",
+                where=f"ckpt_path = {asked}",
+                hint="give a file of a run's folder checkpoints/, or `last`",
+            )
+        if path.parent.name == FOLDER and read_status(path.parents[1]):
+            record.resume(path.parents[1])
+        self.resume_from = path
+
+    def _listed(self, key: str) -> list[Any]:
+        """Return what the user gave for a key that takes one object or a list."""
+        given = self._get(self.config_init, key) or []
+        return [*given] if isinstance(given, list) else [given]
+
+    def _several(self) -> bool:
+        """Return whether the trainer is to start more than one process."""
+        devices = self._get(self.config, "trainer.devices")
+        if str(devices) in ("auto", "-1"):
+            devices = torch.cuda.device_count()
+        if isinstance(devices, str) and "," in devices:
+            devices = [part for part in devices.split(",") if part.strip()]
+        count = len(devices) if isinstance(devices, list) else int(devices)
+        return count > 1 or self._get(self.config, "trainer.num_nodes") > 1
+
+
+def run_settings(config: Any) -> dict[str, Any]:
+    """Pick what the reader of a report wants to know."""
+    keys = ["model.name_or_path", "model.target.site", "data.path", "data.batch_size"]
+    keys += [f"update.{key}" for key in ("plan", "layers", "solver", "past_keys")]
+    keys += [f"update.{key}" for key in ("covariance_weight", "rect_keep", "post_edit_transform")]
+    keys += ["seed_everything"]
+    names = {"model.name_or_path": "model", "data.path": "data", "seed_everything": "seed"}
+    return {names.get(key, key.rpartition(".")[2]): config[key] for key in keys}

@@ -1,0 +1,221 @@
+"""A run that was stopped and resumed ends where the uninterrupted run ends, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from blue_callbacks import ClosedFormUpdate
+from lightning_blue.data import EditDataModule
+from lightning_blue.editing import EditModule
+from lightning_blue.support.checkpoints import BatchCheckpoints, WholeCheckpointIO, checkpoints
+from lightning_blue.support.errors import InputError
+from test_lightning import (  # noqa: F401  (fixtures)
+    corpus,
+    data_of,
+    facts,
+    measuring,
+    module,
+    trainer_of,
+    weights,
+)
+
+LAYERS = [0, 1, 2]
+METHODS: dict[str, dict[str, Any]] = {
+    "memit": {"plan": "even"},
+    "memit_blue": {},
+    "without past keys": {"past_keys": False},
+    "rect": {"rect_keep": 0.4},
+    "alphaedit": {"solver": "null_space", "energy": 0.3},
+    "prune": {"post_edit_transform": "prune"},
+}
+
+
+class Crash(Callback):
+    """End the run with an error: before some batch, or while it is written."""
+
+    def __init__(self, batch: int, hook: str = "on_train_batch_start") -> None:
+        self.batch = batch
+        setattr(self, hook, self._crash)
+
+    def _crash(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.batch:
+            raise ZeroDivisionError
+
+
+def update(**settings: Any) -> ClosedFormUpdate:
+    return ClosedFormUpdate(LAYERS, covariance_weight=1.0, **settings)
+
+
+def run(
+    module: EditModule,  # noqa: F811
+    facts: Path,  # noqa: F811
+    folder: Path,
+    *callbacks: Any,
+    resume: bool = False,
+    data: EditDataModule | None = None,
+    **settings: Any,
+) -> Trainer:
+    """Edit in batches of two with a checkpoint after each, from the newest one if asked."""
+    checkpointing = BatchCheckpoints()
+    checkpointing.folder = folder
+    trainer = trainer_of(
+        checkpointing, *callbacks, update=update(**settings), plugins=[WholeCheckpointIO()]
+    )
+    path = checkpoints(folder)[-1] if resume else None
+    trainer.fit(module, datamodule=data or data_of(facts), ckpt_path=path, weights_only=True)
+    return trainer
+
+
+def measured(trainer: Trainer) -> list[Any]:
+    """What was measured, without seconds; loss curves as plain numbers."""
+    history = trainer.callbacks[1].history
+    curves = [(c.batch, c.layer, c.losses.nan_to_num(-1).tolist()) for c in history.loss_curves]
+    return [history.measurements, history.logged, history.after, history.batches, curves]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("crash", [Crash(1), Crash(2, "on_edit_written")])
+def test_a_resumed_run_equals_the_uninterrupted_one(module, facts, tmp_path, method, crash):  # noqa: F811
+    whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
+    expected = run(whole, facts, tmp_path / "whole", **METHODS[method])
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, tmp_path / "halves", crash, **METHODS[method])
+    resumed = run(unedited, facts, tmp_path / "halves", resume=True, **METHODS[method])
+    assert same(weights(unedited), weights(whole))
+    assert measured(resumed) == measured(expected)
+    assert resumed.callbacks[1].history.resumed_after == [2 * crash.batch]
+
+
+def test_contexts_that_the_unedited_model_wrote_are_kept(module, facts, tmp_path):  # noqa: F811
+    module.contexts = None
+    whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
+    run(whole, facts, tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, tmp_path / "halves", Crash(2))
+    unedited.seed = 17  # would write others
+    run(unedited, facts, tmp_path / "halves", resume=True)
+    assert unedited.templates == whole.templates
+    assert same(weights(unedited), weights(whole))
+
+
+def test_a_run_stopped_while_it_measures_at_the_end_applies_nothing_again(
+    module,  # noqa: F811
+    facts,  # noqa: F811
+    tmp_path,
+):
+    whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
+    expected = run(whole, facts, tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, tmp_path / "halves", Crash(3, "on_train_end"))
+    trainer = run(unedited, facts, tmp_path / "halves", resume=True)
+    assert same(weights(unedited), weights(whole))
+    assert measured(trainer) == measured(expected)
+
+
+def test_the_newest_two_checkpoints_are_kept_and_hold_no_model(module, facts, tmp_path):  # noqa: F811
+    run(module, facts, tmp_path)
+    kept = checkpoints(tmp_path)
+    assert [path.name for path in kept] == ["batch-00002.ckpt", "batch-00003.ckpt"]
+    saved = torch.load(kept[-1], weights_only=True)
+    assert saved["state_dict"] == {}
+    (past,) = {len(p) for p in saved["callbacks"]["ClosedFormUpdate"]["past"].values()}
+    assert past == 3
+    assert not list(tmp_path.glob(".*"))  # nothing half-written is left
+
+
+def stopped(module: EditModule, facts: Path, folder: Path) -> EditModule:  # noqa: F811
+    """Stop a run after one batch; return the unedited module."""
+    unedited = copy.deepcopy(module)
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, folder, Crash(1))
+    return unedited
+
+
+def test_another_model_is_refused(module, facts, tmp_path):  # noqa: F811
+    unedited = stopped(module, facts, tmp_path)
+    with torch.no_grad():
+        next(unedited.model.parameters()).add_(0.1)
+    with pytest.raises(InputError, match=r"another model(.|\n)*name_or_path"):
+        run(unedited, facts, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"plan": "even"}, "started with plan boundary, not even"),
+        ({"past_keys": False}, "started with past_keys True, not False"),
+        ({"rect_keep": 0.4}, "started with rect_keep None, not 0.4"),
+    ],
+)
+def test_another_method_is_refused(module, facts, tmp_path, settings, message):  # noqa: F811
+    unedited = stopped(module, facts, tmp_path)
+    before = weights(unedited)
+    with pytest.raises(InputError, match=message):
+        run(unedited, facts, tmp_path, resume=True, **settings)
+    assert same(weights(unedited), before)
+
+
+def test_other_layers_are_refused(module, facts, tmp_path, monkeypatch):  # noqa: F811
+    unedited = stopped(module, facts, tmp_path)
+    monkeypatch.setattr("test_resume.LAYERS", [0, 2])
+    with pytest.raises(InputError, match=r"started with layers \[0, 1, 2\], not \[0, 2\]"):
+        run(unedited, facts, tmp_path, resume=True)
+
+
+def test_other_requests_and_batches_are_refused(module, facts, tmp_path):  # noqa: F811
+    unedited = stopped(module, facts, tmp_path)
+    with pytest.raises(InputError, match="batches of 2, not of 3"):
+        run(unedited, facts, tmp_path, resume=True, data=data_of(facts, 3))
+    lines = facts.read_text().splitlines()
+    facts.write_text("\n".join(reversed(lines)))
+    with pytest.raises(InputError, match="other requests, or the same in another order"):
+        run(copy.deepcopy(unedited), facts, tmp_path, resume=True)
+
+
+def test_another_covariance_is_refused(module, facts, tmp_path):  # noqa: F811
+    unedited = stopped(module, facts, tmp_path)
+    unedited.prepare([], [])
+    unedited._covariances = {layer: torch.eye(96) for layer in LAYERS}
+    with pytest.raises(InputError, match="covariance of layer0 is not the one"):
+        run(unedited, facts, tmp_path, resume=True)
+
+
+def test_a_dataloader_that_starts_at_its_beginning_is_refused(module, facts, tmp_path):  # noqa: F811
+    unedited = stopped(module, facts, tmp_path)
+
+    class Restarting(EditDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(self.requests, batch_size=2, collate_fn=list)
+
+    before = weights(unedited)
+    with pytest.raises(InputError, match=r"batch 0, which was applied before(.|\n)*global_step"):
+        run(unedited, facts, tmp_path, resume=True, data=Restarting(str(facts), batch_size=2))
+    assert not same(weights(unedited), before)  # those of the first batch, and no more
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
+def test_a_damaged_checkpoint_is_named(module, facts, tmp_path, content):  # noqa: F811
+    (tmp_path / "batch-00001.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read(.|\n)*batch-00001"):
+        run(module, facts, tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_carries_code_is_not_run(module, facts, tmp_path):  # noqa: F811
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "batch-00001.ckpt")
+    with pytest.raises(InputError, match="cannot be read"):
+        run(module, facts, tmp_path, resume=True)
+    assert not (tmp_path / "ran").exists()
