@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections import deque
 from typing import Any
 
 import pytest
@@ -10,7 +13,16 @@ import torch
 
 from blue_callbacks import ClosedFormUpdate, EditGuard, EditRejected, InputError, WeightId
 from blue_callbacks.guard import spectral_norm
-from helpers import fit
+from conftest import ROOT
+from helpers import fit, load_model
+from histories import small_history
+from lightning_blue.__main__ import main
+from lightning_blue.data import EditDataModule
+from lightning_blue.data.requests import Probe
+from lightning_blue.editing import edit_module, health
+from lightning_blue.language_model.scoring import score_targets
+from lightning_blue.reporting import files
+from lightning_blue.reporting.report import report
 from test_transforms import SaveAfter
 from test_update_callback import Chain, batches
 
@@ -342,3 +354,135 @@ def test_another_callback_may_reject_as_well():
     before = weights(network)
     fit(network, update(), data(2), callbacks=[Refuse("off")])
     assert equal(weights(network), before)
+
+
+# A language model
+
+
+class Facts(EditDataModule):
+    """A data module that offers control facts and nothing else."""
+
+    def __init__(self, controls: list[Any]) -> None:
+        super().__init__()
+        self._controls = controls
+
+
+def test_ordinary_loss_is_the_mean_over_the_first_tokens_of_the_corpus():
+    """Against one pass over each window, by hand."""
+    module = edit_module("almanac")
+    text = (ROOT / "src/lightning_blue/assets/almanac/corpus.txt").read_text()
+    tokenizer = module.tokenizer
+    ids = tokenizer(text[:20000], add_special_tokens=False)["input_ids"][:1024]
+    start = tokenizer("")["input_ids"]
+    length = min(512, module.model.config.max_position_embeddings)
+    step = length - len(start) if start else length - 1
+    losses = []
+    for begin in range(0, len(ids) - (not start), step):
+        window = torch.tensor([start + ids[begin : begin + length - len(start)]])
+        scores = module.model(window).logits[0].log_softmax(-1)
+        first = max(len(start), 1)
+        losses.append(-scores[first - 1 : -1].gather(1, window[0, first:, None]))
+    assert module.ordinary_loss() == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+def test_only_the_beginning_of_a_corpus_is_read(gpt2, monkeypatch):
+    read: list[str] = []
+
+    def rows(corpus, split):
+        for n in range(10**9):
+            read.append(f"The river runs through town {n}. ")
+            yield read[-1]
+
+    monkeypatch.setattr(health, "corpus_texts", rows)
+    text = health.first_texts(gpt2.tokenizer, "hub/corpus", "train", 100)
+    assert text == "".join(read)
+    assert 100 <= len(gpt2.tokenizer(text)["input_ids"]) < 130
+
+
+def test_a_corpus_that_cannot_be_read_is_told_and_not_watched(gpt2, tmp_path):
+    with pytest.warns(UserWarning, match="not watched"):
+        assert health.first_texts(gpt2.tokenizer, str(tmp_path / "no.txt"), "train") is None
+
+
+def test_retained_knowledge_counts_the_first_hundred_control_facts(monkeypatch):
+    module = edit_module("almanac")
+    data = EditDataModule("almanac", edits=5, controls=120)
+    data.prepare()
+    wrong = Probe(data.controls[0].prompt, "nowhere")
+    facts = [wrong, *data.controls]
+    known = score_targets(
+        module.model, module.tokenizer, [f.prompt for f in facts], [f.answer for f in facts]
+    )
+    expected = sum(all(score.correct) for score in known[:100])
+    assert 50 < expected < 100
+    assert health.percent_known(module.model, module.tokenizer, facts) == expected
+    assert health.percent_known(module.model, module.tokenizer, []) is None
+
+
+COLLAPSE = (  # the classic plan, hardly any weight on ordinary text, and targets far away
+    "--update.plan=even",
+    "--update.past_keys=false",
+    "--update.covariance_weight=1",
+    "--model.target.steps=4",
+    "--model.target.learning_rate=80",
+    "--model.target.clamp=1000",
+    "--model.target.weight_decay=0",
+    "--data.batch_size=10",
+    "--data.edits=100",
+    "--data.controls=100",
+)
+
+
+def test_a_run_that_collapses_ends_with_the_last_healthy_weights(tmp_path, monkeypatch, capsys):
+    committed: deque[list[torch.Tensor]] = deque(maxlen=1)
+
+    def keep(self, trainer, module, record):
+        weights = [module.editable_weights.read(change.weight) for change in record.changes]
+        committed.append([weight.clone() for weight in weights])
+
+    monkeypatch.setattr(EditGuard, "on_edit_committed", keep, raising=False)
+    quiet = ["--measure.generate=false", "--measure.text=null", "--run.wandb=off"]
+    args = [*COLLAPSE, *quiet, f"--run.root={tmp_path}", "--run.checkpoint_every=0"]
+    with pytest.warns(UserWarning, match="the run ends with the batches before it"):
+        assert main(["fit", f"--config={ROOT / 'conf' / 'quickstart.yaml'}", *args]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "quickstart"
+    summary = json.loads((folder / "summary.json").read_text())
+    batch = int(re.search(r"guard: batch (\d+) crossed", out)[1])
+    assert summary["guard/events"] == 1
+    assert 3 <= batch <= 8
+    assert summary["edits/applied"] == 10 * batch
+    text = (folder / "report.md").read_text()
+    assert "## Guard" in text
+    assert f"| {batch} " in text
+    model, _ = load_model(folder / "model")
+    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+    exported = [block.mlp.down_proj.weight for block in blocks]
+    assert equal(exported, committed[0])
+
+
+def test_off_on_the_command_line_and_in_a_file(tmp_path, capsys):
+    (tmp_path / "off.yaml").write_text("guard:\n  action: 'off'\n")
+    for flag in ("--guard.action=off", f"--config={tmp_path / 'off.yaml'}"):
+        with pytest.raises(SystemExit):
+            main(["fit", f"--config={ROOT / 'conf' / 'quickstart.yaml'}", flag, "--print_config"])
+        assert re.search(r"guard:\n  action: ['\"]?off", capsys.readouterr().out)
+
+
+# Files
+
+
+def test_report_and_summary_tell_of_events():
+    history = small_history()
+    crossed = [{"reading": "loss_increase", "value": math.nan, "limit": 1.0}]
+    event = {"batch": 1, "requests": ["c2", "c3"], "crossed": crossed, "action": "rollback"}
+    assert "guard/events" not in files.summary(history)
+    history.guard_events = []
+    assert files.summary(history)["guard/events"] == 0
+    assert "## Guard" not in report(history, [], None)
+    history.guard_events = [event] * 25
+    assert files.summary(history)["guard/events"] == 25
+    section = report(history, [], None).split("## Guard")[1].split("##")[0]
+    assert "c2, c3" in section
+    assert "loss\\_increase nan (limit 1)" in section
+    assert "and 5 more" in section

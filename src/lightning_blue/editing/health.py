@@ -32,18 +32,19 @@ def first_texts(
         None, with a warning, where the corpus cannot be read: a run whose covariances are in a
         file needs no corpus otherwise.
     """
-    texts: list[str] = []
-    tokens = 0
+    read = ""
     try:
         for text in corpus_texts(corpus, split):
-            texts.append(text)
-            tokens += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            if tokens >= n_tokens:
+            read += text
+            if (
+                len(tokenizer(read, add_special_tokens=False, verbose=False)["input_ids"])
+                >= n_tokens
+            ):
                 break
     except InputError as error:
         rank_zero_warn(f"the loss on ordinary text is not watched: {error}")
         return None
-    return "".join(texts)
+    return read
 
 
 def text_loss(
