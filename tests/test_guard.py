@@ -456,8 +456,7 @@ def test_a_run_that_collapses_ends_with_the_last_healthy_weights(tmp_path, monke
     assert "## Guard" in text
     assert f"| {batch} " in text
     model, _ = load_model(folder / "model")
-    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
-    exported = [block.mlp.down_proj.weight for block in blocks]
+    exported = [model.model.layers[n].mlp.down_proj.weight for n in range(4)]
     assert equal(exported, committed[0])
 
 
