@@ -99,7 +99,7 @@ def test_stats_writes_what_fit_then_reads(run, small_run, tmp_path, monkeypatch)
         (fact(prompt="Paris is near"), "Lyon"),
         (fact(target_new=" "), "empty"),
         (fact(target_true="Rome"), "current object"),
-        (fact() + "\n" + fact(target_new="Oslo"), "contradicts"),
+        (fact() + "\n" + fact(target_new="Oslo"), "contradicted"),
         (fact(prompt="river " * 80 + "{} is near"), "64"),
     ],
 )
@@ -123,7 +123,7 @@ def test_facts_that_cannot_be_used(run, tmp_path, text, said):
         ("--update.plan=evn", "boundary"),
         ("--update.covarance_weight=3", "did you mean update.covariance_weight?"),
         ("--model.name_or_path=/nowhere/model", "cannot be loaded"),
-        ("--model.dtype=float8", "choose of float32"),
+        ("--model.dtype=float8", "choose one of float32"),
         ("--model.target.steps=0", "target.steps must be positive"),
         ("--model.covariance.corpus=missing.txt", "no such text file"),
         ("--measure.text=missing.txt", "no such text file"),

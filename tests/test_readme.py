@@ -11,10 +11,12 @@ import pytest
 
 from blue_callbacks import WeightId
 from conftest import ROOT
-from lightning_blue.__main__ import main
+from lightning_blue.__main__ import RUN_COMMANDS, main
+from lightning_blue.cli.run_commands import run_parser
 from lightning_blue.metrics.table import METRICS, PERCENT
 
 README = (ROOT / "README.md").read_text()
+RUNS = (ROOT / "docs" / "runs.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -23,7 +25,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in blocks("bash")
+    for block in [*blocks("bash"), *blocks("bash", RUNS)]
     for line in block.splitlines()
     if line.startswith("python -m lightning_blue")
 ]
@@ -33,6 +35,9 @@ COMMANDS = [
 def test_commands_parse(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     _, _, _, *args = shlex.split(command)
+    if args[0] in RUN_COMMANDS:
+        assert run_parser(args[0]).parse_args(args[1:])
+        return
     with pytest.raises(SystemExit) as stopped:
         main([*args, "--print_config"])
     assert stopped.value.code == 0

@@ -250,7 +250,7 @@ def test_a_new_row_is_shown_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path
     history = history_of("efficacy", reach=estimate(20.0, 2.0, count=4, prompts=4))
     history.measurements.insert(1, Measurement("batch", 1, {"reach": estimate(30.0)}))
     history.requests = small_history().requests[:1]
-    history.after = [replace(outcome("c0", 1.0, ""), values={"reach": 7.0})]
+    history.after = {0: replace(outcome("c0", 1.0, ""), values={"reach": 7.0})}
     text = report(history, [], None)
     plain = " ".join(text.split())  # on one line, whatever the padding of cells
     assert "| reach of edits | 20.0 ± 2.0 | 20.0 ± 2.0 |" in plain

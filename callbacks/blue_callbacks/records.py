@@ -26,6 +26,7 @@ class WeightChange:
         left: ``(d_out, n)``, the weight's precision, on the CPU.
         right: ``(n, d_in)``, likewise.
         keys: K1 that the update was solved for, ``(d_in, n)``.
+        residual: R that it was solved for, ``share * (target - output)``, ``(d_out, n)``.
         past_keys: what later batches respect, ``(d_in, n)``, if it is not ``keys`` (RECT); None
             also where past keys are not respected.
         kept: the entries of the product that a transform has left, as packed bits, uint8
@@ -40,6 +41,7 @@ class WeightChange:
     left: Tensor
     right: Tensor
     keys: Tensor
+    residual: Tensor
     past_keys: Tensor | None
     kept: Tensor | None
     change_norm: float
@@ -50,11 +52,7 @@ class WeightChange:
 
         The arithmetic is that of the run: on the same processor the same bits.
         """
-        after = before.addmm(self.left.to(before), self.right.to(before))
-        if self.kept is None:
-            return after
-        kept = unpack_bits(self.kept, before.numel()).view(before.shape).to(before.device)
-        return before + torch.where(kept, after - before, 0)
+        return apply_factors(before, self.left, self.right, self.kept)
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,22 @@ class EditRecord:
     batch: int
     request_ids: tuple[str, ...]
     changes: tuple[WeightChange, ...]
+
+
+def apply_factors(before: Tensor, left: Tensor, right: Tensor, kept: Tensor | None) -> Tensor:
+    """Return ``before + left @ right``, of the product only the kept entries.
+
+    Args:
+        before: ``(d_out, d_in)``.
+        left: ``(d_out, n)``, from any device and in any precision.
+        right: ``(n, d_in)``, likewise.
+        kept: packed bits, see :func:`pack_bits`; None: all entries.
+    """
+    after = before.addmm(left.to(before), right.to(before))
+    if kept is None:
+        return after
+    flags = unpack_bits(kept, before.numel()).view(before.shape).to(before.device)
+    return before + torch.where(flags, after - before, 0)
 
 
 _BITS = 2 ** torch.arange(8, dtype=torch.uint8)

@@ -193,7 +193,7 @@ class ClosedFormUpdate(Callback):
                 f"before: the dataloader starts at its beginning, not behind the {self.committed} "
                 "batches that were committed",
                 where="the dataloader",
-                hint="let its sampler start at trainer.global_step, as CommittedBatches does",
+                hint="let it start at batch trainer.global_step, as CommittedBatches does",
             )
 
     def _write_all(self, module: EditableModule, batch: Any) -> list[WeightChange]:
@@ -236,6 +236,7 @@ class ClosedFormUpdate(Callback):
             left=left.to("cpu", dtype),
             right=right.to("cpu", dtype),
             keys=keys.cpu(),
+            residual=residual.cpu(),
             past_keys=None,
             kept=None,
             change_norm=float(squared.clamp(min=0).sqrt()),

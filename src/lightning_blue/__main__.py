@@ -18,6 +18,11 @@ commands:
   stats     collect the covariance of keys that fit needs (fit does it by itself)
   pretrain  train a small language model that knows given facts
 
+  show      say what a run edited, and what is in its folder
+  undo      write the model of a run without some of its edits
+  export    write a run as a model, a LoRA adapter or a patch
+  apply     make the edited model of a patch and the unedited one
+
   lightning-blue COMMAND --help            every key with its meaning
   lightning-blue COMMAND --print_config    every key with its value
   lightning-blue --version
@@ -26,7 +31,8 @@ start here:
   lightning-blue fit --config conf/quickstart.yaml
 """
 
-COMMANDS = ("fit", "evaluate", "stats", "pretrain")
+RUN_COMMANDS = ("show", "undo", "export", "apply")
+COMMANDS = ("fit", "evaluate", "stats", "pretrain", *RUN_COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         with stoppable():
-            from lightning_blue.cli.commands import run_command
+            if args[0] in RUN_COMMANDS:
+                from lightning_blue.cli.run_commands import run_command
+            else:
+                from lightning_blue.cli.commands import run_command
 
             return run_command(args[0], args[1:])
     except Stopped as stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lightning_blue.editing import edit_module
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.progress import EditProgressBar
 from lightning_blue.reporting.record import folders_of, read_status
+from lightning_blue.runs.journal import RECORDS, EditJournal
 from lightning_blue.support.checkpoints import (
     FOLDER,
     BatchCheckpoints,
@@ -122,7 +124,7 @@ class EditCLI(RunFileCLI):
         callbacks = self._listed("trainer.callbacks")
         if self.recorded:
             kwargs["logger"] = self._loggers()
-            callbacks.insert(0, self._checkpoints())
+            callbacks[:0] = [self._checkpoints(), EditJournal(self.record.folder)]
             kwargs["plugins"] = [*self._listed("trainer.plugins"), WholeCheckpointIO()]
         else:
             kwargs["logger"] = False
@@ -167,6 +169,8 @@ class EditCLI(RunFileCLI):
                 record.resume(runs[-1])
                 saved = checkpoints(runs[-1] / FOLDER)
                 self.resume_from = saved[-1] if saved else None
+                if not saved:  # the batches that are recorded will be applied again
+                    shutil.rmtree(runs[-1] / RECORDS, ignore_errors=True)
             return
         path = Path(asked)
         if not path.is_file():

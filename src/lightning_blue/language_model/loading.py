@@ -17,6 +17,7 @@ from transformers import (
 
 from lightning_blue.support.errors import InputError
 
+PACKAGED = {"almanac": resources.files("lightning_blue") / "assets" / "almanac" / "model"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,9 +40,7 @@ def load_language_model(
             where="model.dtype",
             hint=f"choose one of {', '.join(DTYPES)}",
         )
-    source = name_or_path
-    if name_or_path == "almanac":
-        source = str(resources.files("lightning_blue") / "assets" / "almanac" / "model")
+    source = str(PACKAGED.get(name_or_path, name_or_path))
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(
@@ -61,6 +60,12 @@ def load_language_model(
         )
     model.requires_grad_(False).eval()
     return cast(PreTrainedModel, model), tokenizer
+
+
+def loaded_name(model: PreTrainedModel) -> str:
+    """Return the name by which `load_language_model` finds a model that it has loaded."""
+    source = str(model.config.name_or_path)
+    return next((name for name, path in PACKAGED.items() if str(path) == source), source)
 
 
 def _hint(name_or_path: str) -> str:

@@ -61,7 +61,9 @@ class RunRecord(Callback):
 
     @property
     def folder(self) -> Path:
-        """The run's folder; claimed at first use, so that no other run can have it too."""
+        """The run's folder; rank 0 claims it at first use, so that no other run can have it too."""
+        if self._folder is None and rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+            self._folder = Path(self.root) / self.name  # where nothing is written from here
         if self._folder is None:
             self._folder = claim_folder(Path(self.root), self.name)
         return self._folder
