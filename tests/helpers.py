@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,6 +21,13 @@ from blue_callbacks import CommittedBatches
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model folder in float32."""
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+class Batches(CommittedBatches[Any]):
+    """Batches that were made before."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for (batch,) in super().__iter__())
 
 
 def fit(
@@ -43,7 +49,10 @@ def fit(
         **kwargs,
     )
     committed = torch.load(resumed, weights_only=True)["global_step"] if resumed else 0
-    sampler = CommittedBatches(len(batches), 1, committed)
-    loader = DataLoader(list(batches), batch_sampler=sampler, collate_fn=lambda some: some[0])
-    trainer.fit(module, loader, ckpt_path=resumed, weights_only=True if resumed else None)
+    trainer.fit(
+        module,
+        Batches(batches, 1, committed),
+        ckpt_path=resumed,
+        weights_only=True if resumed else None,
+    )
     return trainer

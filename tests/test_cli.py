@@ -99,7 +99,7 @@ def test_stats_writes_what_fit_then_reads(run, small_run, tmp_path, monkeypatch)
         (fact(prompt="Paris is near"), "Lyon"),
         (fact(target_new=" "), "empty"),
         (fact(target_true="Rome"), "current object"),
-        (fact() + "\n" + fact(target_new="Oslo"), "contradicts"),
+        (fact() + "\n" + fact(target_new="Oslo"), "contradicted"),
         (fact(prompt="river " * 80 + "{} is near"), "64"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, CommittedBatches
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule
 from lightning_blue.support.checkpoints import BatchCheckpoints, WholeCheckpointIO, checkpoints
@@ -195,7 +195,7 @@ def test_a_dataloader_that_starts_at_its_beginning_is_refused(module, facts, tmp
 
     class Restarting(EditDataModule):
         def train_dataloader(self):
-            return torch.utils.data.DataLoader(self.requests, batch_size=2, collate_fn=list)
+            return CommittedBatches(self.requests, 2, committed=0)
 
     before = weights(unedited)
     with pytest.raises(InputError, match=r"batch 0, which was applied before(.|\n)*global_step"):

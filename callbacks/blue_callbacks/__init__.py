@@ -9,6 +9,7 @@ from blue_callbacks.closed_form import (
     null_space,
 )
 from blue_callbacks.errors import EditRejected, InputError, NonFiniteError
+from blue_callbacks.guard import EditGuard
 from blue_callbacks.plans import PLANS, LayerUpdate, layer_updates
 from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
 from blue_callbacks.records import EditRecord, WeightChange
@@ -20,6 +21,7 @@ __all__ = [
     "PLANS",
     "ClosedFormUpdate",
     "CommittedBatches",
+    "EditGuard",
     "EditRecord",
     "EditRejected",
     "EditStepOptimizer",

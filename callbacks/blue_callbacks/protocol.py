@@ -24,7 +24,8 @@ class EditableModule(Protocol):
     edited weights (by default one, without a name); ``prepare(critical, written, weight)`` is
     called once before the first batch with the critical layers, the written weights' ids and the
     covariance's weight; ``request_ids(batch)`` and ``edit_name(batch, column)`` name edits in
-    records and in messages.
+    records and in messages; ``ordinary_loss()`` and ``retained_knowledge()`` are what `EditGuard`
+    watches beside the weights.
     """
 
     @property

@@ -193,7 +193,7 @@ class ClosedFormUpdate(Callback):
                 f"before: the dataloader starts at its beginning, not behind the {self.committed} "
                 "batches that were committed",
                 where="the dataloader",
-                hint="let its sampler start at trainer.global_step, as CommittedBatches does",
+                hint="let it start at batch trainer.global_step, as CommittedBatches does",
             )
 
     def _write_all(self, module: EditableModule, batch: Any) -> list[WeightChange]:

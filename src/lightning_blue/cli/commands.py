@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
-from blue_callbacks import ClosedFormUpdate, NonFiniteError, SingularCovarianceError
+from blue_callbacks import ClosedFormUpdate, EditGuard, NonFiniteError, SingularCovarianceError
 from lightning_blue.cli.parser import EditCLI, RunFileCLI
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
@@ -60,8 +60,8 @@ def fit(args: Sequence[str]) -> None:
         weights_only=None if checkpoint is None else True,
     )
     if cli.trainer.is_global_zero:
-        notes = _only(cli.trainer, ClosedFormUpdate).notes
-        _say(cli.trainer, notes)
+        told = (ClosedFormUpdate, EditGuard)
+        _say(cli.trainer, [note for kind in told for note in _only(cli.trainer, kind).notes])
 
 
 def evaluate(args: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from blue_callbacks import ClosedFormUpdate
+from blue_callbacks import ClosedFormUpdate, EditGuard
 from lightning_blue.cli.run_files import explain, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import edit_module
@@ -116,6 +116,7 @@ class EditCLI(RunFileCLI):
             "run.name",
         )
         parser.add_lightning_class_args(ClosedFormUpdate, "update")
+        parser.add_lightning_class_args(EditGuard, "guard")
         parser.add_lightning_class_args(MeasureEdits, "measure")
         parser.add_lightning_class_args(RunRecord, "run")
 

@@ -194,17 +194,13 @@ class EditDataModule(LightningDataModule):
         """One batch of all requests: what is measured of them is up to the callback."""
         return DataLoader([self.requests], batch_size=None)  # type: ignore[arg-type]
 
-    def train_dataloader(self) -> DataLoader[EditRequest]:
+    def train_dataloader(self) -> CommittedBatches[EditRequest]:
         """Edit batches: lists of at most ``batch_size`` requests, in order.
 
         A resumed run goes on behind the batches that were committed.
         """
         committed = self.trainer.global_step if self.trainer else 0
-        return DataLoader(
-            self.requests,  # type: ignore[arg-type]
-            batch_sampler=CommittedBatches(len(self.requests), self.batch_size, committed),
-            collate_fn=list,
-        )
+        return CommittedBatches(self.requests, self.batch_size, committed)
 
     def _require_requests(self, usable: int, total: int, rejected: int) -> None:
         """Raise InputError if no request is usable; warn if there are fewer than ``edits``."""

@@ -19,8 +19,10 @@ from blue_callbacks import (
     WeightId,
     apply_edit_batch,
 )
+from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect, model_fingerprint
+from lightning_blue.editing.health import first_texts, percent_known, text_loss
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.editing.prompts import (
@@ -98,6 +100,7 @@ class EditModule(LightningModule):
         self._identity: str | None = None
         self._templates: list[str] | None = None
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
+        self._ordinary_text: str | None = ""  # read at first use
         self._warned_of: set[str] = set()  # subjects that several requests of a batch were about
 
     # Lightning
@@ -195,6 +198,24 @@ class EditModule(LightningModule):
         """Name an edit of the batch in a message."""
         request = batch[column]
         return f"request {request.case_id} ({request.text!r} -> {request.target_new!r})"
+
+    def ordinary_loss(self) -> float | None:
+        """Return the loss on the first 1,024 tokens of the covariance's text, nats per token.
+
+        None where that text cannot be read.
+        """
+        if self._ordinary_text == "":
+            source = self.covariance
+            self._ordinary_text = first_texts(self.tokenizer, source.corpus, source.split)
+        if self._ordinary_text is None:
+            return None
+        return text_loss(self.model, self.tokenizer, self._ordinary_text)
+
+    def retained_knowledge(self) -> float | None:
+        """Return the top-1 recall of the first 100 control facts in percent; None without any."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        facts = data.controls if isinstance(data, EditDataModule) else []
+        return percent_known(self.model, self.tokenizer, facts)
 
     # Set-up
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
-from blue_callbacks import ClosedFormUpdate, EditRecord
+from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
 from lightning_blue.data.corpus import corpus_texts
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
@@ -252,4 +252,6 @@ def _values(stage: str, metrics: Metrics) -> dict[str, float]:
 
 def _norms(trainer: Trainer) -> dict[str, float]:
     updates = [c for c in trainer.callbacks if isinstance(c, ClosedFormUpdate)]  # type: ignore[attr-defined]
-    return {f"update/{name}": norm for update in updates for name, norm in update.norms.items()}
+    guards = [c for c in trainer.callbacks if isinstance(c, EditGuard)]  # type: ignore[attr-defined]
+    norms = {f"update/{name}": norm for update in updates for name, norm in update.norms.items()}
+    return norms | {f"guard/{name}": v for guard in guards for name, v in guard.readings.items()}

@@ -61,6 +61,7 @@ class RunHistory:
         after: outcome of each request in force at the end, by its place in ``requests``.
         seconds: time spent by part: ``edit``, ``evaluate``, ``prepare``, ``total``.
         resumed_after: edits applied where the run was resumed, each time.
+        guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
         ended_early: why requests are left that were never applied; empty if none are.
     """
 
@@ -76,6 +77,7 @@ class RunHistory:
     after: dict[int, RequestOutcome] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_after: list[int] = field(default_factory=list)
+    guard_events: list[dict[str, Any]] | None = None
     ended_early: str = ""
 
     @property

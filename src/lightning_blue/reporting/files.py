@@ -107,8 +107,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
     A value that is not finite has none either, but its counts have.
 
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
-    ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``seconds/...``,
-    ``settings/...`` and ``versions/...``.
+    ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
+    ``seconds/...``, ``settings/...`` and ``versions/...``.
     """
     numbers: dict[str, Any] = {}
     for stage in SUMMARY_STAGES:
@@ -122,6 +122,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
         "edits/ended_early": history.ended_early,
         "protocol": history.protocol,
     }
+    if history.guard_events is not None:
+        numbers["guard/events"] = len(history.guard_events)
     numbers |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     numbers |= flat(history.settings, "settings")
     return numbers | {f"versions/{name}": number for name, number in versions().items()}

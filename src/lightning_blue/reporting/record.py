@@ -14,7 +14,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from blue_callbacks import NonFiniteError
+from blue_callbacks import EditGuard, NonFiniteError
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting import files, wandb_run
@@ -196,6 +196,7 @@ class RunRecord(Callback):
 
     def _write(self, trainer: Trainer, module: Any, export: bool) -> None:
         history = self._history(trainer)
+        history.guard_events = _guard_events(trainer)
         history.seconds["prepare"] = module.preparation_seconds
         history.seconds["total"] = time.perf_counter() - self._started
         if not trainer.is_global_zero:
@@ -281,6 +282,14 @@ class RunRecord(Callback):
             "RunRecord writes what a MeasureEdits callback has measured, and there is none",
             hint="add MeasureEdits() to the trainer's callbacks",
         )
+
+
+def _guard_events(trainer: Trainer) -> list[dict[str, Any]] | None:
+    """Return the events of a guard that has judged a batch."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EditGuard) and callback.readings:
+            return callback.events
+    return None
 
 
 def claim_folder(root: Path, name: str) -> Path:

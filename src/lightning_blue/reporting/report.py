@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from blue_callbacks.guard import OUTCOMES, crossings
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome
@@ -23,6 +24,7 @@ from lightning_blue.support.storage import write_atomic
 
 EXAMPLES = 10  # edits shown, and as many that failed
 REJECTED_SHOWN = 20
+EVENTS_SHOWN = 20
 CAPTIONS = {
     "metrics": "Over edits applied: how well edits hold, and what the rest of the model lost.",
     "before_after": "Before and after, over all requests.",
@@ -58,6 +60,7 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
     """Return the report as markdown; ``pictures`` names the files under ``plots/``."""
     sections = {
         "Scores": score_table(history),
+        "Guard": _guard(history),
         "Plots": _pictures(pictures),
         "The first batch, right after it was applied and at the end": _retention(history),
         "Edits": _examples(history),
@@ -97,6 +100,23 @@ def _sentence(history: RunHistory) -> str:
         places = ", ".join(f"{edits:,}" for edits in history.resumed_after)
         text += f"\n\nThe run was stopped and resumed after {places} edits."
     return text
+
+
+def _guard(history: RunHistory) -> str:
+    """List the batches that went too far, and what became of them."""
+    events = history.guard_events or []
+    rows = [
+        [
+            str(event["batch"]),
+            inline(", ".join(event["requests"]), CELL),
+            inline(", ".join(crossings(event))),
+            OUTCOMES[event["action"]],
+        ]
+        for event in events[:EVENTS_SHOWN]
+    ]
+    listed = _table(rows, ["batch, from 0", "requests", "above its limit", "what became of it"])
+    more = len(events) - EVENTS_SHOWN
+    return listed + (f"\n\nand {more:,} more." if more > 0 else "")
 
 
 def _pictures(names: Iterable[str]) -> str:

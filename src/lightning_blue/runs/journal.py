@@ -308,7 +308,11 @@ def record_files(folder: Path, count: int | None = None) -> list[RecordFile]:
 
 
 def describe(module: EditModule, update: ClosedFormUpdate) -> JournalHeader:
-    """Describe a run whose weights are still unedited."""
+    """Describe a run whose weights are still unedited.
+
+    Raises:
+        InputError: if the model has no such layer.
+    """
     check_layers(update.layers, len(module.blocks))
     model = module.model
     statistics = covariance_file(model, module.tokenizer, module.covariance)
