@@ -12,7 +12,6 @@ import torch
 import wandb
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 from blue_callbacks import ClosedFormUpdate, NonFiniteError, SingularCovarianceError
@@ -23,12 +22,14 @@ from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.record import read_status
 from lightning_blue.reporting.tables import score_table
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.processes import speaks
+from lightning_blue.support.watch import ProcessLost
 
 
 def run_command(command: str, args: Sequence[str]) -> int:
     """Run a command; return 0, 1 if editing had to stop, or 2 for input that cannot be used.
 
-    Of several processes only rank 0 reports: the others fail as it does, and return 0.
+    Of several processes one reports: the first that is still there.
     """
     _quiet()
     try:
@@ -44,6 +45,8 @@ def run_command(command: str, args: Sequence[str]) -> int:
         return _complain(str(error), 2)
     except NonFiniteError as error:
         return _complain(str(error), 1)
+    except ProcessLost as error:
+        return _complain(str(error), error.exit_code)
     return 0
 
 
@@ -125,14 +128,18 @@ def _quiet() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
         ".*your dataloader is not resumable.*",
+        ".*sync_dist=True.*",  # all processes log the same
     ):
         warnings.filterwarnings("ignore", pattern)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in (
+        "pytorch.utilities.rank_zero",
+        "fabric.utilities.seed",
+        "fabric.utilities.distributed",
+    ):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
 
 
 def _complain(message: str, code: int) -> int:
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-        return 0
-    sys.stderr.write(f"error: {message}\n")
+    if speaks():
+        sys.stderr.write(f"error: {message}\n")
     return code

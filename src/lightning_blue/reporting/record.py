@@ -60,7 +60,12 @@ class RunRecord(Callback):
 
     @property
     def folder(self) -> Path:
-        """The run's folder; claimed at first use, so that no other run can have it too."""
+        """The run's folder; claimed at first use, so that no other run can have it too.
+
+        The first process alone claims it, and writes into it.
+        """
+        if rank_zero_only.rank != 0 and self._folder is None:  # type: ignore[attr-defined]
+            return Path(self.root) / self.name
         if self._folder is None:
             self._folder = claim_folder(Path(self.root), self.name)
         return self._folder
