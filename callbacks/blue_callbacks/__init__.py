@@ -8,7 +8,7 @@ from blue_callbacks.closed_form import (
     least_squares,
     null_space,
 )
-from blue_callbacks.errors import EditRejected, InputError, NonFiniteError
+from blue_callbacks.errors import EditRejected, InputError, NonFiniteError, UnsolvableError
 from blue_callbacks.plans import PLANS, LayerUpdate, layer_updates
 from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
 from blue_callbacks.records import EditRecord, WeightChange
@@ -30,6 +30,7 @@ __all__ = [
     "LayerUpdate",
     "NonFiniteError",
     "SingularCovarianceError",
+    "UnsolvableError",
     "WeightChange",
     "WeightId",
     "WeightStore",

@@ -14,7 +14,12 @@ from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
-from blue_callbacks import ClosedFormUpdate, NonFiniteError, SingularCovarianceError
+from blue_callbacks import (
+    ClosedFormUpdate,
+    NonFiniteError,
+    SingularCovarianceError,
+    UnsolvableError,
+)
 from lightning_blue.cli.parser import EditCLI, RunFileCLI
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
@@ -43,7 +48,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
         return _complain(f"W&B cannot be used: {error}{hint}", 2)
     except SingularCovarianceError as error:
         return _complain(str(error), 2)
-    except NonFiniteError as error:
+    except (NonFiniteError, UnsolvableError) as error:
         return _complain(str(error), 1)
     except ProcessLost as error:
         return _complain(str(error), error.exit_code)

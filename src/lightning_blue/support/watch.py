@@ -22,12 +22,19 @@ from typing import NamedTuple
 
 from torch import distributed
 
-from blue_callbacks.errors import InputError, NonFiniteError
+from blue_callbacks import (
+    InputError,
+    NonFiniteError,
+    SingularCovarianceError,
+    UnsolvableError,
+)
 
 INTERVAL = 1.0  # seconds from one look to the next
 PATIENCE = 2  # looks before the work is interrupted: it may be about to fail by itself
 GRACE = 10  # seconds in which a process ends by itself before it is ended
 ANSWER = timedelta(seconds=30)  # for the first contact with the store
+
+SENTENCES = (InputError, NonFiniteError, SingularCovarianceError, UnsolvableError)
 
 
 class Loss(NamedTuple):
@@ -257,8 +264,10 @@ def _may_be_a_consequence(error: BaseException) -> bool:
 
 def _described(error: BaseException) -> tuple[str, int, bool]:
     """Return what the others should know of an error: text, exit code, that it was told."""
-    code = getattr(error, "exit_code", 2 if isinstance(error, InputError) else 1)
-    if isinstance(error, InputError | NonFiniteError) or hasattr(error, "exit_code"):
+    code = getattr(error, "exit_code", 2 if isinstance(error, ValueError) else 1)
+    if isinstance(error, InputError | NonFiniteError | UnsolvableError) or hasattr(
+        error, "exit_code"
+    ):
         return str(error), code, True
     return f"{type(error).__name__}: {error}", code, True
 
