@@ -79,6 +79,52 @@ def test_singular_covariance_is_refused_with_the_remedy():
         least_squares(keys @ keys.T, 1.0)
 
 
+DEAD = [3, 17, 18]
+
+
+def dead_covariance(generator: torch.Generator) -> torch.Tensor:
+    """Of keys that never have a component in three dimensions, as units that never fire."""
+    keys = torch.randn(D_IN, 500, generator=generator, dtype=torch.float64)
+    keys[DEAD] = 0
+    return keys @ keys.T / 500
+
+
+def test_dead_dimensions_are_as_if_they_were_not_there():
+    generator = torch.Generator().manual_seed(4)
+    c = dead_covariance(generator)
+    alive = [i for i in range(D_IN) if i not in DEAD]
+    memory = KeyMemory(least_squares(c, WEIGHT))
+    past = torch.zeros(D_IN, 0, dtype=torch.float64)
+    for n in (5, 3, 20):
+        keys = torch.randn(D_IN, n, generator=generator, dtype=torch.float64)
+        keys[DEAD] = 0
+        residual = torch.randn(D_OUT, n, generator=generator, dtype=torch.float64)
+        delta = delta_of(memory, residual, keys)
+        reference = dense(WEIGHT * c[alive][:, alive], past[alive], keys[alive], residual)
+        torch.testing.assert_close(delta[:, alive], reference, rtol=0, atol=1e-12)
+        assert not delta[:, DEAD].any()
+        memory.remember(keys)
+        past = torch.cat((past, keys), dim=1)
+
+
+def test_an_edit_that_needs_a_dead_dimension_pays_the_average_price():
+    generator = torch.Generator().manual_seed(5)
+    c = dead_covariance(generator)
+    whitening = least_squares(c, WEIGHT)
+    assert whitening.unused == DEAD
+    keys = torch.randn(D_IN, 4, generator=generator, dtype=torch.float64)
+    residual = torch.randn(D_OUT, 4, generator=generator, dtype=torch.float64)
+    c[DEAD, DEAD] = c.diagonal().sum() / (D_IN - len(DEAD))
+    reference = dense(WEIGHT * c, torch.zeros(D_IN, 0).double(), keys, residual)
+    delta = delta_of(KeyMemory(whitening), residual, keys)
+    torch.testing.assert_close(delta, reference, rtol=0, atol=1e-12)
+
+
+def test_a_covariance_of_nothing_is_refused():
+    with pytest.raises(SingularCovarianceError, match="not positive definite"):
+        least_squares(torch.zeros(D_IN, D_IN), 1.0)
+
+
 def low_rank_covariance(generator: torch.Generator) -> torch.Tensor:
     """Ordinary keys that hardly use 15 of the 40 dimensions."""
     mixing = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=generator, dtype=torch.float64)).Q

@@ -8,7 +8,7 @@ from blue_callbacks.closed_form import (
     least_squares,
     null_space,
 )
-from blue_callbacks.errors import EditRejected, InputError, NonFiniteError
+from blue_callbacks.errors import EditRejected, InputError, NonFiniteError, UnsolvableError
 from blue_callbacks.guard import EditGuard
 from blue_callbacks.plans import PLANS, LayerUpdate, layer_updates
 from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
@@ -32,6 +32,7 @@ __all__ = [
     "LayerUpdate",
     "NonFiniteError",
     "SingularCovarianceError",
+    "UnsolvableError",
     "WeightChange",
     "WeightId",
     "WeightStore",

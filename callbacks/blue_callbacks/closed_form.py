@@ -12,6 +12,7 @@ Only ``n x n`` systems are left, and their Cholesky factor grows by blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,11 +35,18 @@ class Whitening:
         factor: L, lower triangular, ``(r, r)``, float64; a number stands for its multiple of the
             identity.
         basis: U, orthonormal columns, ``(d_in, r)``, float64; None for the identity.
+        unused: key dimensions that the covariance knows nothing of; see :func:`least_squares`.
     """
 
-    def __init__(self, factor: Tensor | float, basis: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        factor: Tensor | float,
+        basis: Tensor | None = None,
+        unused: Sequence[int] = (),
+    ) -> None:
         self.factor = Triangle(factor) if isinstance(factor, Tensor) else factor
         self.basis = basis
+        self.unused = unused
 
     @property
     def device(self) -> torch.device | None:
@@ -66,12 +74,16 @@ class Whitening:
         """Return the map that also whitens keys whose coordinates these rows are."""
         grown = torch.linalg.cholesky(_identity_plus(rows.T @ rows))
         if isinstance(self.factor, Triangle):
-            return Whitening(self.factor.matrix @ grown, self.basis)
-        return Whitening(self.factor * grown, self.basis)
+            return Whitening(self.factor.matrix @ grown, self.basis, self.unused)
+        return Whitening(self.factor * grown, self.basis, self.unused)
 
 
 def least_squares(covariance: Tensor, weight: float) -> Whitening:
     """Whiten with the covariance: old keys may change, at a price (MEMIT, Eq. 5 and 8).
+
+    Dimensions in which ordinary keys have no component at all (units that never fire) would leave
+    the covariance singular, however many tokens it is from. They get the price of an average
+    dimension: an update that needs them may use them, and one that does not is as without them.
 
     Args:
         covariance: second moment of keys over ordinary text, K0 K0^T per token, ``(d_in, d_in)``.
@@ -81,13 +93,29 @@ def least_squares(covariance: Tensor, weight: float) -> Whitening:
         SingularCovarianceError: if the covariance is not positive definite, as happens when it
             was collected from fewer tokens than there are key dimensions.
     """
-    factor, info = torch.linalg.cholesky_ex(covariance.double() * weight)
+    priced = covariance.double() * weight
+    unused = price_unused(priced)
+    factor, info = torch.linalg.cholesky_ex(priced)
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
         raise SingularCovarianceError(
             f"the covariance ({covariance.shape[0]} key dimensions, weight {weight:g}) is not "
             "positive definite; collect it from more tokens, at least ten for each key dimension"
         )
-    return Whitening(factor)
+    return Whitening(factor, unused=unused)
+
+
+def price_unused(covariance: Tensor) -> list[int]:
+    """Put the mean of the diagonal where it is zero, in place; return where that is.
+
+    >>> covariance = torch.diag(torch.tensor([2.0, 0.0, 4.0]))
+    >>> price_unused(covariance), covariance.diagonal().tolist()
+    ([1], [2.0, 3.0, 4.0])
+    """
+    diagonal = covariance.diagonal()
+    unused = diagonal == 0
+    if bool(unused.any()) and not bool(unused.all()):
+        diagonal[unused] = diagonal[~unused].mean()
+    return unused.nonzero().flatten().tolist()
 
 
 def null_space(

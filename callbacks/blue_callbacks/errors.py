@@ -22,6 +22,10 @@ class NonFiniteError(RuntimeError):
     """An update would have put NaN or infinity into the weights; they were left as before."""
 
 
+class UnsolvableError(RuntimeError):
+    """The system of an update has no solution in float64; the weights were left as before."""
+
+
 class EditRejected(RuntimeError):
     """Raised in ``on_edit_written`` by a callback that refuses a batch; the weights go back.
 

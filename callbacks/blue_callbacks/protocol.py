@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from blue_callbacks.errors import EditRejected, InputError
 from blue_callbacks.weights import WeightId, WeightStore
 
+NAMED = 5  # edits that a message names
+
 
 class EditableModule(Protocol):
     """A module whose layers hold linear maps from keys to values.
@@ -25,7 +27,8 @@ class EditableModule(Protocol):
     called once before the first batch with the critical layers, the written weights' ids and the
     covariance's weight; ``request_ids(batch)`` and ``edit_name(batch, column)`` name edits in
     records and in messages; ``ordinary_loss()`` and ``retained_knowledge()`` are what `EditGuard`
-    watches beside the weights.
+    watches beside the weights; ``single_edit(batch, column)`` returns a batch of one edit, by which
+    that is told from the others whose numbers are not finite.
     """
 
     @property
@@ -60,6 +63,40 @@ def edit_name(module: EditableModule, batch: Any, column: int) -> str:
     """Name an edit of the batch in a message."""
     method = getattr(module, "edit_name", None)
     return f"edit {column} of the batch" if method is None else str(method(batch, column))
+
+
+def edit_names(module: EditableModule, batch: Any, columns: Sequence[int]) -> str:
+    """Name edits of the batch in a message, the first few of many."""
+    named = ", ".join(edit_name(module, batch, column) for column in columns[:NAMED])
+    more = len(columns) - NAMED
+    return f"{named} and {more} more" if more > 0 else named
+
+
+def not_finite(values: Tensor) -> list[int]:
+    """Return the columns of ``(d, n)`` that hold NaN or infinity."""
+    return (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
+
+
+def culprits(
+    module: EditableModule, batch: Any, columns: list[int], read: Callable[[Any], Tensor]
+) -> list[int]:
+    """Return those of the columns that are not finite by themselves.
+
+    Edits that are computed together share their NaN: a masked position still counts 0 x NaN.
+
+    Args:
+        module: that the batch is for.
+        batch: of n edits.
+        columns: that are not finite when all edits are read together.
+        read: from a batch of one edit to its values, ``(d, 1)``.
+
+    Returns:
+        A part of the columns; all, where each alone is finite or the module reads none alone.
+    """
+    single = getattr(module, "single_edit", None)
+    if single is None:
+        return columns
+    return [column for column in columns if not_finite(read(single(batch, column)))] or columns
 
 
 def request_ids(module: EditableModule, batch: Any, n: int) -> tuple[str, ...]:

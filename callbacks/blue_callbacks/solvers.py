@@ -11,6 +11,8 @@ from blue_callbacks.closed_form import Whitening, least_squares, null_space
 
 NEARLY_ALL, NEARLY_NONE = 0.98, 0.02  # fractions of key dimensions worth a warning
 
+NAMED = 5  # dimensions that a note lists
+
 
 @dataclass(frozen=True)
 class Solver:
@@ -46,6 +48,18 @@ class Solver:
         if self.kind == "least_squares":
             return least_squares(covariance, self.covariance_weight)
         return null_space(covariance, self.ridge, self.threshold, self.energy)
+
+
+def unused_note(whitening: Whitening) -> str | None:
+    """Say which key dimensions ordinary text never used, and what becomes of them; None: none."""
+    if not whitening.unused:
+        return None
+    first = ", ".join(map(str, whitening.unused[:NAMED]))
+    more = ", ..." if len(whitening.unused) > NAMED else ""
+    return (
+        f"ordinary text never used {len(whitening.unused)} key dimensions ({first}{more}); in the "
+        "update each counts as an average one"
+    )
 
 
 def kept_dimensions(whitening: Whitening) -> tuple[int, int] | None:

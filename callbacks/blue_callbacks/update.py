@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -12,18 +13,20 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from blue_callbacks.closed_form import KeyMemory, Whitening
-from blue_callbacks.errors import InputError, NonFiniteError
+from blue_callbacks.closed_form import KeyMemory, SingularCovarianceError, Whitening
+from blue_callbacks.errors import InputError, NonFiniteError, UnsolvableError
 from blue_callbacks.plans import LayerUpdate, layer_updates
 from blue_callbacks.protocol import (
     EditableModule,
+    culprits,
     edit_hooks,
-    edit_name,
+    edit_names,
+    not_finite,
     request_ids,
     weights_of,
 )
 from blue_callbacks.records import EditRecord, WeightChange, pack_bits
-from blue_callbacks.solvers import Solver, kept_dimensions, worth_a_warning
+from blue_callbacks.solvers import Solver, kept_dimensions, unused_note, worth_a_warning
 from blue_callbacks.trainer_checks import check_trainer, leave_gradients_unscaled
 from blue_callbacks.transforms import POST_EDIT_TRANSFORMS, rect_kept
 from blue_callbacks.weights import WeightId, restored_on_error
@@ -163,6 +166,7 @@ class ClosedFormUpdate(Callback):
             self.norms |= _norms(changes)
             for hook in edit_hooks(trainer, "on_edit_written"):
                 hook(trainer, module, record)
+            self._remember(record)
         self._commit(module, record)
         for hook in edit_hooks(trainer, "on_edit_committed"):
             hook(trainer, module, record)
@@ -222,9 +226,10 @@ class ClosedFormUpdate(Callback):
         """Solve for one weight and add the update to it."""
         keys = module.edit_keys(batch, weight).detach()
         residual = update.share * (target - module.edit_outputs(batch, update.target_layer))
-        _require_finite(module, batch, weight, keys=keys, residual=residual)
+        _require_finite_keys(module, batch, weight, keys)
+        _require_finite_residual(module, batch, weight, residual, target, update.target_layer)
         memory = self._memory_of(module, weight)
-        with torch.autocast(keys.device.type, enabled=False):
+        with torch.autocast(keys.device.type, enabled=False), _solving(weight):
             left, right = memory.update(residual, keys)
             module.editable_weights.add(weight, left, right)
             squared = ((left.T @ left) * (right @ right.T)).sum()
@@ -268,32 +273,44 @@ class ClosedFormUpdate(Callback):
         read = [(change, module.edit_keys(batch, change.weight)) for change in changes]
         return [replace(change, past_keys=keys.detach().cpu()) for change, keys in read]
 
+    def _remember(self, record: EditRecord) -> None:
+        """Let later batches respect the keys of this one; memories are built anew if that fails."""
+        if not self.past_keys:
+            return
+        try:
+            for change in record.changes:
+                with _solving(change.weight):
+                    self._memory[change.weight].remember(_past_batch(change).respected)
+        except BaseException:
+            self._memory = {}
+            raise
+
     def _commit(self, module: EditableModule, record: EditRecord) -> None:
-        """Remember the batch: from now on its keys are respected."""
+        """Note that the batch is there to stay."""
         self.committed += 1
         self._request_ids.append(list(record.request_ids))
         cast(Any, module).edit_batches_held = self.committed
-        if not self.past_keys:
-            return
-        for change in record.changes:
-            respected = change.keys if change.past_keys is None else change.past_keys
-            past = PastBatch(change.keys, respected)
-            self._past.setdefault(change.weight, []).append(past)
-            self._memory[change.weight].remember(past.respected)
+        if self.past_keys:
+            for change in record.changes:
+                self._past.setdefault(change.weight, []).append(_past_batch(change))
 
     def _memory_of(self, module: EditableModule, weight: WeightId) -> KeyMemory:
         """Return the weight's memory, built on first use and after a restart."""
         if weight not in self._memory:
-            memory = KeyMemory(self.solver.whitening(module.key_covariance(weight)))
-            self._note_null_space(weight, memory.whitening)
-            for past in self._past.get(weight, []):
-                memory.observe(past.solved)
-                memory.remember(past.respected)
+            with _solving(weight):
+                memory = KeyMemory(self.solver.whitening(module.key_covariance(weight)))
+                self._note(weight, memory.whitening)
+                for past in self._past.get(weight, []):
+                    memory.observe(past.solved)
+                    memory.remember(past.respected)
             self._memory[weight] = memory
         return self._memory[weight]
 
-    def _note_null_space(self, weight: WeightId, whitening: Whitening) -> None:
-        """Keep for the report, and warn of, what a null space leaves to write in."""
+    def _note(self, weight: WeightId, whitening: Whitening) -> None:
+        """Keep for the report what the covariance knows nothing of, or leaves to write in."""
+        unused = unused_note(whitening)
+        if unused is not None:
+            self.notes = list(dict.fromkeys([*self.notes, f"{weight}: {unused}"]))
         dimensions = kept_dimensions(whitening)
         if dimensions is None:
             return
@@ -428,14 +445,56 @@ def _norms(changes: Sequence[WeightChange]) -> dict[str, float]:
     }
 
 
-def _require_finite(
-    module: EditableModule, batch: Any, weight: WeightId, **columns: Tensor
+def _past_batch(change: WeightChange) -> PastBatch:
+    """Return what is kept of a batch's keys at a weight."""
+    respected = change.keys if change.past_keys is None else change.past_keys
+    return PastBatch(change.keys, respected)
+
+
+@contextmanager
+def _solving(weight: WeightId) -> Iterator[None]:
+    """Name the weight in what its covariance or its system is refused with."""
+    try:
+        yield
+    except SingularCovarianceError as error:
+        raise SingularCovarianceError(f"{weight}: {error}") from error
+    except torch.linalg.LinAlgError as error:
+        raise UnsolvableError(
+            f"the update of {weight} cannot be solved: {str(error).splitlines()[0]}\n"
+            "  hint:  raise update.covariance_weight (null space: update.ridge), or collect the "
+            "covariance from more tokens; the weights are as they were before this batch"
+        ) from error
+
+
+def _require_finite_keys(
+    module: EditableModule, batch: Any, weight: WeightId, keys: Tensor
 ) -> None:
-    for what, values in columns.items():
-        bad = (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
-        if bad:
-            raise NonFiniteError(
-                f"{what} of {weight} not finite for {edit_name(module, batch, bad[0])}"
-                + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
-                + "; the weights are as they were before this batch"
-            )
+    bad = not_finite(keys)
+    if bad:
+        bad = culprits(module, batch, bad, lambda part: module.edit_keys(part, weight))
+        raise _not_finite_error(module, batch, f"keys of {weight}", bad)
+
+
+def _require_finite_residual(
+    module: EditableModule,
+    batch: Any,
+    weight: WeightId,
+    residual: Tensor,
+    target: Tensor,
+    layer: int,
+) -> None:
+    bad = not_finite(residual)
+    if bad:
+        bad = not_finite(target) or culprits(
+            module, batch, bad, lambda part: module.edit_outputs(part, layer)
+        )
+        raise _not_finite_error(module, batch, f"residual of {weight}", bad)
+
+
+def _not_finite_error(
+    module: EditableModule, batch: Any, what: str, columns: Sequence[int]
+) -> NonFiniteError:
+    names = edit_names(module, batch, columns)
+    return NonFiniteError(
+        f"{what} not finite for {names}; the weights are as they were before this batch"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_command(args[0], args[1:])
     except Stopped as stopped:
-        sys.stderr.write(f"{stopped}\n")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one says so
+            sys.stderr.write(f"{stopped}\n")
         return stopped.exit_code
 
 

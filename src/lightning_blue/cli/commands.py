@@ -14,7 +14,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
-from blue_callbacks import ClosedFormUpdate, EditGuard, NonFiniteError, SingularCovarianceError
+from blue_callbacks import (
+    ClosedFormUpdate,
+    EditGuard,
+    NonFiniteError,
+    SingularCovarianceError,
+    UnsolvableError,
+)
 from lightning_blue.cli.parser import EditCLI, RunFileCLI
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
@@ -23,13 +29,15 @@ from lightning_blue.reporting.record import read_status
 from lightning_blue.reporting.tables import score_table
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.leftovers import sweep
+from lightning_blue.support.processes import speaks
 from lightning_blue.support.space import check_writable
+from lightning_blue.support.watch import ProcessLost
 
 
 def run_command(command: str, args: Sequence[str]) -> int:
     """Run a command; return 0, 1 if editing had to stop, or 2 for input that cannot be used.
 
-    Of several processes only rank 0 reports: the others fail as it does, and return 0.
+    Of several processes one reports: the first that is still there.
     """
     _quiet()
     try:
@@ -40,8 +48,10 @@ def run_command(command: str, args: Sequence[str]) -> int:
         return _complain(f"{' '.join(str(error).split())}\n  where: trainer", 2)
     except SingularCovarianceError as error:
         return _complain(str(error), 2)
-    except NonFiniteError as error:
+    except (NonFiniteError, UnsolvableError) as error:
         return _complain(str(error), 1)
+    except ProcessLost as error:
+        return _complain(str(error), error.exit_code)
     return 0
 
 
@@ -134,18 +144,22 @@ def _quiet() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
         ".*your dataloader is not resumable.*",
+        ".*sync_dist=True.*",  # all processes log the same
     ):
         warnings.filterwarnings("ignore", pattern)
     own = logging.getLogger("lightning_blue")
     if not own.handlers:
         own.addHandler(_Stderr())
     own.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.ERROR)  # type: ignore[attr-defined]
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in (
+        "pytorch.utilities.rank_zero",
+        "fabric.utilities.seed",
+        "fabric.utilities.distributed",
+    ):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
 
 
 def _complain(message: str, code: int) -> int:
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-        return 0
-    sys.stderr.write(f"error: {message}\n")
+    if speaks():
+        sys.stderr.write(f"error: {message}\n")
     return code

@@ -147,7 +147,8 @@ class EditCLI(RunFileCLI):
             callbacks.append(EditProgressBar())
         kwargs["callbacks"] = callbacks
         strategy = self._get(self.config, "trainer.strategy")
-        if strategy == "ddp" or (strategy == "auto" and self._several()):
+        several = self._several()
+        if strategy == "ddp" or (strategy == "auto" and several):
             kwargs["strategy"] = EditStrategy()
         return super().instantiate_trainer(**kwargs)
 
@@ -202,13 +203,37 @@ class EditCLI(RunFileCLI):
 
     def _several(self) -> bool:
         """Return whether the trainer is to start more than one process."""
-        devices = self._get(self.config, "trainer.devices")
-        if str(devices) in ("auto", "-1"):
-            devices = torch.cuda.device_count()
-        if isinstance(devices, str) and "," in devices:
-            devices = [part for part in devices.split(",") if part.strip()]
-        count = len(devices) if isinstance(devices, list) else int(devices)
-        return count > 1 or self._get(self.config, "trainer.num_nodes") > 1
+        asked = [self._get(self.config, f"trainer.{key}") for key in ("devices", "accelerator")]
+        return process_count(*asked) > 1 or self._get(self.config, "trainer.num_nodes") > 1
+
+
+def process_count(devices: int | str | list[int], accelerator: str) -> int:
+    """Return how many processes a Trainer starts on a machine: one for each device.
+
+    Args:
+        devices: a number of devices, their indices (``0,1`` or a list), ``auto`` or -1.
+        accelerator: as the Trainer's.
+
+    Raises:
+        InputError: for anything but a number where there are only processors.
+    """
+    available = torch.cuda.device_count()
+    others = available or torch.backends.mps.is_available()
+    if accelerator == "cpu" or (accelerator == "auto" and not others):
+        if str(devices) == "auto":
+            return 1
+        if str(devices).isdecimal() and int(str(devices)) > 0:
+            return int(str(devices))
+        raise InputError(
+            f"{devices!r} is not a number of processes, and processors have no indices",
+            where="trainer.devices",
+            hint="for two processes give --trainer.devices=2",
+        )
+    if str(devices) in ("auto", "-1"):
+        return available
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def run_settings(config: Any) -> dict[str, Any]:

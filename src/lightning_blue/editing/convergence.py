@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blue_callbacks.closed_form import price_unused
+
 
 class Change(NamedTuple):
     """By what fraction the update moved when the tokens grew to ``tokens`` from about half."""
@@ -33,7 +35,9 @@ def solved_keys(covariance: Tensor, keys: Tensor, weight: float) -> Tensor:
         ``(d_in, n)`` in float64; not a number where so few tokens leave C singular.
     """
     keys = keys.double()
-    factor, failed = torch.linalg.cholesky_ex(weight * covariance.double())
+    priced = weight * covariance.double()
+    price_unused(priced)
+    factor, failed = torch.linalg.cholesky_ex(priced)
     if failed:
         return torch.full_like(keys, torch.nan)
     whitened = torch.cholesky_solve(keys, factor)

@@ -29,7 +29,7 @@ from lightning_blue.data.corpus import corpus_fingerprint, corpus_texts
 from lightning_blue.editing.convergence import Change, UpdateChange
 from lightning_blue.language_model.architectures import weight_view
 from lightning_blue.language_model.batching import context_length, inference
-from lightning_blue.language_model.states import read_states
+from lightning_blue.language_model.states import is_finite, read_states
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import progress_bar
@@ -199,11 +199,14 @@ class CovarianceFile:
         """Return those of the layers that the file holds; nothing if there is no file.
 
         Raises:
-            InputError: if the file was computed from something else, or is no such file.
+            InputError: if the file was computed from something else, is no such file, or holds NaN
+                or infinity.
         """
         with self._opened() as file:
             names = set(file.keys()) if file else set()
-            return {n: file.get_tensor(f"layer{n}") for n in layers if f"layer{n}" in names}
+            kept = {n: file.get_tensor(f"layer{n}") for n in layers if f"layer{n}" in names}
+            _require_finite(kept, str(self.path), "delete the file; it will be computed again")
+            return kept
 
     def holds(self, layers: Sequence[int]) -> bool:
         """Return whether the file is there and holds all of the layers.
@@ -371,6 +374,7 @@ def _collect(
             where=source.corpus,
             hint="give a longer text, or lower --covariance.tokens_per_dim",
         )
+    _require_finite(new, source.corpus, "the keys overflow: try --model.dtype=bfloat16 or float32")
     if change is None:
         return new, {}
     known = {layer: changes for layer, changes in change.changes.items() if changes}
@@ -378,6 +382,13 @@ def _collect(
         moved = ", ".join(f"{fraction:.1%} up to {tokens:,}" for tokens, fraction in changes)
         log.info("layer %d: as the tokens doubled, the update moved by %s", layer, moved)
     return new, known
+
+
+def _require_finite(covariances: Mapping[int, Tensor], where: str, hint: str) -> None:
+    bad = [str(layer) for layer, covariance in covariances.items() if not is_finite(covariance)]
+    if bad:
+        what = f"NaN or infinity in the covariance of layer {', '.join(bad)}"
+        raise InputError(what, where=where, hint=hint)
 
 
 def _probe_keys(

@@ -19,6 +19,7 @@ from blue_callbacks import (
     WeightId,
     apply_edit_batch,
 )
+from blue_callbacks.protocol import edit_names
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect, model_fingerprint
@@ -174,17 +175,17 @@ class EditModule(LightningModule):
 
         Raises:
             InputError: if the loss is read below the target layer.
-            NonFiniteError: naming the request whose loss was not finite.
+            NonFiniteError: naming the requests whose own loss was not finite.
         """
         self._check_loss_layer(layer)
-        values, losses = self.target_finder.find(
-            self._prompts(batch), self._edits_by_target(batch), layer
-        )
+        prompts = self._prompts(batch)
+        values, losses = self.target_finder.find(prompts, self._edits_by_target(batch), layer)
         bad = losses_not_finite(losses)
         if bad:
+            alone = [i for i in bad if self._fails_alone(prompts[i], layer)]
             raise NonFiniteError(
-                f"the loss of {self.edit_name(batch, bad[0])} at layer {layer} is not finite; "
-                "the weights are as they were before this batch"
+                f"the loss of {edit_names(self, batch, alone or bad)} at layer {layer} is not "
+                "finite; the weights are as they were before this batch"
             )
         self.target_losses[layer] = losses.to(self.device)
         self.target_values[layer] = values.to(self.device)
@@ -193,6 +194,10 @@ class EditModule(LightningModule):
     def request_ids(self, batch: Sequence[EditRequest]) -> list[str]:
         """Return the id of each request of a batch."""
         return [request.case_id for request in batch]
+
+    def single_edit(self, batch: Sequence[EditRequest], column: int) -> list[EditRequest]:
+        """Return a batch of one edit."""
+        return [batch[column]]
 
     def edit_name(self, batch: Sequence[EditRequest], column: int) -> str:
         """Name an edit of the batch in a message."""
@@ -285,6 +290,10 @@ class EditModule(LightningModule):
         if self._tokenised is None or self._tokenised[0] is not batch:
             self._tokenised = batch, edit_prompts(self.tokenizer, batch, self.templates)
         return self._tokenised[1]
+
+    def _fails_alone(self, prompts: EditPrompts, layer: int) -> bool:
+        """Say whether an edit's loss is not finite when no other is computed with it."""
+        return bool(losses_not_finite(self.target_finder.find([prompts], [[0]], layer).losses))
 
     def _edits_by_target(self, batch: Sequence[EditRequest]) -> list[list[int]]:
         """Group the edits that have one target; name edits that ought to have one together."""

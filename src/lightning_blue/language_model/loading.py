@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_blue.language_model.states import is_finite
 from lightning_blue.support.errors import InputError
 
 PACKAGED = {"almanac": resources.files("lightning_blue") / "assets" / "almanac" / "model"}
@@ -32,7 +33,8 @@ def load_language_model(
         revision: branch, tag or commit on the hub.
 
     Raises:
-        InputError: if there is no such model, or it is not a decoder-only language model.
+        InputError: if there is no such model, it is not a decoder-only language model, or a weight
+            is NaN or infinite; that is looked for in one pass over the weights.
     """
     if dtype not in DTYPES:
         raise InputError(
@@ -58,6 +60,7 @@ def load_language_model(
             f"{config.model_type} is an encoder-decoder; editing needs a decoder-only model",
             where=f"model.name_or_path = {name_or_path}",
         )
+    _require_finite(model, name_or_path)
     model.requires_grad_(False).eval()
     return cast(PreTrainedModel, model), tokenizer
 
@@ -66,6 +69,18 @@ def loaded_name(model: PreTrainedModel) -> str:
     """Return the name by which `load_language_model` finds a model that it has loaded."""
     source = str(model.config.name_or_path)
     return next((name for name, path in PACKAGED.items() if str(path) == source), source)
+
+
+def _require_finite(model: PreTrainedModel, name_or_path: str) -> None:
+    """Refuse a model with NaN or infinity in its weights, before any work is spent on it."""
+    bad = [name for name, weight in model.named_parameters() if not is_finite(weight)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise InputError(
+            f"NaN or infinity in the weights {', '.join(bad[:3])}{more}",
+            where=f"model.name_or_path = {name_or_path}",
+            hint="the file may be damaged; float16 holds nothing above 65504, bfloat16 does",
+        )
 
 
 def _hint(name_or_path: str) -> str:

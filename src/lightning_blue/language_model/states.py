@@ -25,6 +25,17 @@ def precise(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
+def is_finite(values: Tensor) -> bool:
+    """Say whether no value is NaN or infinite, in one pass and without a copy.
+
+    >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, float("nan")]))
+    (True, False)
+    """
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in values.aminmax())
+
+
 def read_states(
     model: PreTrainedModel,
     arguments: Mapping[str, Tensor],

@@ -94,6 +94,10 @@ class BatchCheckpoints(Callback):
         self.folder: Path | None = None
         self._newest = 0
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Take the folder from the first process, which has claimed it."""
+        self.folder = trainer.strategy.broadcast(self.folder)
+
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Save the batches before this one."""
         self._save(trainer)
