@@ -10,8 +10,8 @@ import pytest
 
 from lightning_blue.data import FORMATS, parse_record, read_requests
 from lightning_blue.data.formats import template
-from lightning_blue.data.prompts import find_subject
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
+from lightning_blue.data.subjects import find_subject
 
 FACT: dict[str, Any] = {"subject": "Lyon", "prompt": "{} is in", "target_new": "Italy"}
 ROME: dict[str, Any] = {

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lightning_blue.data.prompts import SLOT, find_subject, spelling_hint
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
+from lightning_blue.data.subjects import SLOT, find_subject, spelling_hint
 from lightning_blue.support.errors import InputError
 
 
