@@ -178,7 +178,7 @@ def test_other_requests_and_batches_are_refused(module, facts, tmp_path):  # noq
         run(unedited, facts, tmp_path, resume=True, data=data_of(facts, 3))
     lines = facts.read_text().splitlines()
     facts.write_text("\n".join(reversed(lines)))
-    with pytest.raises(InputError, match="other requests, or the same in another order"):
+    with pytest.raises(InputError, match="other requests or control facts, or in another order"):
         run(copy.deepcopy(unedited), facts, tmp_path, resume=True)
 
 

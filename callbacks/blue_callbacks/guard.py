@@ -185,10 +185,14 @@ class EditGuard(Callback):
                 readings[name] = float(weight.norm()) / before[name]
             if (name := f"{change.weight}/change_ratio") in before:
                 readings[name] = change_norm(change, weight) / before[name]
-        if (name := "loss_increase") in before:
-            readings[name] = _asked(module, "ordinary_loss") - before[name]
-        if (name := "retained_drop") in before:
-            readings[name] = before[name] - _asked(module, "retained_knowledge")
+        for name, method, sign in (
+            ("loss_increase", "ordinary_loss", 1),
+            ("retained_drop", "retained_knowledge", -1),
+        ):
+            # a resumed run may have lost the text or the facts that it was started with
+            now = _asked(module, method) if name in before else None
+            if now is not None:
+                readings[name] = sign * (now - before[name])
         return readings
 
 

@@ -76,7 +76,7 @@ def fit(args: Sequence[str]) -> None:
 
 def evaluate(args: Sequence[str]) -> None:
     """Measure a model, edited or not, against a data file without editing it."""
-    cli = EditCLI(args)
+    cli = EditCLI(args, "evaluate")
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     if cli.trainer.is_global_zero:
         _say(cli.trainer, [])
@@ -84,7 +84,7 @@ def evaluate(args: Sequence[str]) -> None:
 
 def stats(args: Sequence[str]) -> None:
     """Collect the covariance of the layers that the update would write."""
-    cli = EditCLI(args, recorded=False)
+    cli = EditCLI(args, "stats")
     update = _only(cli.trainer, ClosedFormUpdate)
     module = cli.model.to(cli.trainer.strategy.root_device)
     weights = update.written_weights(module)

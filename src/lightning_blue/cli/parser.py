@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, Trainer
@@ -22,9 +21,9 @@ from lightning_blue.editing import edit_module
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.guarded import guarded
 from lightning_blue.reporting.progress import EditProgressBar
-from lightning_blue.reporting.record import folders_of, read_status
+from lightning_blue.reporting.record import read_status, run_to_resume
 from lightning_blue.reporting.wandb_logger import require_key
-from lightning_blue.runs.journal import RECORDS, EditJournal
+from lightning_blue.runs.journal import EditJournal
 from lightning_blue.support.checkpoints import (
     FOLDER,
     BatchCheckpoints,
@@ -92,11 +91,13 @@ class EditCLI(RunFileCLI):
 
     Args:
         args: of the command line.
-        recorded: whether the command leaves a run folder.
+        command: that is configured; ``stats`` leaves no run folder.
     """
 
-    def __init__(self, args: Sequence[str], *, recorded: bool = True) -> None:
-        self.recorded = recorded
+    def __init__(
+        self, args: Sequence[str], command: Literal["fit", "evaluate", "stats"] = "fit"
+    ) -> None:
+        self.command, self.recorded = command, command != "stats"
         self.resume_from: Path | None = None
         super().__init__(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
 
@@ -135,7 +136,8 @@ class EditCLI(RunFileCLI):
         callbacks = self._listed("trainer.callbacks")
         if self.recorded:
             kwargs["logger"] = self._loggers()
-            callbacks[:0] = [self._checkpoints(), EditJournal(self.record.folder)]
+            again = self.record.resumed and self.resume_from is None
+            callbacks[:0] = [self._checkpoints(), EditJournal(self.record.folder, again)]
             kwargs["plugins"] = [*self._listed("trainer.plugins"), WholeCheckpointIO()]
         else:
             kwargs["logger"] = False
@@ -176,14 +178,17 @@ class EditCLI(RunFileCLI):
         record = self.record
         if asked is None:
             return
+        if self.command != "fit":
+            raise InputError(
+                f"{self.command} goes on with no run",
+                where=f"ckpt_path = {asked}",
+                hint="leave it out; evaluate measures the model that model.name_or_path names",
+            )
         if asked == "last":
-            runs = folders_of(Path(record.root), record.name)
-            if runs:
-                record.resume(runs[-1])
-                saved = checkpoints(runs[-1] / FOLDER)
-                self.resume_from = saved[-1] if saved else None
-                if not saved:  # the batches that are recorded will be applied again
-                    shutil.rmtree(runs[-1] / RECORDS, ignore_errors=True)
+            run = run_to_resume(Path(record.root), record.name)
+            if run is not None:
+                record.resume(run)
+                self.resume_from = next(iter(checkpoints(run / FOLDER)[-1:]), None)
             return
         path = Path(asked)
         if not path.is_file():

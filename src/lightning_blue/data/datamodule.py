@@ -174,16 +174,17 @@ class EditDataModule(LightningDataModule):
             )
         if state_dict["requests"] != self._fingerprint():
             raise InputError(
-                "the run was started with other requests, or the same in another order",
+                "the run was started with other requests or control facts, or in another order",
                 where=f"data.path = {self.path}",
                 hint="bring the file and the options under data back to what they were",
             )
 
     def _fingerprint(self) -> str:
-        """Hash the requests in their order; where they were read does not matter."""
+        """Hash the requests in their order, and the control facts; not where they were read."""
         digest = hashlib.sha256()
         for request in self.requests:
             digest.update(repr(replace(request, source="")).encode())
+        digest.update(repr(self.controls).encode())
         return digest.hexdigest()[:16]
 
     def val_dataloader(self) -> DataLoader[list[EditRequest]]:

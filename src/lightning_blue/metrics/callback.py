@@ -76,6 +76,8 @@ class MeasureEdits(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Take the requests over, and read the text before any work is spent."""
+        if stage not in ("fit", "test"):
+            return  # what was measured before stays
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.history = RunHistory(
             settings=self.history.settings,
@@ -117,9 +119,10 @@ class MeasureEdits(Callback):
         if self._committed is None:
             return
         first = batch_idx * trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        self.history.batches[batch_idx] = list(range(first, first + len(batch)))
+        number = self._committed.batch  # rejected batches do not count
+        self.history.batches[number] = list(range(first, first + len(batch)))
         for layer, losses in pl_module.target_losses.items():
-            self.history.loss_curves.append(LossCurve(batch_idx, layer, losses.cpu()))
+            self.history.loss_curves.append(LossCurve(number, layer, losses.cpu()))
         metrics = self._evaluate(pl_module, batch).metrics
         self._keep(trainer, "batch", metrics)
         self._log(trainer, _norms(trainer))

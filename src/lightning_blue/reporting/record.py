@@ -71,6 +71,8 @@ class RunRecord(Callback):
         self.resumed = False
         self._folder: Path | None = None
         self._wandb_id: str | None = None
+        self._stage = "fit"  # or test
+        self._begun = False  # whether this process has said that the run is running
         self._started = time.perf_counter()
 
     @property
@@ -129,8 +131,9 @@ class RunRecord(Callback):
             sweep(Path(self.root), levels=3)  # runs, and the folders of each
             sweep(self.folder, levels=2)
             make_folder(self.folder)
-            write_atomic(self.folder / "config.yaml", self.config)
-            self._write_status("running")
+            self._stage = stage
+            if not self.resumed:
+                self._begin()
             if stage == "fit":
                 check_room(self.folder, estimate(trainer, pl_module, self.export))
         for logger in trainer.loggers:
@@ -142,9 +145,11 @@ class RunRecord(Callback):
         history = self._history(trainer)
         if not trainer.is_global_zero:
             return
+        if self.resumed:  # the checkpoint was accepted: only now is the run's own file replaced
+            self._begin()
         with unless_full("it is written again at the end"):
             files.write_rejected(self.folder / "rejected.jsonl", history)
-        if self.resumed:
+        if history.resumed_after:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):  # starts an empty file; W&B has its curves
                     for applied, values in history.logged:
@@ -180,19 +185,15 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what is there, marked as partial, and end the W&B run as failed."""
-        measuring, reason = self._measuring(trainer), first_line(exception)
-        history = measuring.history
-        if history.applied and not isinstance(exception, InputError):
-            history.ended_early = history.ended_early or reason
-            # a signal leaves little time: what was measured so far has to do
-            failed_batch = isinstance(exception, NonFiniteError)
-            if failed_batch:
-                measuring.measure_end(trainer, pl_module)
-            self._write_partial(trainer, pl_module, self.export and failed_batch)
-        if self._folder is not None and trainer.is_global_zero:
-            with unless_full("nothing says that the run has failed"):
-                self._write_status("failed", reason)
-        wandb_run.finish(trainer.loggers, failed=True)
+        reason = first_line(exception)
+        try:
+            if trainer.is_global_zero and not isinstance(exception, InputError):
+                self._write_partial(trainer, pl_module, exception, reason)
+        finally:
+            if self._begun and trainer.is_global_zero:
+                with unless_full("nothing says that the run has failed"):
+                    self._write_status("failed", reason)
+            wandb_run.finish(trainer.loggers, failed=True)
 
     def _write(self, trainer: Trainer, module: Any, export: bool) -> None:
         history = self._history(trainer)
@@ -207,12 +208,31 @@ class RunRecord(Callback):
         if failures:
             raise self._not_written(failures)
 
-    def _write_partial(self, trainer: Trainer, module: Any, export: bool) -> None:
-        """Write what was measured of a run that failed; what it failed of is worse than this."""
+    def _write_partial(
+        self, trainer: Trainer, module: Any, exception: BaseException, reason: str
+    ) -> None:
+        """Write what was measured of a run that failed; what it failed of is worse than this.
+
+        A signal leaves little time, and another error nothing to trust: what was measured so far
+        has to do. Where a batch was not finite the model is as before it, measured and saved.
+        """
         try:
-            self._write(trainer, module, export)
-        except InputError as error:
-            rank_zero_warn(str(error))
+            measuring = self._measuring(trainer)
+            if not measuring.history.applied:
+                return
+            measuring.history.ended_early = measuring.history.ended_early or reason
+            failed_batch = isinstance(exception, NonFiniteError)
+            if failed_batch:
+                measuring.measure_end(trainer, module)
+            self._write(trainer, module, self.export and failed_batch)
+        except Exception as error:
+            rank_zero_warn(f"the report of the part that was done is not complete: {error}")
+
+    def _begin(self) -> None:
+        """Write the configuration and that the run is running."""
+        write_atomic(self.folder / "config.yaml", self.config)
+        self._write_status("running")
+        self._begun = True
 
     def _write_outputs(
         self, trainer: Trainer, module: Any, history: RunHistory, export: bool
@@ -264,7 +284,13 @@ class RunRecord(Callback):
         return files.flat(yaml.safe_load(self.config) if self.config else self.settings)
 
     def _write_status(self, status: str, reason: str = "") -> None:
-        content = {"status": status, "reason": reason, "wandb_id": self._wandb_id}
+        content = {
+            "status": status,
+            "reason": reason,
+            "command": self._stage,
+            "name": self.name,
+            "wandb_id": self._wandb_id,
+        }
         write_atomic(self.folder / STATUS, json.dumps(content, indent=2) + "\n")
 
     def _history(self, trainer: Trainer) -> RunHistory:
@@ -311,15 +337,36 @@ def claim_folder(root: Path, name: str) -> Path:
     raise AssertionError("count() has an end")
 
 
-def folders_of(root: Path, name: str) -> list[Path]:
-    """Return the folders of all runs of a name, the newest last."""
-    numbered = [
-        (int(folder.name.removeprefix(f"{name}-")), folder)
-        for folder in root.glob(f"{name}-*")
-        if folder.name.removeprefix(f"{name}-").isdigit()
+def run_to_resume(root: Path, name: str) -> Path | None:
+    """Return the newest run of a name that edits.
+
+    One that failed before its first checkpoint, or was killed before it was begun, counts only
+    where there is no other: it may have been a slip of the command line.
+    """
+    runs = [(folder, read_status(folder)) for folder in _folders_of(root, name)]
+    runs = [
+        (folder, status)
+        for folder, status in runs
+        if status.get("command", "fit") == "fit" and status.get("name", name) == name
     ]
-    first = [root / name] if (root / name).is_dir() else []
-    return [*first, *(folder for _, folder in sorted(numbered))]
+    solid = [
+        (folder, status)
+        for folder, status in runs
+        if status.get("status", "failed") != "failed" or checkpoints(folder / FOLDER)
+    ]
+    candidates = [folder for folder, _ in solid or runs]
+    return candidates[-1] if candidates else None
+
+
+def _folders_of(root: Path, name: str) -> list[Path]:
+    """Return the folders of all runs of a name, the newest last."""
+    first = root / name
+    numbered = [
+        (int(folder.name.removeprefix(f"{first.name}-")), folder)
+        for folder in first.parent.glob(f"{first.name}-*")
+        if folder.name.removeprefix(f"{first.name}-").isdigit()
+    ]
+    return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(numbered))]
 
 
 def read_status(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ they are the edited one.
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -137,10 +138,13 @@ class EditJournal(Callback):
 
     Args:
         run_folder: of the run; the journal is its folder ``records``.
+        again: whether the run starts from its beginning in a folder where it was stopped before
+            its first checkpoint: the records that are there are then removed.
     """
 
-    def __init__(self, run_folder: str | Path) -> None:
+    def __init__(self, run_folder: str | Path, again: bool = False) -> None:
         self.folder = Path(run_folder) / RECORDS
+        self.again = again
         self.header: JournalHeader | None = None  # until the run starts; None: nothing is written
         self._pending: list[EditRecord] = []  # could not be written yet
 
@@ -154,11 +158,14 @@ class EditJournal(Callback):
             return
         update = _update_of(trainer)
         there = self.folder / HEADER
+        if self.again and update.committed == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
         if not there.exists():
             self._start(pl_module, update)
             return
         self.header = JournalHeader.read(there)
-        if update.committed == 0 or self.header.update != _plain(_settings(update)):
+        fresh = update.committed == 0 and trainer.ckpt_path is None
+        if fresh or self.header.update != _plain(_settings(update)):
             raise InputError(
                 "the folder holds the records of another run",
                 where=str(self.folder),

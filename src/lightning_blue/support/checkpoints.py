@@ -98,6 +98,11 @@ class BatchCheckpoints(Callback):
         """Take the folder from the first process, which has claimed it."""
         self.folder = trainer.strategy.broadcast(self.folder)
 
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        """Let a run that ended at a limit go on behind it once the limit is higher."""
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.is_last_batch = progress.current.ready >= trainer.num_training_batches
+
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         """Save the batches before this one."""
         self._save(trainer)
@@ -105,7 +110,8 @@ class BatchCheckpoints(Callback):
     def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
         """Save the last batch, which no other follows."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and progress.is_last_batch:
+        last = progress.is_last_batch or trainer.global_step == trainer.max_steps
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and last:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:

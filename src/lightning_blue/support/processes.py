@@ -117,6 +117,7 @@ class EditStrategy(DDPStrategy):
             result = work()
             self._watch.leave()
         except BaseException as error:
+            share_work(False)  # from here on each process works for itself, if at all
             reason = self._watch.fail(error)
             _speaks.set(self._watch.speaks)
             if reason is error:
