@@ -141,7 +141,7 @@ class Watch:
 
     def _reason(self) -> Loss | None:
         """Return the loss of another process, if there is one; wait until it is noticed."""
-        deadline = time.monotonic() + (PATIENCE + 1) * INTERVAL
+        deadline = time.monotonic() + (PATIENCE + 2) * INTERVAL
         while self.lost is None and time.monotonic() < deadline:
             time.sleep(INTERVAL / 10)
         return self.lost
@@ -180,6 +180,7 @@ class Watch:
                 self._interrupt()
 
     def _find_loss(self) -> Loss | None:
+        """Look once, and return the first process that is lost, if one is."""
         silent: dict[int, str] = {}
         told: Loss | None = None
         gone = self._gone()
@@ -188,6 +189,8 @@ class Watch:
                 silent, told = self._exchange()
             except RuntimeError:
                 silent = {0: "it cannot be reached"} if self.rank else {}
+                time.sleep(INTERVAL)  # until a process that is ending has ended
+                gone = self._gone()
         gone = silent | gone
         return told or (Loss(*min(gone.items())) if gone else None)
 
