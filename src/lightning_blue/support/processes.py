@@ -78,6 +78,11 @@ class EditStrategy(DDPStrategy):
         self._meet()
         super().barrier(*args, **kwargs)
 
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Wait for all processes as `barrier` does, then hand the object of one to all."""
+        self._meet()
+        return super().broadcast(obj, src)
+
     def on_train_start(self) -> None:
         """Take SIGTERM back: Lightning's handler waits for the others, which may wait for us."""
         if self._sigterm is not None:
