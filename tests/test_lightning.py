@@ -370,3 +370,31 @@ def test_numbers_that_are_not_finite_end_a_run_with_a_report_and_the_model(run, 
     assert "not finite" in summary["edits/ended_early"]
     assert (tmp_path / "partial" / "model" / "model.safetensors").exists()
     assert "**Partial:**" in (tmp_path / "partial" / "report.md").read_text()
+
+
+def test_evaluate_goes_on_with_no_run(run, small_run, capsys):  # noqa: F811
+    base = f"--config={ROOT / 'conf' / 'llama3_memit_blue.yaml'}"
+    assert main(["evaluate", base, *flags(small_run, "llama3"), "--ckpt_path=last"]) == 2
+    assert "evaluate goes on with no run" in capsys.readouterr().err
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_records(run, tmp_path):
+    own = ("--run.checkpoint_every=0", "--data.batch_size=1")
+    assert run("kept", *own)[0] == 0
+    records = sorted((tmp_path / "kept" / "records").iterdir())
+    assert len(records) == 3
+    assert run("kept", *own, "--ckpt_path=last")[0] == 0
+    assert sorted((tmp_path / "kept" / "records").iterdir()) == records
+
+
+def test_a_refused_resume_leaves_the_configuration_alone(run, tmp_path):
+    """Stopped after one of two batches, then asked to go on with another plan."""
+    flags = ("--data.batch_size=1", "--trainer.max_steps=1")
+    assert run("kept", *flags)[0] == 0
+    before = (tmp_path / "kept" / "config.yaml").read_text()
+    code, _, err = run("kept", "--data.batch_size=1", "--ckpt_path=last", "--update.plan=even")
+    assert code == 2
+    assert "started with plan boundary, not even" in err
+    assert (tmp_path / "kept" / "config.yaml").read_text() == before
+    assert json.loads((tmp_path / "kept" / "run.json").read_text())["status"] == "ended early"
+    assert run("kept", "--data.batch_size=1", "--ckpt_path=last")[1]["edits/applied"] == 2

@@ -59,13 +59,18 @@ def run(
     *callbacks: Any,
     resume: bool = False,
     data: EditDataModule | None = None,
+    flags: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Trainer:
     """Edit in batches of two with a checkpoint after each, from the newest one if asked."""
     checkpointing = BatchCheckpoints()
     checkpointing.folder = folder
     trainer = trainer_of(
-        checkpointing, *callbacks, update=update(**settings), plugins=[WholeCheckpointIO()]
+        checkpointing,
+        *callbacks,
+        update=update(**settings),
+        plugins=[WholeCheckpointIO()],
+        **(flags or {}),
     )
     path = checkpoints(folder)[-1] if resume else None
     trainer.fit(module, datamodule=data or data_of(facts), ckpt_path=path, weights_only=True)
@@ -131,6 +136,17 @@ def test_the_newest_two_checkpoints_are_kept_and_hold_no_model(module, facts, tm
     (past,) = {len(p) for p in saved["callbacks"]["ClosedFormUpdate"]["past"].values()}
     assert past == 3
     assert not list(tmp_path.glob(".*"))  # nothing half-written is left
+
+
+@pytest.mark.parametrize("limit", ["max_steps", "limit_train_batches"])
+def test_a_run_that_ended_at_a_limit_goes_on_behind_it(module, facts, tmp_path, limit):  # noqa: F811
+    whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
+    run(whole, facts, tmp_path / "whole")
+    part = run(module, facts, tmp_path / "part", flags={limit: 2})
+    assert limit in part.callbacks[1].history.ended_early
+    resumed = run(unedited, facts, tmp_path / "part", resume=True)
+    assert same(weights(unedited), weights(whole))
+    assert resumed.callbacks[1].history.applied == 6
 
 
 def stopped(module: EditModule, facts: Path, folder: Path) -> EditModule:  # noqa: F811
