@@ -372,6 +372,23 @@ def test_numbers_that_are_not_finite_end_a_run_with_a_report_and_the_model(run, 
     assert "**Partial:**" in (tmp_path / "partial" / "report.md").read_text()
 
 
+def test_evaluate_shows_what_it_measured(run, small_run, tmp_path, capsys):  # noqa: F811
+    """The exported model of a run: what the run has measured at its end."""
+    _, summary, _ = run("edited", "--run.export=true")
+    base = f"--config={ROOT / 'conf' / 'llama3_memit_blue.yaml'}"
+    model = f"--model.name_or_path={tmp_path / 'edited' / 'model'}"
+    own = [model, f"--run.root={tmp_path}", "--run.name=measured"]
+    assert main(["evaluate", base, *flags(small_run, "llama3"), *own]) == 0
+    printed = capsys.readouterr().out
+    assert "| efficacy" in printed
+    assert "measured" in printed
+    found = json.loads((tmp_path / "measured" / "summary.json").read_text())
+    for name in ("efficacy", "specificity", "efficacy_top1"):
+        assert found[f"test/{name}"] == summary[f"post/{name}"]
+    assert found["edits/applied"] == 0
+    assert "without editing" in (tmp_path / "measured" / "report.md").read_text()
+
+
 def test_evaluate_goes_on_with_no_run(run, small_run, capsys):  # noqa: F811
     base = f"--config={ROOT / 'conf' / 'llama3_memit_blue.yaml'}"
     assert main(["evaluate", base, *flags(small_run, "llama3"), "--ckpt_path=last"]) == 2

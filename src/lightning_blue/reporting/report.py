@@ -71,11 +71,17 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
         "How the numbers are defined": definitions(measured(history), history.protocol),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
-    return "\n\n".join(["# Editing run", _sentence(history), *body]) + "\n"
+    title = "# Measurement" if history.of("test") else "# Editing run"
+    return "\n\n".join([title, _sentence(history), *body]) + "\n"
 
 
 def _sentence(history: RunHistory) -> str:
     settings = history.settings
+    if history.of("test"):
+        model, data = (inline(str(settings.get(key, f"the {key}"))) for key in ("model", "data"))
+        return (
+            f"{len(history.requests):,} facts of {data} were measured in {model}, without editing."
+        )
     text = f"{history.applied:,} of {len(history.requests):,} requested facts"
     if "data" in settings:
         text += f" of {inline(str(settings['data']))}"

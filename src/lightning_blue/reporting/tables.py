@@ -13,7 +13,7 @@ from lightning_blue.metrics.table import MetricSpec
 from lightning_blue.reporting.views import metrics_at
 
 WIDTH = 80  # characters of a line in a terminal
-STAGES = {"pre": "unedited", "post": "edited"}
+STAGES = {"pre": "unedited", "post": "edited", "test": "measured"}
 NOT_FINITE = "not finite"
 
 
