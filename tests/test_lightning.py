@@ -13,6 +13,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
+from torch import distributed
 
 from blue_callbacks import ClosedFormUpdate, WeightId
 from conftest import ROOT, LanguageModel
@@ -324,8 +325,20 @@ def test_two_seeds_differ_and_the_same_seed_gives_the_same_figures(run, tmp_path
     assert first[1] != other[1]
 
 
+@pytest.fixture
+def own_process_group(monkeypatch):
+    """Take back what Lightning leaves in this process: addresses for children, and a group."""
+    with monkeypatch.context() as patch:
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            patch.setenv(name, "")
+            patch.delenv(name)
+        yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "auto"])
-def test_ddp_on_one_device_edits(run, strategy):
+def test_ddp_on_one_device_edits(run, own_process_group, strategy):
     code, summary, err = run("one", f"--trainer.strategy={strategy}", "--trainer.devices=1")
     assert code == 0, err
     assert summary["edits/applied"] == 2
