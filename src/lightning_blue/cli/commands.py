@@ -143,7 +143,6 @@ def _quiet() -> None:
         ".*module\\(s\\) in eval mode.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
-        ".*your dataloader is not resumable.*",
         ".*sync_dist=True.*",  # all processes log the same
     ):
         warnings.filterwarnings("ignore", pattern)
