@@ -1,25 +1,19 @@
-"""Every architecture with a row: random models of three layers, edited and read in part."""
+"""Random models of many architectures, edited and run in parts."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from blue_callbacks import ClosedFormUpdate, WeightId
 from blue_callbacks.closed_form import KeyMemory
-from conftest import byte_level_tokenizer
 from helpers import fit
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.fast.frozen import ALL_SHORTCUTS, NO_SHORTCUTS, Shortcuts, freeze
@@ -31,15 +25,17 @@ from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.editing.prompts import EditPrompts, context_templates, edit_prompts
 from lightning_blue.language_model.architectures import (
-    ARCHITECTURES,
     Architecture,
     blocks,
+    down_projection,
     feed_forward,
     find_architecture,
     site_modules,
+    weight_view,
 )
 from lightning_blue.language_model.scoring import score_targets
 from lightning_blue.support.errors import InputError
+from random_models import random_model, tokenizer
 from test_targets import PREFIXES
 
 REQUESTS = [  # said at the subject itself: random attention carries little from there
@@ -47,42 +43,30 @@ REQUESTS = [  # said at the subject itself: random attention carries little from
     EditRequest("b", "A twin city of {}", "Lyon", "Beirut"),
     EditRequest("c", "In 1998 the committee praised {}", "Apple A5", "Rome"),
 ]
-TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 479}
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.2,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
-GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 64, "n_positions": 64}
-GEMMA = {
-    **GROUPED,
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 8,
-    "sliding_window": 4,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
-
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("gpt2", {**GPT, "initializer_range": 0.2}),
-    "gptj": ("gptj", {**GPT, "rotary_dim": 4, "initializer_range": 0.2}),
-    "gpt_neox": ("gpt_neox", SIZES),
-    "opt": ("opt", {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}),
-    "llama": ("llama", GROUPED),
-    "llama, tied head": ("llama", {**GROUPED, "tie_word_embeddings": True}),
-    "mistral": ("mistral", {**GROUPED, "sliding_window": None}),
-    "mistral, short window": ("mistral", {**GROUPED, "sliding_window": 4}),
-    "qwen2": ("qwen2", GROUPED),
-    "qwen3": ("qwen3", GROUPED),
-    "phi": ("phi", SIZES),
-    "phi3": ("phi3", GROUPED),
-    "gemma2": ("gemma2", GEMMA),
-    "gemma3_text": ("gemma3_text", GEMMA),
-}
+PARTS = [  # those that differ in what running only parts of them meets
+    "gpt2",
+    "gptj",
+    "gpt_neox",
+    "opt",
+    "opt, norms behind",
+    "bloom",
+    "falcon",
+    "mpt",
+    "llama",
+    "llama, tied head",
+    "mistral",
+    "mistral, short window",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "cohere",
+    "granite",
+    "gemma3 that sees",
+    "qwen2_5_vl_text",
+]
 
 
 class Case(NamedTuple):
@@ -94,7 +78,13 @@ class Case(NamedTuple):
 
     @property
     def site(self) -> str:
-        return "ffn" if self.row.norm_after_ffn else "block"
+        bent = ("gemma2", "gemma3", "gemma3_text")
+        behind = not getattr(self.model.config, "do_layer_norm_before", True)
+        return "ffn" if behind or self.model.config.model_type in bent else "block"
+
+    @property
+    def d_in(self) -> int:
+        return weight_view(down_projection(self.layers[0], self.row)).shape[1]
 
     @property
     def layers(self) -> list[torch.nn.Module]:
@@ -107,31 +97,15 @@ class Case(NamedTuple):
         target = TargetOptimization(**{**search, **settings.pop("target", {})})
         settings = {"contexts": PREFIXES, **settings}
         module = EditModule(model, self.tokenizer, target=target, **settings)
-        module._covariances = {n: torch.eye(64) * 0.01 for n in range(3)}
+        module._covariances = {n: torch.eye(self.d_in) * 0.01 for n in range(3)}
         return module
 
 
-@cache
-def tokenizer(bos: bool) -> PreTrainedTokenizerBase:
-    return byte_level_tokenizer(bos=bos)
-
-
-def random_model(model_type: str, settings: dict[str, Any]) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, vocab_size=480, **TOKENS, **settings)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-@pytest.fixture(scope="module", params=SETTINGS)
+@pytest.fixture(scope="module", params=PARTS)
 def case(request: pytest.FixtureRequest) -> Case:
-    model_type, settings = SETTINGS[request.param]
-    model = random_model(model_type, settings)
-    bos = model_type not in ("gpt2", "gptj", "phi")
+    model = random_model(request.param)
+    bos = model.config.model_type not in ("gpt2", "gptj", "phi")
     return Case(model, tokenizer(bos), find_architecture(model))
-
-
-def test_every_row_has_a_case():
-    assert {model_type for model_type, _ in SETTINGS.values()} == set(ARCHITECTURES)
 
 
 def nll(module: EditModule) -> list[float]:
@@ -161,7 +135,7 @@ def test_an_edit_batch_raises_every_new_object_and_solves_its_normal_equations(c
     assert torch.equal(module.editable_weights.read(WeightId(1)).double(), weights[1])
     for layer, (residual, keys) in zip((0, 2), seen, strict=True):
         delta = module.editable_weights.read(WeightId(layer)).double() - weights[layer]
-        system = 0.1 * 0.01 * torch.eye(64).double() + keys @ keys.T
+        system = 0.1 * 0.01 * torch.eye(case.d_in).double() + keys @ keys.T
         wanted = residual @ keys.T
         assert (delta @ system - wanted).norm() < 1e-3 * wanted.norm()
 
@@ -272,19 +246,11 @@ def test_the_unedited_pass_is_bitwise_as_before(case):
     assert leftovers(module.model) == left
 
 
-def test_a_norm_behind_the_ffn_refuses_the_block_site(case):
-    if case.row.norm_after_ffn:
-        with pytest.raises(InputError, match=r"norm follows(.|\n)*--model.target.site=ffn"):
-            EditModule(case.model, case.tokenizer, target=TargetOptimization(site="block"))
-    else:
-        EditModule(case.model, case.tokenizer, target=TargetOptimization(site="block"), contexts=[])
-
-
 STABLELM = Architecture("model.layers.{}", "mlp.down_proj")
 
 
 def test_modules_named_by_the_user_make_an_unknown_architecture_editable():
-    model = random_model("stablelm", {**SIZES, "num_key_value_heads": 2})
+    model = random_model("stablelm")
     with pytest.raises(InputError, match=r"'stablelm' is not known"):
         find_architecture(model)
     module = Case(model, tokenizer(bos=True), STABLELM).module(architecture=STABLELM)
@@ -318,7 +284,7 @@ class Whole(GPT2Block):
 
 @pytest.fixture
 def foreign() -> PreTrainedModel:
-    return random_model(*SETTINGS["gpt2"])
+    return random_model("gpt2")
 
 
 def fast_predictor(

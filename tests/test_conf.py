@@ -46,7 +46,7 @@ SHARED = {
     "update.ridge": 10,
     "update.rect_keep": None,
     "update.post_edit_transform": None,
-    "model.target.site": "block",
+    "model.target.site": "auto",
     "model.target.early_stop": None,
 }
 METHODS: dict[str, dict[str, Any]] = {

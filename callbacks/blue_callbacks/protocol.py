@@ -22,13 +22,15 @@ class EditableModule(Protocol):
     ``batch`` is whatever the module's own dataloader yields: the edits that are applied together.
     ``n`` is the number of edits in it; columns keep their order in every answer.
 
-    Optional: ``weights_of(layer)`` returns the ids of a layer's
-    edited weights (by default one, without a name); ``prepare(critical, written, weight)`` is
-    called once before the first batch with the critical layers, the written weights' ids and the
-    covariance's weight; ``request_ids(batch)`` and ``edit_name(batch, column)`` name edits in
-    records and in messages; ``ordinary_loss()`` and ``retained_knowledge()`` are what `EditGuard`
-    watches beside the weights; ``single_edit(batch, column)`` returns a batch of one edit, by which
-    that is told from the others whose numbers are not finite.
+    Optional: ``weights_of(layer)`` returns the ids of a layer's edited weights (by default one,
+    without a name); ``prepare(critical, written, weight)`` is called once before the first batch
+    with the critical layers, the written weights' ids and the covariance's weight;
+    ``output_multiple(weight)`` says by how much the outputs at a layer move for a unit of the
+    weight's own output, where that is not 1; ``request_ids(batch)`` and ``edit_name(batch,
+    column)`` name edits in records and in messages; ``ordinary_loss()`` and
+    ``retained_knowledge()`` are what `EditGuard` watches beside the weights; ``single_edit(batch,
+    column)`` returns a batch of one edit, by which that is told from the others whose numbers are
+    not finite.
     """
 
     @property
@@ -57,6 +59,12 @@ def weights_of(module: EditableModule, layer: int) -> Sequence[WeightId]:
     """Return the ids of the weights that are edited at a layer, in the order of writing."""
     method = getattr(module, "weights_of", None)
     return [WeightId(layer)] if method is None else cast(Sequence[WeightId], method(layer))
+
+
+def output_multiple(module: EditableModule, weight: WeightId) -> float:
+    """Return by how much a layer's outputs move for a unit of a weight's own output."""
+    method = getattr(module, "output_multiple", None)
+    return 1.0 if method is None else float(method(weight))
 
 
 def edit_name(module: EditableModule, batch: Any, column: int) -> str:

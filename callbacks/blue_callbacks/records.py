@@ -26,7 +26,8 @@ class WeightChange:
         left: ``(d_out, n)``, the weight's precision, on the CPU.
         right: ``(n, d_in)``, likewise.
         keys: K1 that the update was solved for, ``(d_in, n)``.
-        residual: R that it was solved for, ``share * (target - output)``, ``(d_out, n)``.
+        residual: R that it was solved for, ``share * (target - output)``, divided by the module's
+            ``output_multiple`` where it has one, ``(d_out, n)``.
         past_keys: what later batches respect, ``(d_in, n)``, if it is not ``keys`` (RECT); None
             also where past keys are not respected.
         kept: the entries of the product that a transform has left, as packed bits, uint8

@@ -22,6 +22,7 @@ from blue_callbacks.protocol import (
     edit_hooks,
     edit_names,
     not_finite,
+    output_multiple,
     request_ids,
     weights_of,
 )
@@ -225,7 +226,9 @@ class ClosedFormUpdate(Callback):
     ) -> WeightChange:
         """Solve for one weight and add the update to it."""
         keys = module.edit_keys(batch, weight).detach()
-        residual = update.share * (target - module.edit_outputs(batch, update.target_layer))
+        missing = update.share * (target - module.edit_outputs(batch, update.target_layer))
+        multiple = output_multiple(module, weight)
+        residual = missing if multiple == 1 else missing / multiple
         _require_finite_keys(module, batch, weight, keys)
         _require_finite_residual(module, batch, weight, residual, target, update.target_layer)
         memory = self._memory_of(module, weight)
@@ -245,7 +248,7 @@ class ClosedFormUpdate(Callback):
             past_keys=None,
             kept=None,
             change_norm=float(squared.clamp(min=0).sqrt()),
-            residual_norm=float(residual.norm(dim=0).mean()),
+            residual_norm=float(missing.norm(dim=0).mean()),
         )
 
     def _cut(

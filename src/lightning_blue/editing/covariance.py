@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.data.corpus import corpus_fingerprint, corpus_texts
 from lightning_blue.editing.convergence import Change, UpdateChange
-from lightning_blue.language_model.architectures import weight_view
+from lightning_blue.language_model.architectures import n_layers, weight_view
 from lightning_blue.language_model.batching import context_length, inference
 from lightning_blue.language_model.states import is_finite, read_states
 from lightning_blue.support.errors import InputError
@@ -327,7 +327,7 @@ def load_or_collect(
         _check_room(file.path, missing)
         new, change = _collect(model, tokenizer, missing, source, weight)
         covariances |= new
-        every = range(model.config.num_hidden_layers)
+        every = range(n_layers(model))
         with unless_full("it will be collected again by the next run"):
             file.write({**file.read(every), **new}, {**file.changes(every), **change})
             log.info("covariance of layers %s: %s", list(new), file.path)

@@ -32,6 +32,7 @@ from lightning_blue.editing.prompts import (
     edit_prompts,
     written_contexts,
 )
+from lightning_blue.editing.target_site import PROMPTS
 from lightning_blue.editing.targets import TargetFinder, losses_not_finite
 from lightning_blue.language_model.architectures import (
     Architecture,
@@ -39,11 +40,13 @@ from lightning_blue.language_model.architectures import (
     check_site,
     down_projection,
     find_architecture,
+    hidden_size,
     site_modules,
     weight_view,
 )
 from lightning_blue.language_model.batching import context_length
 from lightning_blue.language_model.loading import load_language_model
+from lightning_blue.language_model.multimodal import LOADER, auto_class
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 
@@ -91,6 +94,7 @@ class EditModule(LightningModule):
         check_site(target.site, self.architecture)
         self.seed = seed
         self.target_finder = TargetFinder(model, self.architecture, target)
+        self.site = self.target_finder.site
         self.blocks = self.target_finder.blocks  # a plain list: already in self.model
         self.editable_weights = EditableWeights(self._weight_view)
         self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
@@ -103,6 +107,7 @@ class EditModule(LightningModule):
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
         self._ordinary_text: str | None = ""  # read at first use
         self._warned_of: set[str] = set()  # subjects that several requests of a batch were about
+        self._written: list[int] = []  # layers that the run writes, as far as is known
 
     # Lightning
 
@@ -126,10 +131,14 @@ class EditModule(LightningModule):
         The edited weights are put into the checkpoint by the callback that writes them.
         """
         checkpoint["state_dict"] = {}
-        checkpoint["edit_module"] = {"model": self.identity, "templates": self.templates}
+        checkpoint["edit_module"] = {
+            "model": self.identity,
+            "templates": self.templates,
+            "site": self.site.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the contexts that the unedited model wrote.
+        """Take over what was found on the unedited model: its contexts, and where targets are.
 
         Raises:
             InputError: if this is not the model that the run was started with.
@@ -142,6 +151,8 @@ class EditModule(LightningModule):
                 hint="resume it with the model, revision and dtype that it was started with",
             )
         self._templates = saved["templates"]
+        if "site" in saved:
+            self.site.load_state_dict(saved["site"])
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -167,17 +178,24 @@ class EditModule(LightningModule):
 
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Return the output at the target site at the bare lookup, ``(d_model, n)``."""
-        site = site_modules(self.target.site, self.blocks[layer], self.architecture)[-1]
+        self._measure_site([*self._written, layer], batch)
+        site = site_modules(self.site.name, self.blocks[layer], self.architecture)[-1]
         return outputs_at_lookups(self.model, site, self._prompts(batch))
+
+    def output_multiple(self, weight: WeightId) -> float:
+        """Return what the outputs at the weight's layer move by for a unit of the weight's own."""
+        return self.site.multiples.get(weight.layer, 1.0)
 
     def edit_targets(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Optimise the site's outputs that make the model say the new objects, ``(d_model, n)``.
 
         Raises:
-            InputError: if the loss is read below the target layer.
+            InputError: if the loss is read below the target layer, or the weight does not move the
+                target site's output in proportion.
             NonFiniteError: naming the requests whose own loss was not finite.
         """
         self._check_loss_layer(layer)
+        self._measure_site([*self._written, layer], batch)
         prompts = self._prompts(batch)
         values, losses = self.target_finder.find(prompts, self._edits_by_target(batch), layer)
         bad = losses_not_finite(losses)
@@ -245,7 +263,7 @@ class EditModule(LightningModule):
     def prepare(
         self, critical: Sequence[int], written: Sequence[WeightId], weight: float = 15_000.0
     ) -> None:
-        """Load or collect what must come from the unedited model: contexts and covariances.
+        """Find out what must come from the unedited model: contexts, target site, covariances.
 
         Args:
             critical: all critical layers of the method, to be checked against the model.
@@ -253,18 +271,41 @@ class EditModule(LightningModule):
             weight: of the covariance in the update, for the report on whether its text was enough.
 
         Raises:
-            InputError: if the model has no such layer, or a covariance file is another model's.
+            InputError: if the model has no such layer, the weights do not move the target site's
+                output in proportion, or a covariance file is another model's.
         """
         started = time.perf_counter()
-        check_layers(list(critical), len(self.blocks))
+        self.check_layers(critical)
         _ = self.identity, self.templates
-        missing = sorted({each.layer for each in written} - set(self._covariances))
+        self._written = sorted({each.layer for each in written})
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        if isinstance(data, EditDataModule):
+            self._measure_site(self._written, data.requests[:PROMPTS])
+        missing = sorted(set(self._written) - set(self._covariances))
         if missing:
             projections = {layer: self._projection(WeightId(layer)) for layer in missing}
             self._covariances |= load_or_collect(
                 self.model, self.tokenizer, projections, self.covariance, weight
             )
         self.preparation_seconds = time.perf_counter() - started
+
+    @property
+    def found_settings(self) -> dict[str, str]:
+        """Settings that were measured, under the names that a report shows them by."""
+        if not self.site.multiples:
+            return {}
+        found = {"site": self.site.name}
+        if self.site.note is not None:
+            found["site_note"] = self.site.note
+        loader = auto_class(self.model.config).__name__
+        return found if loader == LOADER else {**found, "loaded_with": loader}
+
+    def _measure_site(self, layers: Sequence[int], requests: Sequence[EditRequest]) -> None:
+        """Measure the target site for layers that are new to it, on prompts of the run."""
+        if requests and not set(layers) <= set(self.site.multiples):
+            rows = [prompt.rewriting[0] for prompt in self._prompts(requests)[:PROMPTS]]
+            places = {n: (self.blocks[n], self._projection(WeightId(n))) for n in layers}
+            self.site.measure(self.model, places, [row.ids[: row.lookup + 1] for row in rows])
 
     @property
     def contexts_length(self) -> int:
@@ -279,7 +320,16 @@ class EditModule(LightningModule):
         """The most tokens the model can read."""
         return context_length(self.model) or 2**31
 
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Refuse layers that cannot be edited.
+
+        Raises:
+            InputError: naming them, and those that can be.
+        """
+        check_layers(layers, self.blocks, self.architecture, hidden_size(self.model))
+
     def _projection(self, weight: WeightId) -> nn.Module:
+        self.check_layers([weight.layer])
         return down_projection(self.blocks[weight.layer], self.architecture)
 
     def _weight_view(self, weight: WeightId) -> Tensor:

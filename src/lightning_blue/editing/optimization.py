@@ -29,6 +29,8 @@ class TargetOptimization:
         stop_loss: an edit is done when its loss (nats) falls below this.
         site: what a target is the output of: the ``block``, the ``ffn`` (its down projection), or
             ``attention_and_ffn`` (PMET: two deltas optimised together, the second is written).
+            ``auto``: the block, or the FFN where a norm or a gate keeps the block's output from
+            following the weight, which is measured at the start.
         early_stop: when an edit is done besides: ``most_probable``, once its target's tokens are
             the most probable ones in all prompts (ENCORE, arXiv 2502.01636); ``pmet``, once they
             are and the KL divergence is below 0.01 (while it is not, the next step's NLL is scaled
@@ -49,7 +51,7 @@ class TargetOptimization:
     clamp: float = 0.75
     kl_weight: float = 0.0625
     stop_loss: float = 0.05
-    site: Literal["block", "ffn", "attention_and_ffn"] = "block"
+    site: Literal["auto", "block", "ffn", "attention_and_ffn"] = "auto"
     early_stop: Literal["most_probable", "pmet"] | None = None
     keep_norm: bool = False
     merge_subjects: bool = False

@@ -16,6 +16,7 @@ from lightning_blue.editing.fast.plain import PlainPredictor
 from lightning_blue.editing.fast.predictor import FastPredictor, can_run_in_parts
 from lightning_blue.editing.optimization import TargetOptimization, Targets, optimize_targets
 from lightning_blue.editing.prompts import EditPrompts
+from lightning_blue.editing.target_site import TargetSite
 from lightning_blue.language_model.architectures import (
     Architecture,
     blocks,
@@ -36,6 +37,9 @@ class TargetFinder:
         model: a causal language model in eval mode.
         architecture: where its modules are.
         settings: of the optimisation.
+
+    Attributes:
+        site: what targets are the output of; `auto` has to be measured before.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class TargetFinder:
     ) -> None:
         self.model, self.architecture, self.settings = model, architecture, settings
         self.blocks = blocks(model, architecture)
+        self.site = TargetSite(settings.site)
         self.shortcuts: Shortcuts | None = None  # None: not known; found out at the first batch
         self.runs_in_parts = True
 
@@ -73,15 +78,15 @@ class TargetFinder:
         return (self._fast if self.runs_in_parts else self._plain)(prompts, layer)
 
     def _plain(self, prompts: Sequence[EditPrompts], layer: int) -> PlainPredictor:
-        sites = site_modules(self.settings.site, self.blocks[layer], self.architecture)
+        sites = site_modules(self.site.name, self.blocks[layer], self.architecture)
         return PlainPredictor(self.model, self.blocks, sites, prompts, self.settings.loss_layer)
 
     def _fast(self, prompts: Sequence[EditPrompts], layer: int) -> FastPredictor:
         return FastPredictor(
             self.model,
             self.blocks,
-            layer - 1 if self.settings.site != "block" else layer,
-            site_modules(self.settings.site, self.blocks[layer], self.architecture),
+            layer - 1 if self.site.name != "block" else layer,
+            site_modules(self.site.name, self.blocks[layer], self.architecture),
             prompts,
             self.settings.loss_layer,
             partial(feed_forward, architecture=self.architecture),

@@ -15,7 +15,9 @@ _LOGITS = 2**26  # of a batch: 256 MiB in float32, and as much for their softmax
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Return how many tokens the model can read at once, where its config says so."""
-    return getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((limit for limit in limits if limit), None)
 
 
 def check_prompts(

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from lightning_blue.language_model.multimodal import auto_class
 from lightning_blue.language_model.states import is_finite
 from lightning_blue.support.errors import InputError
 
@@ -45,7 +45,7 @@ def load_language_model(
     source = str(PACKAGED.get(name_or_path, name_or_path))
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(config).from_pretrained(
             source, config=config, dtype=DTYPES[dtype], revision=revision
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)

@@ -13,7 +13,7 @@ from lightning_blue.metrics import table
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.files import versions
 from lightning_blue.reporting.tables import estimate_text, markdown_table, score_table
-from lightning_blue.reporting.text import definitions, inline, settings_rows
+from lightning_blue.reporting.text import definitions, inline, loaded_with, settings_rows
 from lightning_blue.reporting.views import measured, metrics_at
 from lightning_blue.support.storage import whole_folder, write_atomic, writing
 
@@ -49,6 +49,7 @@ def export_model(
 def model_card(history: RunHistory) -> str:
     """Return the README of an edited model: markdown with a YAML head."""
     name = base_model(history)
+    loader = loaded_with(history)
     method = markdown_table(settings_rows(history.settings), ["setting", "value"])
     return f"""{_front_matter(name)}
 # {inline(name)} with {_facts(history.applied)} edited
@@ -73,9 +74,9 @@ facts listed below. Everything else was meant to stay as it was; see the caution
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 

@@ -296,7 +296,8 @@ class RunRecord(Callback):
     def _history(self, trainer: Trainer) -> RunHistory:
         """Return the history that the run is measured into, with the settings that it shows."""
         history = self._measuring(trainer).history
-        history.settings = self.settings | history.settings
+        found = getattr(trainer.lightning_module, "found_settings", {})
+        history.settings = self.settings | history.settings | found
         return history
 
     def _measuring(self, trainer: Trainer) -> MeasureEdits:

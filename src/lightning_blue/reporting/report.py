@@ -12,7 +12,7 @@ from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.plots import plots
 from lightning_blue.reporting.tables import markdown_table, score_table, stages_table
-from lightning_blue.reporting.text import CELL, definitions, inline, settings_rows
+from lightning_blue.reporting.text import CELL, definitions, inline, loaded_with, settings_rows
 from lightning_blue.reporting.views import (
     cleaned,
     failed,
@@ -67,7 +67,7 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
         "Requests that could not be used": _rejected(history),
         "Settings": _table(settings_rows(history.settings), ["setting", "value"]),
         "Time": _times(history),
-        "The edited model": _reload(model_folder),
+        "The edited model": _reload(model_folder, loaded_with(history)),
         "How the numbers are defined": definitions(measured(history), history.protocol),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
@@ -199,13 +199,13 @@ def _table(rows: list[list[str]], header: list[str]) -> str:
     return markdown_table(rows, header) if rows else ""
 
 
-def _reload(model_folder: str | None) -> str:
+def _reload(model_folder: str | None, loader: str) -> str:
     if model_folder is None:
         return ""
     return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{model_folder}")
+model = {loader}.from_pretrained("{model_folder}")
 tokenizer = AutoTokenizer.from_pretrained("{model_folder}")
 ```
 

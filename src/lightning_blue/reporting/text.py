@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.table import ORDINARY_TEXT, MetricSpec
 
 LINE = 100  # characters of a line of running text
@@ -39,6 +40,11 @@ def inline(text: str, limit: int | None = None) -> str:
     if limit is not None and len(flat) > limit:
         flat = flat[: limit - 1].rstrip() + "…"
     return re.sub(r"([\\`*_\[\]<>#~$])", r"\\\1", flat)
+
+
+def loaded_with(history: RunHistory) -> str:
+    """Return the name of the class of transformers that loads the model of a run."""
+    return str(history.settings.get("loaded_with", "AutoModelForCausalLM"))
 
 
 def settings_rows(settings: Mapping[str, Any]) -> list[list[str]]:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from blue_callbacks import ClosedFormUpdate, EditRecord, WeightChange, WeightId
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.editing.module import EditModule
-from lightning_blue.language_model.architectures import check_layers, down_projection
+from lightning_blue.language_model.architectures import down_projection
 from lightning_blue.language_model.loading import loaded_name
 from lightning_blue.reporting.files import versions
 from lightning_blue.runs.record_files import RecordFile, write_record
@@ -318,10 +318,10 @@ def describe(module: EditModule, update: ClosedFormUpdate) -> JournalHeader:
     """Describe a run whose weights are still unedited.
 
     Raises:
-        InputError: if the model has no such layer.
+        InputError: if a layer cannot be edited.
     """
-    check_layers(update.layers, len(module.blocks))
     model = module.model
+    module.check_layers(update.layers)
     statistics = covariance_file(model, module.tokenizer, module.covariance)
     return JournalHeader(
         run=uuid.uuid4().hex[:16],

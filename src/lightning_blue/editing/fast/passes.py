@@ -129,15 +129,22 @@ def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterat
 
 @contextmanager
 def _only_at(ffn: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
-    """Let a module that treats every position alike see few of them; the others get zeros."""
+    """Let a module that treats every position alike see few of them; the others get zeros.
+
+    All of its arguments that have a position each are cut: Bloom's FFN is given the residual too.
+    """
     shapes: list[torch.Size] = []
+
+    def few(part: Any, shape: torch.Size) -> Any:
+        has_positions = isinstance(part, Tensor) and part.shape[:2] == shape[:2]
+        return part[row, column][None] if has_positions else part
 
     def take(_module: nn.Module, args: Any) -> Any:
         shapes.append(args[0].shape)
-        return (args[0][row, column], *args[1:])
+        return tuple(few(part, args[0].shape) for part in args)
 
     def put_back(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output.new_zeros(shapes.pop()).index_put((row, column), output)
+        return output.new_zeros(shapes.pop()).index_put((row, column), output[0])
 
     hooks = [ffn.register_forward_pre_hook(take), ffn.register_forward_hook(put_back)]
     try:
