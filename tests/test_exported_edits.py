@@ -78,6 +78,7 @@ def test_every_row_has_a_case():
 def test_the_documented_table_is_the_rows_and_what_auto_finds():
     text = (ROOT / "docs/architectures.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (\w+)", text, flags=re.MULTILINE))
+    del rows["model_type"]  # the header
     assert list(rows) == list(ARCHITECTURES)
     assert rows == {name: CASES[name].site for name in ARCHITECTURES}
 
