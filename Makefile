@@ -16,7 +16,7 @@ quickstart: setup  ## set up, then edit 200 facts of the model in the package
 	$(BIN)/python -m lightning_blue fit --config conf/quickstart.yaml
 
 test: setup  ## set up, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 bench: setup  ## time the package against a textbook implementation
 	$(BIN)/python -m benchmarks
