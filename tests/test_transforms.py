@@ -20,8 +20,8 @@ def test_rect_keeps_the_largest_relative_changes():
     weight = torch.tensor([[1.0, -2.0, 4.0, 8.0, 0.5, -1.0]])
     change = torch.tensor([[0.5, 0.1, -0.3, 0.2, 0.4, 0.05]])
     delta = change * weight  # by size alone the fourth entry would come first
-    kept = rect(weight, delta, keep=0.4)  # limit: 60% of the way from the 1st to the 6th: the 4th
-    assert kept.ne(0).tolist() == [[True, False, True, False, True, False]]
+    kept = rect(weight, delta, keep=0.4)  # limit: the 3rd smallest, int(6 * 60 / 100)
+    assert kept.ne(0).tolist() == [[True, False, True, True, True, False]]
     assert torch.equal(kept[kept.ne(0)], delta[kept.ne(0)])
 
 
@@ -31,9 +31,18 @@ def test_rect_keeps_the_share_that_was_asked_for(share):
     weight, delta = torch.randn(80, 50), torch.randn(80, 50)
     kept = rect(weight, delta, share).flatten()
     order = (delta / weight).abs().flatten().argsort(descending=True)
-    n = int(4000 * share)
-    assert int(kept.ne(0).sum()) in (n, n + 1)  # the entry at the quantile itself is kept
+    n = min(4000, int(4000 * share) + 1)  # the entry at the limit itself is kept
+    assert int(kept.ne(0).sum()) == n
     assert torch.equal(kept[order[:n]], delta.flatten()[order[:n]])
+
+
+@pytest.mark.parametrize("n", [*range(2, 23), 1003, 10001])
+@pytest.mark.parametrize("percent", [40, 20, 7, 29])
+def test_the_rank_of_the_limit_is_that_of_the_published_code(n, percent):
+    smallest = int(n * (100 - percent) / 100)  # counted from 1, as torch.kthvalue does
+    changes = torch.arange(1, n + 1, dtype=torch.float64)[None]
+    kept = rect(torch.ones(1, n, dtype=torch.float64), changes, keep=percent / 100)
+    assert int(kept.ne(0).sum()) == n - max(smallest, 1) + 1
 
 
 def test_rect_keeps_ties_at_the_limit():
@@ -98,9 +107,9 @@ def straight_line(
 
 
 def keep_largest(weight: torch.Tensor, delta: torch.Tensor, share: float) -> torch.Tensor:
-    """RECT by numpy's quantile."""
+    """RECT by sorting."""
     change = (delta / weight).abs().numpy()
-    mask = change >= np.quantile(change, 1 - share, method="lower")
+    mask = change >= np.sort(change, axis=None)[int(change.size * (100 - 100 * share) / 100) - 1]
     return torch.from_numpy(np.where(mask, delta.numpy(), 0))
 
 

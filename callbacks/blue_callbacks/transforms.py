@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ def rect_kept(weight: Tensor, delta: Tensor, keep: float) -> Tensor:
         keep: fraction of entries to keep, from 0 to 1; RECT's 40% is 0.4.
 
     Returns:
-        Booleans, ``(d_out, d_in)``: those at or above the ``1 - keep`` quantile of
-        ``|delta / weight|``.
+        Booleans, ``(d_out, d_in)``: those at or above the k-th smallest of ``|delta / weight|``,
+        where k is ``1 - keep`` of their number n, rounded down, as in RECT's code (``int(n * 60 /
+        100)``).
     """
     change = (delta / (weight + 1e-8)).abs()
-    rank = math.floor((1 - keep) * (change.numel() - 1)) + 1
+    rank = max(
+        1, int(change.numel() * (1 - Fraction(str(keep))))
+    )  # of the decimal as it is written
     return change >= change.flatten().kthvalue(rank).values
 
 
