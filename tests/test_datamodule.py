@@ -65,14 +65,14 @@ def test_control_facts_come_after_the_edits_on_other_subjects(
     facts = [fact(0), fact(1), fact(0, prompt="{} lies in"), fact(2, target_true=None), fact(3)]
     path = write(tmp_path, [*facts, fact(4)])
     expected = [Probe(f"The mayor of Town{i} is", f"Bob{i}") for i in (3, 4)]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         assert prepared(path, edits=2, controls=1).controls == expected[:1]
         assert prepared(path, edits=2, controls=2).controls == expected
-        assert not caplog.records
         assert prepared(path, edits=2, controls=9).controls == expected
-    assert [r.getMessage() for r in caplog.records] == [
-        "only 2 of 9 control facts available: known facts after the edited ones, on other "
-        "subjects, with their current object"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "2 requests, 1 control facts"),
+        ("INFO", "2 requests, 2 control facts"),
+        ("INFO", "2 requests, 2 control facts (data.controls: at most 9)"),
     ]
 
 
@@ -85,10 +85,21 @@ def test_stop_is_the_default_and_names_what_is_wrong(tmp_path: Path) -> None:
     assert len(prepared(path, on_unusable="skip").requests) == 1
 
 
-def test_too_few_requests(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_requests_than_allowed_are_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write(tmp_path, [fact(i) for i in range(4)])
-    assert len(prepared(path, edits=9, offset=1).requests) == 3
-    assert "only 3 of 9 edits available" in caplog.text
+    with caplog.at_level(logging.INFO):
+        assert len(prepared(path, edits=9, offset=1, controls=5).requests) == 3
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert record.getMessage() == (
+        "3 requests (data.edits: at most 9), 0 control facts (data.controls: at most 5)"
+    )
+
+
+def test_no_requests(tmp_path: Path) -> None:
+    path = write(tmp_path, [fact(i) for i in range(4)])
     with pytest.raises(InputError, match=r"(?s)no usable.*4 read, 0 unusable, offset 4.*lower"):
         prepared(path, offset=4)
     path = write(tmp_path, [fact(0, target_new="")])
@@ -201,3 +212,87 @@ def test_a_trainer_gets_the_batches_in_order(tmp_path: Path) -> None:
     path = write(tmp_path, [fact(i) for i in range(5)])
     trainer.fit(module, datamodule=EditDataModule(path, batch_size=2))
     assert module.seen == [["Town0", "Town1"], ["Town2", "Town3"], ["Town4"]]
+
+
+# facts in memory
+
+FACT_ROWS = [fact(0, paraphrases=["{} is led by"]), fact(1, target_true=None)]
+
+
+class Frame:
+    """Stands for a pandas DataFrame: going through it gives the names of its columns."""
+
+    columns = ("subject", "prompt", "target_new", "target_true", "paraphrases")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def to_dict(self, orient: str) -> list[dict[str, Any]]:
+        assert orient == "records"
+        return [{name: row.get(name, float("nan")) for name in self.columns} for row in FACT_ROWS]
+
+
+def as_dataset() -> Any:
+    import datasets
+
+    return datasets.Dataset.from_list(FACT_ROWS)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        lambda _: [dict(row) for row in FACT_ROWS],
+        lambda _: (dict(row) for row in FACT_ROWS),
+        lambda requests: requests,
+        lambda _: Frame(),
+        lambda _: as_dataset(),
+    ],
+    ids=["dictionaries", "generator", "requests", "frame", "dataset"],
+)
+def test_facts_in_memory_are_read_like_a_file(tmp_path: Path, facts: Any) -> None:
+    expected = prepared(write(tmp_path, FACT_ROWS)).requests
+    data = prepared(facts(expected))
+    assert [without_source(r) for r in data.requests] == [without_source(r) for r in expected]
+    assert [r.source for r in data.requests] == [f"facts in memory, record {i}" for i in (1, 2)]
+    assert data.rejected == []
+
+
+def test_tuples_are_facts() -> None:
+    rows = [("Town0", "{} lies in", "Rome"), ("Town1", "{} lies in", "Oslo", "Bern")]
+    first, second = prepared(rows).requests
+    assert (first.subject, first.text, first.target_new, first.target_true) == (
+        *("Town0", "Town0 lies in", "Rome", None),
+    )
+    assert second.target_true == "Bern"
+
+
+def test_what_is_wrong_with_a_fact_in_memory_is_said_with_its_place() -> None:
+    with pytest.raises(InputError, match="facts in memory, record 2: the target 'Ann1' equals"):
+        prepared([fact(0), fact(1, target_true="Ann1")])
+    with pytest.raises(InputError, match=r"(?s)record 2: the record is .* fields in braces"):
+        prepared([fact(0), "Lyon is in Rome"])
+    with pytest.raises(InputError, match=r"(?s)no records.*0 facts in memory"):
+        prepared([])
+    with pytest.raises(InputError, match=r"(?s)3 facts in memory: 3 read, 0 unusable, offset 3"):
+        prepared([fact(i) for i in range(3)], offset=3)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (fact(0), r"(?s)one dict with subject, prompt.*list.*choose one"),
+        (None, "a NoneType holds no facts"),
+        (3, "a int holds no facts"),
+        (b"facts.json", "a bytes holds no facts"),
+    ],
+)
+def test_what_holds_no_facts_is_refused_at_once(facts: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        EditDataModule(facts)
+
+
+def test_a_resumed_run_knows_facts_in_memory_again() -> None:
+    before = prepared([fact(0), fact(1)]).state_dict()
+    prepared([fact(0), fact(1)]).load_state_dict(before)
+    with pytest.raises(InputError, match=r"(?s)other requests.*data.path = 2 facts in memory"):
+        prepared([fact(0), fact(2)]).load_state_dict(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningDataModule
@@ -19,6 +20,7 @@ from lightning_blue.data.checks import (
     take_distinct,
 )
 from lightning_blue.data.hub import to_dataset
+from lightning_blue.data.memory import Facts, name_of, rows_of
 from lightning_blue.data.reading import ALMANAC, read_requests
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
 from lightning_blue.support.errors import InputError
@@ -37,7 +39,9 @@ class EditDataModule(LightningDataModule):
 
     Args:
         path: a .json, .jsonl, .csv or .parquet file, the folder of a saved dataset, the name of a
-            dataset on the Hugging Face hub, or ``almanac``, the facts that ship with the package.
+            dataset on the Hugging Face hub, ``almanac``, the facts that ship with the package, or
+            facts in memory: a list of dictionaries, tuples or requests, a pandas DataFrame, a split
+            of ``datasets`` (:func:`lightning_blue.data.memory.rows_of`).
         format: ``auto``, ``counterfact``, ``counterfact-flat``, ``zsre`` or ``facts``.
         split: the split of a dataset.
         batch_size: requests that are edited together.
@@ -52,7 +56,7 @@ class EditDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str = ALMANAC,
+        path: str | Facts = ALMANAC,
         format: str = "auto",
         split: str = "train",
         batch_size: int = 100,
@@ -75,7 +79,8 @@ class EditDataModule(LightningDataModule):
                     hint=f"give a number from {least} up",
                 )
         apply_policy((), 0, on_unusable)  # refuses an unknown policy before anything is read
-        self.path, self.format, self.split = path, format, split
+        self.path = str(path) if isinstance(path, str | Path) else rows_of(path)
+        self.format, self.split = format, split
         self.batch_size, self.edits, self.offset = batch_size, edits, offset
         self.on_unusable = on_unusable
         self._controls_wanted = controls
@@ -111,7 +116,12 @@ class EditDataModule(LightningDataModule):
         if replaced:
             log.warning("%d requests are superseded by later ones on the same prompt", replaced)
         self._requests, self._rejected = chosen, rejected
-        self._controls = self._find_control_facts(rest)
+        self._controls = pick_control_facts(rest, chosen, self._controls_wanted)
+        log.info(
+            "%s, %s",
+            _amount(len(chosen), "requests", "edits", self.edits),
+            _amount(len(self._controls), "control facts", "controls", self._controls_wanted),
+        )
 
     def setup(self, stage: str) -> None:
         """Prepare with the tokenizer and the ``max_length`` of the trainer's module, once."""
@@ -175,8 +185,8 @@ class EditDataModule(LightningDataModule):
         if state_dict["requests"] != self._fingerprint():
             raise InputError(
                 "the run was started with other requests or control facts, or in another order",
-                where=f"data.path = {self.path}",
-                hint="bring the file and the options under data back to what they were",
+                where=f"data.path = {name_of(self.path)}",
+                hint="bring the data and the options under data back to what they were",
             )
 
     def _fingerprint(self) -> str:
@@ -204,24 +214,23 @@ class EditDataModule(LightningDataModule):
         return CommittedBatches(self.requests, self.batch_size, committed)
 
     def _require_requests(self, usable: int, total: int, rejected: int) -> None:
-        """Raise InputError if no request is usable; warn if there are fewer than ``edits``."""
+        """Raise InputError if no request is usable."""
         if not usable:
+            name = name_of(self.path)
             raise InputError(
                 "no usable requests",
-                where=f"{self.path}: {total} read, {rejected} unusable, offset {self.offset}",
+                where=f"{name}: {total} read, {rejected} unusable, offset {self.offset}",
                 hint="lower --data.offset, or give more data",
             )
-        if self.edits and usable < self.edits:
-            log.warning("only %d of %d edits available", usable, self.edits)
 
-    def _find_control_facts(self, rest: list[EditRequest]) -> list[Probe]:
-        """Pick the control facts, and warn if there are fewer than ``controls``."""
-        controls = pick_control_facts(rest, self.requests, self._controls_wanted)
-        if len(controls) < self._controls_wanted:
-            log.warning(
-                "only %d of %d control facts available: known facts after the edited ones, on "
-                "other subjects, with their current object",
-                len(controls),
-                self._controls_wanted,
-            )
-        return controls
+
+def _amount(found: int, what: str, key: str, most: int | None) -> str:
+    """Say how much there is, and of which limit it falls short.
+
+    >>> _amount(10, "requests", "edits", 200)
+    '10 requests (data.edits: at most 200)'
+    >>> _amount(200, "control facts", "controls", 200)
+    '200 control facts'
+    """
+    limit = f" (data.{key}: at most {most:,})" if most and found < most else ""
+    return f"{found:,} {what}{limit}"

@@ -68,7 +68,7 @@ def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
             "neighborhood_prompts": probes,
         }
     )
-    rows = [_row(request) for request in requests]
+    rows = [to_record(request) for request in requests]
     return datasets.Dataset.from_list(rows, features=features)
 
 
@@ -76,7 +76,7 @@ _TEXT_COLUMNS = ("case_id", "subject", "prompt", "target_new", "target_true")
 _LIST_COLUMNS = ("paraphrases", "generation_prompts", "reference_texts")
 
 
-def _row(request: EditRequest) -> dict[str, Any]:
+def to_record(request: EditRequest) -> dict[str, Any]:
     """One request under the column names of the format ``facts``."""
     fields = asdict(request)
     row = {name: fields[name] for name in _TEXT_COLUMNS}

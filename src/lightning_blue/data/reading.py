@@ -17,6 +17,7 @@ from lightning_blue.data.formats import (
     parse_record,
 )
 from lightning_blue.data.hub import load_rows
+from lightning_blue.data.memory import Facts, locate, name_of, rows_of
 from lightning_blue.data.parsing import Located, parse_csv, parse_json, parse_jsonl
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.support.errors import InputError
@@ -29,19 +30,24 @@ SUFFIXES = (*PARSERS, ".parquet")
 
 
 def read_requests(
-    path: str | Path, format: str = "auto", split: str = "train"
+    path: str | Path | Facts, format: str = "auto", split: str = "train"
 ) -> tuple[list[EditRequest], list[Rejected]]:
     """Read all requests of a data source, in order, and the records that are not usable.
 
     ``path``: a .json, .jsonl, .csv or .parquet file, the folder of a saved dataset, the name of a
-    dataset on the Hugging Face hub, or ``almanac`` for the facts that ship with the package.
+    dataset on the Hugging Face hub, ``almanac`` for the facts that ship with the package, or facts
+    in memory, see :func:`lightning_blue.data.memory.rows_of`.
     ``format``: ``counterfact`` (ROME's nested form), ``counterfact-flat``, ``zsre`` (MEND's form),
     ``facts`` (people's own), or ``auto`` to tell by the columns. ``split`` matters for datasets.
 
     Every record ends up in one of the two lists. Raises InputError where nothing can be read: no
     such source, empty, malformed, not text, or columns that fit no format.
     """
-    name, located = read_records(str(path), split)
+    if isinstance(path, str | Path):
+        name, located = read_records(str(path), split)
+    else:
+        rows = rows_of(path)
+        name, located = name_of(rows), locate(rows)
     if not located:
         raise _empty(name)
     if all(item.flaw for item in located):
