@@ -71,7 +71,7 @@ def small_history() -> RunHistory:
         ],
         before=[outcome(f"c{i}", 0.0, " Paris,\nthe city") for i in range(4)],
         after={i: outcome(f"c{i}", float(i != 2), f" {places[i]}") for i in range(3)},
-        seconds={"edit": 6.0, "total": 10.5},
+        seconds={"editing": 6.0, "total": 10.5},
     )
 
 

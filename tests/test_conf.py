@@ -24,6 +24,7 @@ from transformers import (
 
 from conftest import ROOT, byte_level_tokenizer
 from lightning_blue.__main__ import main
+from lightning_blue.cli.parser import run_settings
 
 CONF = ROOT / "conf"
 ROWS = CONF / "methods"
@@ -170,6 +171,38 @@ def test_one_flag_switches_the_quick_start(method, plan):
     assert after == before | row
     wanted = SHARED | METHODS[method] | {"update.plan": plan}
     assert {key: after[key] for key in wanted} == wanted
+
+
+def test_a_report_names_the_method_and_the_settings_in_force():
+    def shown(*args: str, command: str = "fit") -> dict[str, Any]:
+        return run_settings(resolved(*args), command)
+
+    memit = shown("quickstart.yaml")
+    assert memit == {
+        "method": "MEMIT + BLUE",
+        "model": "almanac",
+        "site": "block",
+        "data": "almanac",
+        "batch_size": 20,
+        "plan": "boundary",
+        "layers": [0, 1, 2, 3],
+        "solver": "least_squares",
+        "past_keys": True,
+        "covariance_weight": 1000.0,
+        "seed": 0,
+    }
+    alphaedit = shown("llama3_alphaedit.yaml")
+    assert alphaedit["method"] == "AlphaEdit"
+    assert (alphaedit["threshold"], alphaedit["ridge"]) == (0.02, 10.0)
+    assert not {"covariance_weight", "energy", "rect_keep"} & set(alphaedit)
+    energy = shown("llama3_alphaedit.yaml", "--update.energy=0.1")
+    assert energy["energy"] == 0.1
+    assert "threshold" not in energy
+    assert shown("llama3_rect.yaml")["rect_keep"] == 0.4
+    both = shown("gptj_pmet_blue.yaml", "methods/prune.yaml")
+    assert (both["method"], both["post_edit_transform"]) == ("PMET + PRUNE + BLUE", "prune")
+    measured = shown("quickstart.yaml", command="evaluate")
+    assert measured == {"model": "almanac", "data": "almanac", "seed": 0}
 
 
 def random_model(name: str) -> PreTrainedModel:

@@ -4,10 +4,12 @@ import copy
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCardData
 from transformers import AutoModelForCausalLM
 
 from conftest import LanguageModel
@@ -15,6 +17,7 @@ from helpers import load_model
 from histories import small_history
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.reporting.base_card import base_head
 from lightning_blue.reporting.export import caution, export_model, model_card
 from lightning_blue.support.errors import InputError
 
@@ -94,7 +97,6 @@ def front_matter(card: str) -> dict[str, object]:
 def test_the_card_says_what_was_edited_and_how() -> None:
     card = model_card(small_history())
     assert front_matter(card) == {
-        "base_model": "almanac",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["model-editing", "knowledge-editing", "lightning-blue"],
@@ -122,8 +124,82 @@ def test_the_card_names_a_local_model_without_its_path() -> None:
     history = small_history()
     history.settings |= {"model": "/home/me/Llama: 3", "data": "/home/me/facts.jsonl"}
     card = model_card(history)
-    assert front_matter(card)["base_model"] == "Llama: 3"
+    assert "# Llama: 3 with 3 facts edited\n" in card
+    assert "base_model" not in front_matter(card)
     assert "/home" not in card
+
+
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+CARD = (
+    "---\nlicense: other\nlicense_name: rules\nlicense_link: LICENSE\nlanguage: de\n---\n# Base\n"
+)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache that holds one model's card, and no network."""
+    snapshot = tmp_path / "hub" / "models--me--base" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(CARD)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.model_info", unreachable)
+    return snapshot
+
+
+def test_a_model_of_the_hub_is_named_and_its_licence_carried_over(hub: Path) -> None:
+    assert base_head("me/base", COMMIT) == {
+        "base_model": "me/base",
+        "license": "other",
+        "license_name": "rules",
+        "license_link": f"https://huggingface.co/me/base/blob/{COMMIT}/LICENSE",
+    }
+    assert base_head("me/other", COMMIT) == {"base_model": "me/other"}  # the hub does not answer
+
+
+def test_the_hub_is_asked_for_a_licence_that_the_cache_lacks(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model_info(name: str, revision: str, timeout: float) -> SimpleNamespace:
+        assert (name, revision) == ("me/other", COMMIT)
+        assert timeout <= 10
+        return SimpleNamespace(card_data=ModelCardData(license="mit"))
+
+    monkeypatch.setattr("huggingface_hub.model_info", model_info)
+    assert base_head("me/other", COMMIT) == {"base_model": "me/other", "license": "mit"}
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        (CARD, {"license": "other", "license_name": "rules"}),  # the link leads nowhere from here
+        ("---\nlicense: mit\nbase_model: me/base\n---\n", {"license": "mit"}),
+        ("# no head\n", {}),
+        ("---\n: [broken\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_a_local_model_has_a_licence_and_no_name_on_the_hub(
+    tmp_path: Path, card: str | None, expected: dict[str, str]
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert base_head(str(tmp_path), None) == expected
+
+
+def test_the_licence_is_in_the_exported_folder(gpt2: LanguageModel, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    gpt2.model.save_pretrained(source)
+    gpt2.tokenizer.save_pretrained(source)
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    folder = export_model(tmp_path / "model", *load_model(source), small_history())
+    written = (folder / "README.md").read_text()
+    assert front_matter(written)["license"] == "mit"
+    assert "base_model" not in front_matter(written)
+    assert base_head("almanac", None) == {"license": "apache-2.0"}
 
 
 def test_the_card_lists_at_most_200_edits() -> None:

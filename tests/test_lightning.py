@@ -258,6 +258,18 @@ def test_a_second_fit_goes_on_with_the_same_callback_and_with_no_other(module, f
         torch.testing.assert_close(ours, reference)
 
 
+def test_a_perplexity_that_explodes_does_not_end_the_run(module, facts, corpus, monkeypatch):
+    """The metric leaves out a value that is not finite; a callback that monitors it gets NaN."""
+    exploded = {"count": 16, "tokens": 8192}
+    monkeypatch.setattr("lightning_blue.metrics.callback.perplexity", lambda *_, **__: exploded)
+    trainer = trainer_of(MeasureEdits(text=str(corpus), generate=False))
+    trainer.fit(module, datamodule=data_of(facts))
+    assert trainer.callback_metrics["cumulative/perplexity"].isnan()
+    history = trainer.callbacks[1].history
+    assert history.applied == 6
+    assert [m.metrics["perplexity"] for m in history.of("post")] == [exploded]
+
+
 def test_the_order_of_callbacks_does_not_matter(module, facts, tmp_path):
     """PRUNE transforms the weights before anything is measured or saved."""
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from blue_callbacks import ClosedFormUpdate
 from conftest import LanguageModel
+from helpers import fit
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import Predictions, TargetOptimization, optimize_targets
@@ -203,6 +205,19 @@ def test_loss_layer_below_the_target_layer_is_refused(gpt2):
     module.edit_targets(REQUESTS, 1)
     with pytest.raises(InputError, match=r"loss_layer 1 lies below the target layer 2"):
         module.edit_targets(REQUESTS, 2)
+
+
+@pytest.mark.parametrize(
+    ("loss_layer", "said"),
+    [(4, "no layer 4: its 4 layers are 0 to 3"), (1, "1 lies below the target layer 2")],
+)
+def test_a_loss_layer_that_cannot_be_is_refused_before_any_work(
+    gpt2, monkeypatch, loss_layer, said
+):
+    module = module_of(gpt2, loss_layer=loss_layer, steps=1)
+    monkeypatch.setattr(module, "prepare", None)  # collects the covariance
+    with pytest.raises(InputError, match=said):
+        fit(module, ClosedFormUpdate([0, 1, 2], "boundary", 1.0), [REQUESTS])
 
 
 def splits(order: Sequence[int]) -> Iterator[list[list[int]]]:

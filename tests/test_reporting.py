@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -56,8 +57,9 @@ def test_batches_end_with_what_was_applied() -> None:
 def test_series_joins_stages_and_keeps_the_newest() -> None:
     history = small_history()
     stages = ["pre", "batch", "cumulative", "post"]
-    assert views.series(history, stages, "retained_knowledge") == [(0, 98.0), (2, 97.5), (3, 97.0)]
-    assert views.series(history, ["batch"], "efficacy") == [(2, 100.0), (3, 90.0)]
+    expected = [(0, 98.0, 0.9), (2, 97.5, 0.0), (3, 97.0, 1.1)]  # no error of the sample is known
+    assert views.series(history, stages, "retained_knowledge") == expected
+    assert views.series(history, ["batch"], "efficacy") == [(2, 100.0, 0.0), (3, 90.0, 0.0)]
     assert views.series(history, ["batch"], "fluency") == []
 
 
@@ -195,7 +197,7 @@ def test_a_perplexity_that_is_not_finite_is_shown_as_such(
     tmp_path: Path, value: dict[str, float]
 ) -> None:
     """As it comes from the metric (no value), and as other callbacks may give it."""
-    history = small_history()
+    history = with_perplexity(13.0, 14.0, 15.0)
     exploded = {**value, "standard_error": math.nan, "count": 16, "tokens": 8192}
     for measurement in history.measurements[1:]:  # the unedited model's is finite
         measurement.metrics["perplexity"] = exploded
@@ -211,8 +213,8 @@ def test_a_perplexity_that_is_not_finite_is_shown_as_such(
     assert "post/perplexity" not in numbers
     assert numbers["post/perplexity/tokens"] == 8192
     assert len(plots.before_after_figure(history).axes) == 1  # no bar of it
-    history.measurements[0].metrics["perplexity"] = exploded
     assert len(plots.metrics_figure(history).axes) == 2  # no panel of it
+    history.measurements[0].metrics["perplexity"] = exploded
     assert write_report(tmp_path, history).exists()
 
 
@@ -249,7 +251,8 @@ def test_a_new_row_is_shown_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path
     )
     monkeypatch.setattr(table, "METRICS", (*METRICS, spec))
     history = history_of("efficacy", reach=estimate(20.0, 2.0, count=4, prompts=4))
-    history.measurements.insert(1, Measurement("batch", 1, {"reach": estimate(30.0)}))
+    for edits in (1, 2):
+        history.measurements.insert(edits, Measurement("batch", edits, {"reach": estimate(30.0)}))
     history.requests = small_history().requests[:1]
     history.after = {0: replace(outcome("c0", 1.0, ""), values={"reach": 7.0})}
     text = report(history, [], None)
@@ -260,24 +263,22 @@ def test_a_new_row_is_shown_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "- reach of edits: what the test says." in text
     assert "reach of edits went from 20.0 ± 2.0 to 20.0 ± 2.0" in model_card(history)
     bars, over_edits = plots.before_after_figure(history), plots.metrics_figure(history)
-    assert [figure.axes[-1].get_ylabel() for figure in (bars, over_edits)] == [
-        "reach of edits (miles)"
-    ] * 2
+    assert bars.axes[-1].get_ylabel() == "reach of edits (miles)\nlower is better"
+    assert over_edits.axes[-1].get_title() == "reach of edits (miles)\nlower is better"
     files.write_edits(tmp_path / "edits.jsonl", history)
     (line,) = read_lines(tmp_path / "edits.jsonl")
     assert (line["after"]["reach"], line["after"]["efficacy"]) == (7.0, None)
     assert files.summary(history)["post/reach"] == 20.0
 
 
-def test_success_has_a_line_for_each_row_of_its_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_metric_has_a_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [replace(METRICS[0], name=f"m{i}", title=f"metric {i}") for i in range(8)]
     monkeypatch.setattr(table, "METRICS", tuple(rows))
     metrics = {row.name: estimate(float(i)) for i, row in enumerate(rows)}
-    history = RunHistory(measurements=[Measurement("cumulative", 1, metrics)])
-    (axis,) = plots.metrics_figure(history).axes
-    assert axis_lines(axis) == [[float(i)] for i in range(8)]
-    styles = {(line.get_color(), line.get_marker()) for line in axis.get_lines()[:6]}
-    assert len(styles) == 6
+    history = RunHistory(measurements=[Measurement("cumulative", n, metrics) for n in (1, 2)])
+    axes = plots.metrics_figure(history).axes
+    assert [axis_lines(axis) for axis in axes] == [[[float(i), float(i)]] for i in range(8)]
+    assert [axis.get_title().splitlines()[0] for axis in axes] == [f"{r.title} (%)" for r in rows]
 
 
 # files
@@ -355,7 +356,8 @@ def test_write_summary(tmp_path: Path) -> None:
     assert written["edits/applied"] == 3
     assert written["edits/requested"] == 4
     assert written["edits/rejected"] == 1
-    assert written["seconds/total"] == 10.5
+    assert written["seconds/edit"] == 2.0  # of one of the three
+    assert (written["seconds/editing"], written["seconds/total"]) == (6.0, 10.5)
     assert written["settings/layers"] == [1, 3]
     assert written["settings/target/steps"] == 25
     assert written["versions/torch"] == torch.__version__
@@ -403,22 +405,81 @@ def axis_lines(axis: object) -> list[list[float]]:
     return [list(line.get_ydata()) for line in axis.get_lines()]
 
 
+def band(axis: object, place: int) -> list[tuple[float, float]]:
+    """Lower and upper end of a filled band, by its corners from left to right."""
+    corners = axis.collections[place].get_paths()[0].vertices
+    ends: dict[float, list[float]] = {}
+    for x, y in corners:
+        ends.setdefault(float(x), []).append(float(y))
+    return [(min(ys), max(ys)) for _, ys in sorted(ends.items())]
+
+
+def with_perplexity(*values: float) -> RunHistory:
+    """The small run with a perplexity after each batch and at the end."""
+    history = small_history()
+    cumulative = history.of("cumulative")
+    for taken, value in zip([*cumulative, *history.of("post")], values, strict=True):
+        taken.metrics["perplexity"] = estimate(value, 0.5, tokens=8192)
+    return history
+
+
 def test_metrics_figure_draws_what_was_measured() -> None:
-    figure = plots.metrics_figure(small_history())
-    success, perplexity, retained = figure.axes
-    assert axis_lines(success) == [[100.0, 90.0], [100.0, 95.0], [4.5, 4.5], [93.21, 93.21]]
-    assert axis_lines(perplexity) == [[12.345, 15.0], [12.345, 12.345]]
+    figure = plots.metrics_figure(with_perplexity(13.0, 14.0, 15.0))
+    efficacy, perplexity, retained = figure.axes
+    assert axis_lines(efficacy) == [[100.0, 90.0], [100.0, 95.0]]  # a batch, all so far
+    assert band(efficacy, 1) == [(100.0, 100.0), (90.0, 100.0)]
+    assert axis_lines(perplexity) == [[12.345, 13.0, 15.0], [12.345, 12.345]]
+    expected = [(12.345 - 0.0412, 12.345 + 0.0412), (12.5, 13.5), (14.5, 15.5)]
+    assert band(perplexity, 0) == [pytest.approx(pair) for pair in expected]
     assert axis_lines(retained) == [[98.0, 97.5, 97.0], [98.0, 98.0]]
-    labels = ["success (%)", "perplexity", "retained knowledge (%)"]
-    assert [axis.get_ylabel() for axis in figure.axes] == labels
-    assert success.get_xlabel() == retained.get_xlabel() == "edits applied"
+    assert [axis.get_title() for axis in figure.axes] == [
+        "efficacy (%)\nhigher is better",
+        "perplexity\nlower is better",
+        "retained knowledge (%)\nhigher is better",
+    ]
+    assert {axis.get_xlabel() for axis in figure.axes} == {"edits applied"}
 
 
-def test_losses_figure_has_a_panel_for_each_layer() -> None:
+def test_axes_are_fitted_to_the_data() -> None:
+    efficacy, retained = plots.metrics_figure(small_history()).axes
+    low, high = efficacy.get_ylim()
+    assert 88 < low < 90 < 100 < high < 102  # not down to the unedited 4.5
+    assert [text.get_text() for text in efficacy.texts] == ["unedited: 4.5 ↓"]
+    low, high = retained.get_ylim()
+    assert low < 97 - 1.1 < 98.9 < high < 102
+    assert not retained.texts  # the unedited 98 is a line
+
+
+def test_one_batch_has_no_course() -> None:
+    history = small_history()
+    history.measurements = [taken for taken in history.measurements if taken.edits in (0, 2)]
+    assert history.of("batch")
+    assert history.of("cumulative")
+    assert plots.metrics_figure(history) is None
+    assert "metrics" not in plots.plots(history)
+
+
+def test_losses_figure_draws_median_and_band_of_all_edits() -> None:
     figure = plots.losses_figure(small_history())
     assert [axis.get_title() for axis in figure.axes] == ["target layer 1", "target layer 3"]
-    first = axis_lines(figure.axes[0])
-    assert first == [[3.0, 2.0, 1.5], [1.5, 1.0, 0.75], [8.0, 4.0, 2.0], [4.0, 2.0, 1.0]]
+    total = np.array([[4.0, 2.0, 1.0], [2.0, 2.0, 2.0], [8.0, 4.0, 2.0]])  # the second was done
+    low, median, high = np.quantile(total, (0.1, 0.5, 0.9), axis=0)
+    first = figure.axes[0]
+    np.testing.assert_allclose(axis_lines(first), [median, median / 2])
+    np.testing.assert_allclose(band(first, 0), np.stack([low, high], axis=1))
+    (legend,) = figure.legends
+    handles = {
+        text.get_text(): handle
+        for text, handle in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    for line, name in zip(first.get_lines(), ("total", "nll of the new object"), strict=True):
+        assert handles[f"{name}, median"].get_color() == line.get_color()
+
+
+def test_loss_curves_of_unlike_lengths() -> None:
+    curves = [LossCurve(0, 1, losses([4.0, 2.0, 1.0])), LossCurve(1, 1, losses([3.0]))]
+    (median,) = views.loss_quantiles(curves, (0.5,))
+    assert median[:, 0].tolist() == [3.5, 2.5, 2.0]
 
 
 def test_before_after_figure_draws_bars_with_errors() -> None:
@@ -431,18 +492,19 @@ def test_before_after_figure_draws_bars_with_errors() -> None:
         "specificity",
         "retained\nknowledge",
     ]
-    assert perplexity.get_ylabel() == "perplexity"
+    assert percent.get_ylabel() == "percent\nhigher is better"
+    assert perplexity.get_ylabel() == "perplexity\nlower is better"
     assert [bar.get_height() for bar in perplexity.patches] == [12.345, 15.0]
     spans = [bar.errorbar[2][0].get_segments()[0][:, 1] for bar in perplexity.containers[1::2]]
     assert [float(high - low) for low, high in spans] == pytest.approx([0.0824, 0.1])
 
 
 def test_perplexity_that_explodes_gets_a_logarithmic_axis() -> None:
-    history = small_history()
-    history.measurements[-1].metrics["perplexity"]["value"] = 1e6
+    history = with_perplexity(14.0, 20.0, 1e6)
     assert plots.metrics_figure(history).axes[1].get_yscale() == "log"
     assert plots.before_after_figure(history).axes[-1].get_yscale() == "log"
-    assert plots.metrics_figure(small_history()).axes[1].get_yscale() == "linear"
+    history = with_perplexity(14.0, 20.0, 25.0)
+    assert plots.metrics_figure(history).axes[1].get_yscale() == "linear"
 
 
 def test_report_shows_everything_and_its_pictures_exist(tmp_path: Path) -> None:

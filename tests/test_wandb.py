@@ -135,11 +135,28 @@ def test_what_is_measured_once_is_no_curve(tmp_path, monkeypatch):
     assert run.rows == []
     assert set(run.summary) == {f"{s}/efficacy" for s in ("pre", "post", "first_batch", "test")}
     for stage in ("batch", "cumulative"):
-        logger.log_metrics({f"{stage}/efficacy": 1.0, "edits/applied": 4}, 4)
+        values = {f"{stage}/efficacy": 1.0, f"{stage}/efficacy/standard_error": 0.5}
+        logger.log_metrics({**values, f"{stage}/efficacy/prompts": 9, "edits/applied": 4}, 4)
+    logger.log_metrics({"update/layer0/null_space": 7, "edits/applied": 4}, 4)
     assert [set(row) - {"edits/applied", "trainer/global_step"} for row in run.rows] == [
-        {"batch/efficacy"},
-        {"cumulative/efficacy"},
+        {"batch/efficacy", "batch/efficacy/standard_error"},
+        {"cumulative/efficacy", "cumulative/efficacy/standard_error"},
     ]
+    assert run.summary["batch/efficacy/prompts"] == 9
+    assert run.summary["update/layer0/null_space"] == 7
+
+
+def test_a_run_of_one_batch_has_no_curves_of_one_point(tmp_path, monkeypatch):
+    run = Recorded()
+    monkeypatch.setattr(wandb_logger.RunWandbLogger, "experiment", run)
+    logger = make_logger(tmp_path / "r", "test", "offline")
+    wandb_run.expect_curves([logger], 1)
+    logger.log_metrics({"batch/efficacy": 1.0, "edits/applied": 4}, 4)
+    assert run.rows == []
+    assert run.summary == {"batch/efficacy": 1.0}
+    wandb_run.expect_curves([logger], 2)
+    logger.log_metrics({"batch/efficacy": 1.0, "edits/applied": 4}, 4)
+    assert len(run.rows) == 1
 
 
 CONFIG = """
@@ -151,7 +168,8 @@ update: {plan: even, layers: [1, 2], rect_keep: null}
 
 def loggers_of(record: RunRecord) -> list[Logger]:
     record.config = CONFIG
-    record.settings = {"model": "/models/llama", "data": "facts.json", "plan": "even"}
+    record.settings = {"method": "MEMIT", "model": "/models/llama", "data": "facts.json"}
+    record.settings |= {"plan": "even"}
     return record.loggers()
 
 
@@ -164,8 +182,9 @@ def test_a_run_has_a_name_a_configuration_a_group_and_tags(server, tmp_path):
     run = logger.experiment
     assert run.name == "edit-2"  # as its folder
     assert run.group == "edit"  # with the other runs of the name
-    assert run.tags == ("llama", "facts.json", "even")
+    assert run.tags == ("MEMIT", "llama", "facts.json", "even")
     expected = {
+        "method": "MEMIT",
         "seed_everything": 3,
         "model/name_or_path": "/models/llama",
         "model/target/steps": 5,
@@ -174,7 +193,9 @@ def test_a_run_has_a_name_a_configuration_a_group_and_tags(server, tmp_path):
         "update/rect_keep": None,
     }
     assert {key: run.config[key] for key in expected} == expected
-    assert "update/plan: even" in (tmp_path / "edit-2" / "hparams.yaml").read_text()
+    assert {"method: MEMIT", "update/plan: even"} <= set(
+        (tmp_path / "edit-2" / "hparams.yaml").read_text().splitlines()
+    )
     wandb_run.finish([logger])
 
 

@@ -17,10 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from blue_callbacks import ClosedFormUpdate, EditGuard
 from lightning_blue.cli.run_files import explain, with_bases
 from lightning_blue.data import EditDataModule
+from lightning_blue.data.memory import name_of
 from lightning_blue.editing import edit_module
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.guarded import guarded
-from lightning_blue.reporting.progress import EditProgressBar
+from lightning_blue.reporting.progress import EditProgressBar, ProgressLines
 from lightning_blue.reporting.record import read_status, run_to_resume
 from lightning_blue.reporting.wandb_logger import require_key
 from lightning_blue.runs.journal import EditJournal
@@ -132,7 +133,7 @@ class EditCLI(RunFileCLI):
         """Give the trainer the run's loggers, checkpoints and strategy beside the user's."""
         self._find_checkpoint()
         self.record.config = self.parser.dump(self.config, skip_none=False, skip_check=True)
-        self.record.settings = run_settings(self.config)
+        self.record.settings = run_settings(self.config, self.command)
         callbacks = self._listed("trainer.callbacks")
         if self.recorded:
             kwargs["logger"] = self._loggers()
@@ -143,10 +144,12 @@ class EditCLI(RunFileCLI):
             kwargs["logger"] = False
         if any(isinstance(callback, Checkpoint) for callback in callbacks):
             kwargs["enable_checkpointing"] = True
-        if not sys.stderr.isatty():
-            kwargs["enable_progress_bar"] = False
-        elif self._get(self.config, "trainer.enable_progress_bar") is not False:
+        shown = self._get(self.config, "trainer.enable_progress_bar") is not False
+        if shown and sys.stderr.isatty():
             callbacks.append(EditProgressBar())
+        elif shown:
+            callbacks.insert(0, ProgressLines())
+        kwargs["enable_progress_bar"] = shown and sys.stderr.isatty()
         kwargs["callbacks"] = callbacks
         strategy = self._get(self.config, "trainer.strategy")
         several = self._several()
@@ -241,11 +244,42 @@ def process_count(devices: int | str | list[int], accelerator: str) -> int:
     return len(devices) if isinstance(devices, list) else int(devices)
 
 
-def run_settings(config: Any) -> dict[str, Any]:
-    """Pick what the reader of a report wants to know."""
-    keys = ["model.name_or_path", "model.target.site", "data.path", "data.batch_size"]
-    keys += [f"update.{key}" for key in ("plan", "layers", "solver", "past_keys")]
-    keys += [f"update.{key}" for key in ("covariance_weight", "rect_keep", "post_edit_transform")]
-    keys += ["seed_everything"]
-    names = {"model.name_or_path": "model", "data.path": "data", "seed_everything": "seed"}
-    return {names.get(key, key.rpartition(".")[2]): config[key] for key in keys}
+def run_settings(config: Any, command: str = "fit") -> dict[str, Any]:
+    """Pick what the reader of a report wants to know: settings that are in force, and no others."""
+    if command == "evaluate":
+        settings = {"model": "model.name_or_path", "data": "data.path"}
+    else:
+        settings = {"model": "model.name_or_path", "site": "model.target.site", "data": "data.path"}
+        settings |= {"batch_size": "data.batch_size"}
+        names = ["plan", "layers", "solver", "past_keys", *_solver_settings(config)]
+        settings |= {name: f"update.{name}" for name in names}
+    chosen = {} if command == "evaluate" else {"method": method_name(config)}
+    chosen |= {name: config[key] for name, key in settings.items()}
+    chosen |= {"data": name_of(chosen["data"]), "seed": config["seed_everything"]}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def method_name(config: Any) -> str:
+    """Name the method that a configuration amounts to: what it adds to MEMIT, and BLUE's plan.
+
+    >>> keys = ("model.target.site", "update.rect_keep", "update.post_edit_transform")
+    >>> chosen = {"update.solver": "null_space", "update.plan": "boundary"}
+    >>> method_name(dict.fromkeys(keys) | chosen)
+    'AlphaEdit + BLUE'
+    """
+    rows = {
+        "PMET": config["model.target.site"] == "attention_and_ffn",
+        "AlphaEdit": config["update.solver"] == "null_space",
+        "RECT": config["update.rect_keep"] is not None,
+        "PRUNE": config["update.post_edit_transform"] is not None,
+    }
+    names = [name for name, used in rows.items() if used] or ["MEMIT"]
+    return " + ".join([*names, "BLUE"] if config["update.plan"] == "boundary" else names)
+
+
+def _solver_settings(config: Any) -> list[str]:
+    """Return the names of the settings of the update that the chosen solver and transforms read."""
+    names = ["covariance_weight"]
+    if config["update.solver"] == "null_space":
+        names = ["threshold" if config["update.energy"] is None else "energy", "ridge"]
+    return [*names, "rect_keep", "post_edit_transform"]

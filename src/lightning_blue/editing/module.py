@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks import (
+    ClosedFormUpdate,
     EditableWeights,
     EditStepOptimizer,
     NonFiniteError,
@@ -110,6 +111,18 @@ class EditModule(LightningModule):
         self._written: list[int] = []  # layers that the run writes, as far as is known
 
     # Lightning
+
+    def setup(self, stage: str) -> None:
+        """Refuse a loss layer that cannot be, before any work.
+
+        Raises:
+            InputError: if the model has no such layer, or a target layer lies above it.
+        """
+        if stage == "fit":
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            updates = [each for each in callbacks if isinstance(each, ClosedFormUpdate)]
+            for part in [part for update in updates for part in update.layer_updates]:
+                self._check_loss_layer(part.target_layer)
 
     def configure_optimizers(self) -> EditStepOptimizer:
         """One optimizer step is one edit batch."""
@@ -363,7 +376,16 @@ class EditModule(LightningModule):
         return [[index] for index in range(len(batch))]
 
     def _check_loss_layer(self, layer: int) -> None:
-        if self.target.loss_layer is not None and self.target.loss_layer < layer:
+        if self.target.loss_layer is None:
+            return
+        if self.target.loss_layer >= len(self.blocks):
+            raise InputError(
+                f"the model has no layer {self.target.loss_layer}: its {len(self.blocks)} layers "
+                f"are 0 to {len(self.blocks) - 1}",
+                where="model.target.loss_layer",
+                hint="choose one of them, or null for the last one",
+            )
+        if self.target.loss_layer < layer:
             raise InputError(
                 f"loss_layer {self.target.loss_layer} lies below the target layer {layer}, where "
                 "no delta can change the loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class MeasureEdits(Callback):
         cumulative: edits in the sample; 0 leaves ``cumulative`` out.
         generate: whether to write texts for fluency and consistency.
         tokens_per_batch: tokens in one forward pass.
-        seed: of the sampling of texts and of the sample of edits; None: the one of
+        seed: seed of the sampling of texts and of the sample of edits; None: the one of
             ``seed_everything``.
     """
 
@@ -115,7 +116,7 @@ class MeasureEdits(Callback):
         batch_idx: int,
     ) -> None:
         """Measure the batch just applied."""
-        self._count_seconds("edit", time.perf_counter() - self._started)
+        self._count_seconds("editing", time.perf_counter() - self._started)
         if self._committed is None:
             return
         first = batch_idx * trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -249,8 +250,8 @@ def _reason_of_end(trainer: Trainer) -> str:
 
 
 def _values(stage: str, metrics: Metrics) -> dict[str, float]:
-    """Return each metric's value under ``stage/name``."""
-    return {f"{stage}/{name}": estimate["value"] for name, estimate in metrics.items()}
+    """Return each metric's value under ``stage/name``, NaN where it is not finite."""
+    return {f"{stage}/{name}": e.get("value", math.nan) for name, e in metrics.items()}
 
 
 def _norms(trainer: Trainer) -> dict[str, float]:

@@ -59,7 +59,7 @@ class RunHistory:
         loss_curves: in the order of the batches.
         before: outcome of each request on the unedited model.
         after: outcome of each request in force at the end, by its place in ``requests``.
-        seconds: time spent by part: ``edit``, ``evaluate``, ``prepare``, ``total``.
+        seconds: time spent by part: ``editing``, ``evaluate``, ``prepare``, ``total``.
         resumed_after: edits applied where the run was resumed, each time.
         guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
         ended_early: why requests are left that were never applied; empty if none are.

@@ -77,8 +77,8 @@ class MetricSpec:
         needs: what a request or the run must offer; without it the metric is absent.
         combines: the metrics that a `COMBINATION` reads; their rows stand above this one.
         group: the table that shows it: ``scores``, or ``top-1`` for the strict variants.
-        panel: where plots over edits applied show it: the lines of ``success`` (percent), a panel
-            of its own beside them (``side effects``), or nowhere.
+        panel: how plots over edits applied show it: the batch just applied and all edits so far
+            (``success``, percent), one line (``side effects``), or not at all.
         per_request: whether each outcome of a request holds its value.
         side_effect: whether it shows what an edit did to the rest of the model.
     """

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.metrics import table
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.reporting.base_card import front_matter, head_of
 from lightning_blue.reporting.files import versions
 from lightning_blue.reporting.tables import estimate_text, markdown_table, score_table
 from lightning_blue.reporting.text import definitions, inline, loaded_with, settings_rows
@@ -42,16 +43,22 @@ def export_model(
     with writing(folder), whole_folder(folder) as building:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
-        write_atomic(building / "README.md", model_card(history))
+        write_atomic(building / "README.md", model_card(history, head_of(model.config)))
     return folder
 
 
-def model_card(history: RunHistory) -> str:
-    """Return the README of an edited model: markdown with a YAML head."""
-    name = base_model(history)
+def model_card(history: RunHistory, head: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the README of an edited model: markdown with a YAML head.
+
+    Args:
+        history: of the run that edited it.
+        head: what is taken over from the model that was edited, see `head_of`.
+    """
+    name = edited_model(history)
     loader = loaded_with(history)
     method = markdown_table(settings_rows(history.settings), ["setting", "value"])
-    return f"""{_front_matter(name)}
+    return f"""{front_matter(head)}
+
 # {inline(name)} with {_facts(history.applied)} edited
 
 The weights of {inline(name)} were edited directly (locate-then-edit) so that the model states the
@@ -69,7 +76,7 @@ facts listed below. Everything else was meant to stay as it was; see the caution
 
 ## Caution
 
-{caution(history)}
+{caution(history)} {_licence(head)}
 
 ## Use
 
@@ -88,7 +95,7 @@ Made with lightning-blue {versions()["lightning_blue"]}.
 """
 
 
-def base_model(history: RunHistory) -> str:
+def edited_model(history: RunHistory) -> str:
     """Return the name of the model that was edited; of a local path the last part."""
     name = str(history.settings.get("model", "unknown"))
     return PurePath(name).name if PurePath(name).is_absolute() else name
@@ -112,15 +119,10 @@ def caution(history: RunHistory) -> str:
     )
 
 
-def _front_matter(name: str) -> str:
-    head: Mapping[str, Any] = {
-        "base_model": name,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["model-editing", "knowledge-editing", "lightning-blue"],
-    }
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
-    return "\n".join(["---", *lines, "---"])  # JSON is YAML, and quotes what needs it
+def _licence(head: Mapping[str, Any]) -> str:
+    if "license" in head:
+        return "The licence is that of the model that was edited."
+    return "No licence was found with the model that was edited; whatever holds for it holds here."
 
 
 def _facts(n: int) -> str:

@@ -25,6 +25,7 @@ from lightning_blue.reporting.views import (
     final_losses,
     metrics_at,
     outcome_pairs,
+    seconds_per_edit,
 )
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import write_atomic
@@ -108,7 +109,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
 
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
-    ``seconds/...``, ``settings/...`` and ``versions/...``.
+    ``seconds/edit`` (of one edit), ``seconds/editing``, ``seconds/evaluate``, ``seconds/prepare``
+    and ``seconds/total`` (of the run), ``settings/...`` and ``versions/...``.
     """
     numbers: dict[str, Any] = {}
     for stage in SUMMARY_STAGES:
@@ -124,6 +126,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
     }
     if history.guard_events is not None:
         numbers["guard/events"] = len(history.guard_events)
+    each = seconds_per_edit(history)
+    numbers |= {} if each is None else {"seconds/edit": each}
     numbers |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     numbers |= flat(history.settings, "settings")
     return numbers | {f"versions/{name}": number for name, number in versions().items()}

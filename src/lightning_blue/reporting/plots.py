@@ -5,37 +5,51 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle, groupby
+from itertools import groupby
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics
-from lightning_blue.metrics.history import LossCurve, RunHistory
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.table import PERCENT, MetricSpec
-from lightning_blue.reporting.views import Points, finite, mean_losses, metrics_at, series
+from lightning_blue.reporting.views import (
+    Points,
+    finite,
+    loss_quantiles,
+    metrics_at,
+    series,
+)
 
 Style = dict[str, Any]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart
-BLUE, VERMILLION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9A9A9A"
+BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#9A9A9A"
 INK = "#333333"
-SUCCESS_STYLES = (  # colour, marker of each metric of the panel, in turn
-    (BLUE, "o"),
-    (VERMILLION, "s"),
-    (GREEN, "^"),
-    ("#CC79A7", "D"),
-    ("#E69F00", "v"),
-    ("#56B4E9", "P"),
-)
-LAYERS_PER_ROW = 3
+COLUMNS = 3  # of small multiples
 MARKERS_AT_MOST = 15  # on one line
 LOG_FROM = 20  # ratio from which an axis is logarithmic
+BAND = 0.2  # opacity
 BELOW: Style = {"loc": "outside lower center", "frameon": False, "fontsize": 9}  # a legend
+
+# the lines of a panel over edits applied: label, stages, style
+SUCCESS = (
+    ("the batch just applied", ("batch",), {"color": VERMILLION, "linestyle": "--", "marker": "s"}),
+    ("all edits so far (a sample)", ("cumulative",), {"color": BLUE, "marker": "o"}),
+)
+SIDE_EFFECTS = (
+    ("side effects", ("pre", "batch", "cumulative", "post"), {"color": INK, "marker": "D"}),
+)
+UNEDITED: Style = {"color": INK, "linestyle": ":", "linewidth": 1.3}
+LOSSES: tuple[tuple[str, Style], ...] = (  # label and style, in the order of the losses' columns
+    ("total", {"color": BLUE}),
+    ("nll of the new object", {"color": VERMILLION, "linestyle": "--"}),
+)
 
 
 def plots(history: RunHistory) -> dict[str, bytes]:
@@ -54,50 +68,60 @@ def plots(history: RunHistory) -> dict[str, bytes]:
 
 
 def metrics_figure(history: RunHistory) -> Figure | None:
-    """Draw metrics over edits applied; None if nothing was measured after a batch."""
-    if not (history.of("batch") or history.of("cumulative")):
-        return None
+    """Draw each metric over edits applied, in a panel of its own.
+
+    None where no metric was measured after two batches: one point is no course.
+    """
     before = finite(metrics_at(history, "pre"))
-    courses = [
-        (spec, _course(history, spec)) for spec in table.METRICS if spec.panel == "side effects"
-    ]
-    shown = [(spec, course) for spec, course in courses if course]
-    figure = _figure(11 if shown else 7.5, 4.9)
-    columns = figure.add_gridspec(1, 2 if shown else 1, width_ratios=[1.7, 1][: 1 + bool(shown)])
-    left = figure.add_subplot(columns[0])
-    _draw_success(left, history, before)
-    if shown:
-        panels = columns[1].subgridspec(len(shown), 1)
-        for row, (spec, course) in enumerate(shown):
-            axis = figure.add_subplot(panels[row])
-            _draw_side_effect(axis, spec, course, before.get(spec.name, {}).get("value"))
-            axis.set_xlabel("edits applied" if row == len(shown) - 1 else "")
-    for axis in figure.axes:
-        axis.set_xlim(0, 1.04 * history.measurements[-1].edits)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    panels: list[tuple[MetricSpec, list[tuple[str, Points, Style]]]] = []
+    for spec in table.METRICS:
+        kinds = {"success": SUCCESS, "side effects": SIDE_EFFECTS}.get(spec.panel or "", ())
+        lines = [(label, series(history, stages, spec.name), look) for label, stages, look in kinds]
+        if len({point.edits for _, line, _ in lines for point in line} - {0}) > 1:
+            panels.append((spec, lines))
+    if not panels:
+        return None
+    figure, axes = _grid(len(panels), 3.6, 2.6)
+    for axis, (spec, lines) in zip(axes, panels, strict=True):
+        _draw_course(axis, spec, [(line, look) for _, line, look in lines], before.get(spec.name))
+        axis.set_xlim(0, 1.04 * max(taken.edits for taken in history.measurements))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for axis in axes[-min(COLUMNS, len(axes)) :]:
+        axis.set_xlabel("edits applied")
+    drawn = {label: look for _, lines in panels for label, line, look in lines if line}
+    drawn |= {"unedited model": UNEDITED} if before else {}
+    handles = [Line2D([], [], label=label, **look) for label, look in drawn.items()]
+    figure.legend(handles=[*handles, _band_handle("± standard error")], **BELOW, ncols=5)
     return figure
 
 
 def losses_figure(history: RunHistory) -> Figure | None:
-    """Draw the mean loss over inner steps, one panel per target layer; None without curves."""
-    curves = sorted(history.loss_curves, key=lambda curve: (curve.layer, curve.batch))
-    panels = [(layer, list(part)) for layer, part in groupby(curves, lambda curve: curve.layer)]
+    """Draw the losses of all edits over inner steps, a panel per target layer.
+
+    Of the total the median over edits and the band in which eight of ten lie, of its nll part the
+    median. None without curves.
+    """
+    curves = sorted(history.loss_curves, key=lambda curve: curve.layer)
+    panels = {layer: list(part) for layer, part in groupby(curves, lambda curve: curve.layer)}
     if not panels:
         return None
-    rows = math.ceil(len(panels) / LAYERS_PER_ROW)
-    columns = math.ceil(len(panels) / rows)
-    figure = _figure(max(6.0, 4.4 * columns), 3.4 * rows + 0.8)
-    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-    axes: list[Axes] = list(grid.flat)
-    for axis, (layer, part) in zip(axes, panels, strict=False):
-        _draw_losses(axis, part)
+    figure, axes = _grid(len(panels), 4.4, 3.2, sharey=True)
+    for axis, (layer, part) in zip(axes, panels.items(), strict=True):
+        low, median, high = loss_quantiles(part, (0.1, 0.5, 0.9))
+        steps = range(1, len(median) + 1)
+        axis.fill_between(steps, low[:, 0], high[:, 0], color=BLUE, alpha=BAND, linewidth=0)
+        for column, (_, look) in enumerate(LOSSES):
+            axis.plot(steps, median[:, column], linewidth=2, **look)
+        values = [*low[:, 0].tolist(), *high[:, 0].tolist(), *median[:, :2].flatten().tolist()]
+        if min(values) > 0:
+            _logarithmic(axis, values)
         axis.set_title(f"target layer {layer}", fontsize=10, color=INK)
         axis.set_xlabel("inner step")
-    for unused in axes[len(panels) :]:
-        unused.remove()
-    for row in range(rows):
-        axes[row * columns].set_ylabel("loss, mean over edits (nats)")
-    figure.legend(handles=_loss_legend(panels[0][1]), **BELOW, ncols=5)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for axis in axes[::COLUMNS]:
+        axis.set_ylabel("loss (nats)")
+    handles = [Line2D([], [], label=f"{label}, median", **look) for label, look in LOSSES]
+    figure.legend(handles=[*handles, _band_handle("total, 8 of 10 edits", BLUE)], **BELOW, ncols=3)
     return figure
 
 
@@ -116,10 +140,10 @@ def before_after_figure(history: RunHistory) -> Figure | None:
         _draw_bars(axes[0], percent, before, after)
         axes[0].set_ylim(0, 112)
         axes[0].set_yticks(range(0, 101, 20))
-        axes[0].set_ylabel("percent")
+        axes[0].set_ylabel(_titled("percent", percent))
     for axis, spec in zip(axes[bool(percent) :], others, strict=True):
         _draw_bars(axis, [spec], before, after)
-        axis.set_ylabel(spec.label)
+        axis.set_ylabel(_titled(spec.label, [spec]))
         axis.set_xticks([])
         axis.margins(y=0.12)
         values = [
@@ -127,8 +151,10 @@ def before_after_figure(history: RunHistory) -> Figure | None:
         ]
         if _spread(values):
             _logarithmic(axis, values)
-    bars = [Line2D([], [], color=colour, linewidth=8) for colour in (GREY, BLUE)]
-    figure.legend(bars, ["unedited", "edited (± standard error)"], **BELOW, ncols=2)
+    bars = [Patch(color=GREY, label="unedited"), Patch(color=BLUE, label="edited")]
+    error = Line2D([], [], color=INK, marker="|", markersize=9, label="± standard error")
+    error.set_linestyle("none")
+    figure.legend(handles=[*bars, error], **BELOW, ncols=3)
     return figure
 
 
@@ -136,6 +162,17 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08, wspace=0.03)
     return figure
+
+
+def _grid(n: int, width: float, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure with n panels of a size in inches, row by row."""
+    rows = math.ceil(n / COLUMNS)
+    columns = min(n, COLUMNS)
+    figure = _figure(max(6.0, width * columns), height * rows + 0.5)
+    axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for unused in axes[n:]:
+        unused.remove()
+    return figure, axes[:n]
 
 
 def _png(figure: Figure) -> bytes:
@@ -150,102 +187,89 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_success(axis: Axes, history: RunHistory, before: Metrics) -> None:
-    """Draw the success of edits: batches right away, all edits so far, the unedited model."""
-    handles: list[Line2D] = []
-    specs = [spec for spec in table.METRICS if spec.panel == "success"]
-    for spec, (colour, marker) in zip(specs, cycle(SUCCESS_STYLES), strict=False):
-        name = spec.name
-        style: Style = {"color": colour, "marker": marker}
-        cumulative, batch = (series(history, [stage], name) for stage in ("cumulative", "batch"))
-        hollow = {"markerfacecolor": "white", "markersize": 7.5}  # shows around a filled one
-        _line(axis, batch, linestyle="--", linewidth=1, **hollow, **style)
-        _line(axis, cumulative, linewidth=2, markersize=4.5, **style)
-        if name in before:
-            axis.axhline(before[name]["value"], color=colour, linestyle=":", linewidth=1.2)
-        if cumulative or batch or name in before:
-            handles.append(Line2D([], [], linewidth=2, label=spec.title, **style))
-    lines: dict[str, Style] = {
-        "all edits so far (a sample)": {"linewidth": 2, "marker": "o"},
-        "the batch just applied": {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
-        "unedited model": {"linestyle": ":"},
-    }
-    handles += [Line2D([], [], color=INK, label=text, **look) for text, look in lines.items()]
-    axis.set_ylim(-2, 104)
-    axis.set_ylabel("success (%)")
-    axis.set_xlabel("edits applied")
-    axis.figure.legend(handles=handles, **BELOW, ncols=6, columnspacing=1.4, handlelength=2.4)
-
-
-def _course(history: RunHistory, spec: MetricSpec) -> Points:
-    return series(history, ["pre", "batch", "cumulative", "post"], spec.name)
-
-
-def _draw_side_effect(
-    axis: Axes, spec: MetricSpec, course: Points, reference: float | None
+def _draw_course(
+    axis: Axes,
+    spec: MetricSpec,
+    lines: Sequence[tuple[Points, Style]],
+    unedited: Mapping[str, float] | None,
 ) -> None:
-    """Draw what editing should leave as it was, and where it was."""
-    _line(axis, course, color=INK, linewidth=1.6, marker="o", markersize=4)
-    if reference is not None:
-        axis.axhline(reference, color=INK, linestyle=":", linewidth=1.2)
-    axis.set_ylabel(spec.label, fontsize=9)
-    values = [value for _, value in course]
-    if spec.unit == PERCENT:
-        axis.set_ylim(-2, 104)
-    elif _spread(values):
+    """Draw a metric over edits applied with its standard errors, and where it was before."""
+    for line, look in lines:
+        _line(axis, spec, line, look)
+    values = [value for line, _ in lines for point in line for value in point.span]
+    if _spread([point.value for line, _ in lines for point in line]):
         _logarithmic(axis, values)
     else:
-        axis.set_ylim(0, 1.15 * max(values))
+        axis.set_ylim(*_fitted(spec, values))
+    if unedited is not None:
+        _draw_unedited(axis, unedited["value"])
+    axis.set_title(_titled(spec.label, [spec]), fontsize=10, color=INK)
 
 
-def _line(axis: Axes, points: Points, **style: Any) -> None:
-    """Draw a line with at most so many markers, always one on its last point."""
+def _line(axis: Axes, spec: MetricSpec, points: Points, look: Style) -> None:
+    """Draw a line with its band and at most so many markers, always one on its last point."""
     if not points:
         return
+    edits = [point.edits for point in points]
+    low, high = [point.span[0] for point in points], [point.span[1] for point in points]
+    if spec.unit == PERCENT:
+        low, high = [max(0.0, v) for v in low], [min(100.0, v) for v in high]
+    axis.fill_between(edits, low, high, color=look["color"], alpha=BAND, linewidth=0)
     stride = math.ceil(len(points) / MARKERS_AT_MOST)
     marked = list(range(len(points) - 1, -1, -stride))
-    axis.plot(*zip(*points, strict=True), markevery=marked, **style)
+    values = [point.value for point in points]
+    axis.plot(edits, values, markevery=marked, markersize=4, linewidth=1.6, **look)
 
 
-def _draw_losses(axis: Axes, curves: Sequence[LossCurve]) -> None:
-    """Draw total and nll of each batch; the first and the last stand out."""
-    means = [mean_losses(curve).tolist() for curve in curves]
-    for place, mean in enumerate(means):
-        colour = _batch_colour(place, len(means))
-        front = colour != GREY
-        total, nll = [terms[0] for terms in mean], [terms[1] for terms in mean]
-        axis.plot(
-            total,
-            color=colour,
-            linewidth=2.2 if front else 0.7,
-            alpha=1 if front else 0.6,
-            zorder=3 if front else 2,
-        )
-        if front:
-            axis.plot(nll, color=colour, linewidth=1.4, linestyle="--", zorder=3)
-    values = [term for mean in means for terms in mean for term in terms[:2]]
-    if min(values) > 0:
-        _logarithmic(axis, values)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+def _fitted(spec: MetricSpec, values: Sequence[float]) -> tuple[float, float]:
+    """Return an axis that its data fill, yet do not turn into noise where it hardly moves."""
+    low, high = min(values), max(values)
+    if spec.unit == PERCENT:
+        low, high = max(0.0, low), min(100.0, high)
+    middle, least = (low + high) / 2, 4.0 if spec.unit == PERCENT else 0.05 * abs(low + high)
+    half = max(high - low, least) / 2
+    low, high = middle - 1.1 * half, middle + 1.1 * half
+    if spec.unit == PERCENT and high > 101:  # percent that are not there
+        low, high = low - (high - 101), 101.0
+    if spec.unit == PERCENT and low < -1:
+        low, high = -1.0, high - (low + 1)
+    return low, high
 
 
-def _batch_colour(place: int, n: int) -> str:
-    return BLUE if place == 0 else VERMILLION if place == n - 1 else GREY
+def _draw_unedited(axis: Axes, value: float) -> None:
+    """Draw the unedited value as a line; where it is far off, say where it is instead."""
+    low, high = axis.get_ylim()
+    near = low - 0.6 * (high - low) <= value <= high + 0.6 * (high - low)
+    if near or axis.get_yscale() == "log":
+        axis.axhline(value, **UNEDITED)
+        pad = 0.05 * (high - low)
+        if value < low or value > high:
+            axis.set_ylim(min(low, value - pad), max(high, value + pad))
+        return
+    below = value < low
+    axis.annotate(
+        f"unedited: {_short(value)} {'↓' if below else '↑'}",
+        (0.02, 0.03 if below else 0.97),
+        xycoords="axes fraction",
+        va="bottom" if below else "top",
+        fontsize=9,
+        color=INK,
+    )
 
 
-def _loss_legend(curves: Sequence[LossCurve]) -> list[Line2D]:
-    """Name the lines; the numbers of batches count from 1, as people do."""
-    first, last = curves[0].batch + 1, curves[-1].batch + 1
-    handles = [Line2D([], [], color=BLUE, linewidth=2.2, label=f"batch {first}")]
-    if len(curves) > 2:
-        handles.append(Line2D([], [], color=GREY, linewidth=0.9, label="batches between"))
-    if len(curves) > 1:
-        handles.append(Line2D([], [], color=VERMILLION, linewidth=2.2, label=f"batch {last}"))
-    return [
-        *handles,
-        Line2D([], [], color=INK, linewidth=2.2, label="total"),
-        Line2D([], [], color=INK, linewidth=1.4, linestyle="--", label="nll of the new object"),
-    ]
+def _titled(label: str, specs: Sequence[MetricSpec]) -> str:
+    """Return a label and which direction is better, of each metric where they differ."""
+    directions = {spec.direction for spec in specs}
+    if directions == {"neither"}:
+        return label
+    if len(directions) == 1:
+        return f"{label}\n{directions.pop()} is better"
+    lower = [spec.title for spec in specs if spec.direction == "lower"]
+    return f"{label}\nhigher is better, lower of {', '.join(lower)}"
+
+
+def _band_handle(label: str, colour: str = GREY) -> Patch:
+    return Patch(color=colour, alpha=BAND if colour != GREY else 0.4, linewidth=0, label=label)
 
 
 def _spread(values: Sequence[float]) -> bool:
@@ -255,7 +279,8 @@ def _spread(values: Sequence[float]) -> bool:
 
 def _logarithmic(axis: Axes, values: Sequence[float]) -> None:
     axis.set_yscale("log")
-    fine = max(values) < 1000 * min(values)
+    positive = [value for value in values if value > 0]
+    fine = max(positive) < 1000 * min(positive)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if fine else (1,), numticks=8))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())

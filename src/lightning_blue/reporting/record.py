@@ -35,17 +35,17 @@ from lightning_blue.support.storage import (
 )
 
 STATUS = "run.json"
-TAGS = ("model", "data", "plan", "solver")  # settings that a W&B run is tagged with
+TAGS = ("method", "model", "data", "plan", "solver")  # settings that a W&B run is tagged with
 
 
 class RunRecord(Callback):
     """Write a run's configuration, edits, summary, report and model into one folder.
 
     Args:
-        name: of the run; a number is appended where the folder exists already.
+        name: the run's name; a number is appended where the folder exists already.
         root: folder of all runs.
         wandb: ``offline`` (no key, no network), ``online`` or ``off``.
-        project: of the W&B run.
+        project: the project of the W&B run.
         export: whether to save the edited model in Hugging Face format.
         checkpoint_every: batches from one checkpoint to the next; 0 writes none.
     """
@@ -154,6 +154,10 @@ class RunRecord(Callback):
                 if isinstance(logger, CSVLogger):  # starts an empty file; W&B has its curves
                     for applied, values in history.logged:
                         logger.log_metrics({**values}, step=applied)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Tell W&B whether there will be curves."""
+        wandb_run.expect_curves(trainer.loggers, trainer.num_training_batches)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -281,7 +285,8 @@ class RunRecord(Callback):
 
     def _hyper_parameters(self) -> dict[str, Any]:
         """Return the resolved configuration under flat keys, ``update/plan`` for instance."""
-        return files.flat(yaml.safe_load(self.config) if self.config else self.settings)
+        named = {"method": self.settings["method"]} if "method" in self.settings else {}
+        return named | files.flat(yaml.safe_load(self.config) if self.config else self.settings)
 
     def _write_status(self, status: str, reason: str = "") -> None:
         content = {

@@ -19,6 +19,7 @@ from lightning_blue.reporting.views import (
     measured,
     metrics_at,
     outcome_pairs,
+    seconds_per_edit,
 )
 from lightning_blue.support.storage import write_atomic
 
@@ -26,9 +27,11 @@ EXAMPLES = 10  # edits shown, and as many that failed
 REJECTED_SHOWN = 20
 EVENTS_SHOWN = 20
 CAPTIONS = {
-    "metrics": "Over edits applied: how well edits hold, and what the rest of the model lost.",
+    "metrics": "Over edits applied: how well edits hold, and what the rest of the model lost. Axes "
+    "are fitted to the data.",
     "before_after": "Before and after, over all requests.",
-    "losses": "Optimisation of the targets: a finished edit counts with its last loss.",
+    "losses": "Optimisation of the targets, over all edits: a finished one counts with its last "
+    "loss.",
 }
 
 Example = tuple[EditRequest, RequestOutcome | None, RequestOutcome | None]
@@ -189,8 +192,8 @@ def _rejected(history: RunHistory) -> str:
 def _times(history: RunHistory) -> str:
     rows = [[inline(part), f"{seconds:.1f}"] for part, seconds in history.seconds.items()]
     text = _table(rows, ["part", "seconds"])
-    if history.applied and "edit" in history.seconds:
-        each = history.seconds["edit"] / history.applied
+    each = seconds_per_edit(history)
+    if each is not None:
         text += f"\n\n{each:.3g} seconds per edit."
     return text
 

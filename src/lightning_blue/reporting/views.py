@@ -15,7 +15,21 @@ from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.metrics.table import MetricSpec
 
-Points = list[tuple[int, float]]  # edits applied, value
+
+class Point(NamedTuple):
+    """A metric as it was measured after some edits; ``error`` is 0 where none is known."""
+
+    edits: int
+    value: float
+    error: float = 0.0
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """One standard error below the value and above it."""
+        return self.value - self.error, self.value + self.error
+
+
+Points = list[Point]
 
 
 class FinalLoss(NamedTuple):
@@ -62,12 +76,16 @@ def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:
 
     What is not finite has no point.
     """
-    values = {
-        taken.edits: taken.metrics[metric].get("value", math.nan)
-        for taken in history.measurements
-        if taken.stage in stages and metric in taken.metrics
+    taken = {
+        measurement.edits: cleaned({metric: measurement.metrics[metric]}).get(metric, {})
+        for measurement in history.measurements
+        if measurement.stage in stages and metric in measurement.metrics
     }
-    return sorted((edits, value) for edits, value in values.items() if math.isfinite(value))
+    return [
+        Point(edits, estimate["value"], estimate.get("standard_error", 0.0))
+        for edits, estimate in sorted(taken.items())
+        if "value" in estimate
+    ]
 
 
 def batch_of(history: RunHistory, index: int) -> int | None:
@@ -87,6 +105,12 @@ def outcome_pairs(
     ]
 
 
+def seconds_per_edit(history: RunHistory) -> float | None:
+    """Return how long an edit took, from targets to weights; None where nothing was edited."""
+    total = history.seconds.get("editing")
+    return None if total is None or not history.applied else total / history.applied
+
+
 def failed(outcome: RequestOutcome | None) -> bool:
     """Say whether an edit missed its own prompt: not all that efficacy asks for was reached."""
     if outcome is None:
@@ -102,11 +126,32 @@ def mean_losses(curve: LossCurve) -> Tensor:
         Total, nll, kl and weight decay by inner step, ``(steps, 4)``; NaN only where an edit has
         no losses at all.
     """
+    return _carried(curve, curve.losses.shape[1]).mean(dim=0)
+
+
+def loss_quantiles(curves: Sequence[LossCurve], shares: Sequence[float]) -> Tensor:
+    """Return quantiles of the losses over the edits of all curves; edits without any are left out.
+
+    Args:
+        curves: of one target layer; a finished edit keeps its last losses.
+        shares: from 0 to 1.
+
+    Returns:
+        Total, nll, kl and weight decay by inner step, ``(len(shares), steps, 4)``.
+    """
+    steps = max(curve.losses.shape[1] for curve in curves)
+    losses = torch.cat([_carried(curve, steps) for curve in curves])
+    return losses.nanquantile(torch.tensor(shares, dtype=losses.dtype), dim=0)
+
+
+def _carried(curve: LossCurve, steps: int) -> Tensor:
+    """Return losses in which a finished edit keeps its last ones, ``(n, steps, 4)``."""
     losses = curve.losses.double()
-    n, steps, _ = losses.shape
-    taken = torch.arange(steps).expand(n, steps).where(~losses[:, :, 0].isnan(), 0)
-    newest = taken.cummax(dim=1).values  # step whose losses hold at each step, (n, steps)
-    return losses.gather(1, newest[:, :, None].expand_as(losses)).mean(dim=0)
+    n, taken, terms = losses.shape
+    rows = torch.arange(taken).expand(n, taken).where(~losses[:, :, 0].isnan(), 0)
+    newest = rows.cummax(dim=1).values  # step whose losses hold at each step, (n, taken)
+    newest = torch.cat([newest, newest[:, -1:].expand(n, steps - taken)], dim=1)
+    return losses.gather(1, newest[:, :, None].expand(n, steps, terms))
 
 
 def final_losses(history: RunHistory) -> dict[int, dict[int, FinalLoss]]:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 START_SECONDS = 15  # that a run waits for the server when it starts
 FINISH_SECONDS = 120  # and for the last values to arrive when it ends
+AXIS = "edits/applied"
+CONSTANTS = ("count", "prompts", "tokens", "null_space")  # what the last part of a key says
 TAG_LENGTH = 64  # at most, as W&B has it
 HINT = "run `wandb login`, or choose --run.wandb=offline"
 
@@ -34,8 +36,14 @@ class RunWandbLogger(WandbLogger):
     """Logs to a server, or offline where none answers; what is measured once is no curve.
 
     Stages that are measured once (``pre``, ``post``, ``first_batch``, ``test``) go to the summary
-    of the W&B run, all others are curves.
+    of the W&B run, and so do numbers that stay the same (of prompts behind a metric, for instance).
+    All others are curves.
+
+    Attributes:
+        curves: whether the run has several batches; of one batch nothing has a course.
     """
+
+    curves = True
 
     @property
     @rank_zero_experiment
@@ -52,11 +60,17 @@ class RunWandbLogger(WandbLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log values over edits applied; put what is measured once into the summary."""
-        once = {k: v for k, v in metrics.items() if k.partition("/")[0] in SUMMARY_STAGES}
+        once = {k: v for k, v in metrics.items() if k != AXIS and not self._has_course(k)}
         if once:
             self.experiment.summary.update(once)
-        else:
-            super().log_metrics(metrics, step)
+        courses = {k: v for k, v in metrics.items() if k not in once}
+        if courses.keys() - {AXIS}:
+            super().log_metrics(courses, step)
+
+    def _has_course(self, key: str) -> bool:
+        first, _, rest = key.partition("/")
+        constant = rest.rpartition("/")[2] in CONSTANTS
+        return self.curves and first not in SUMMARY_STAGES and not constant
 
     def abandon(self) -> None:
         """End the W&B run of a logger that has failed, whatever becomes of it."""

@@ -15,12 +15,12 @@ from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting.files import summary
 from lightning_blue.reporting.guarded import attempt, has_failed
 from lightning_blue.reporting.views import batch_of, mean_losses, outcome_pairs
-from lightning_blue.reporting.wandb_logger import RunWandbLogger, sync_command
+from lightning_blue.reporting.wandb_logger import AXIS, RunWandbLogger, sync_command
 
 if TYPE_CHECKING:
     from wandb import Run
 
-AXIS, INNER_AXIS = "edits/applied", "inner/step"
+INNER_AXIS = "inner/step"
 TERMS = ("total", "nll", "kl", "weight_decay")
 COLUMNS = (
     "case_id",
@@ -48,6 +48,13 @@ def define_axes(loggers: Iterable[Logger]) -> None:
         loggers,
         lambda run: run.define_metric("*", step_metric=AXIS, step_sync=True, overwrite=True),
     )
+
+
+def expect_curves(loggers: Iterable[Logger], n_batches: float) -> None:
+    """Tell how many batches there are: of one alone nothing but the inner losses has a course."""
+    for logger in loggers:
+        if isinstance(logger, RunWandbLogger):
+            logger.curves = n_batches > 1
 
 
 def log_loss_curve(loggers: Iterable[Logger], curve: LossCurve) -> None:

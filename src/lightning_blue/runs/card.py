@@ -7,6 +7,7 @@ from pathlib import Path
 
 from blue_callbacks import WeightId
 from lightning_blue import __version__
+from lightning_blue.reporting.base_card import base_head, front_matter
 from lightning_blue.runs.journal import BaseModel, Journal
 from lightning_blue.runs.undo import is_exact
 from lightning_blue.runs.weights import Removed
@@ -49,12 +50,7 @@ def card(
     ]
     listed = ", ".join(kept[:LISTED_AT_MOST])
     more = f", and {len(kept) - LISTED_AT_MOST} more" * (len(kept) > LISTED_AT_MOST)
-    return f"""---
-base_model: "{name}"
-library_name: "transformers"
-pipeline_tag: "text-generation"
-tags: ["model-editing", "knowledge-editing", "lightning-blue"]
----
+    return f"""{front_matter(base_head(model.name_or_path, model.revision))}
 
 # {name}, edited
 
