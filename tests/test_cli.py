@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 from helpers import load_model
 from lightning_blue.__main__ import main
-from test_conf import flags, small_run  # noqa: F401  (a fixture)
+from test_conf import flags, flat, small_run  # noqa: F401  (a fixture)
 
 BASE = f"--config={ROOT / 'conf' / 'llama3_memit_blue.yaml'}"
 
@@ -167,8 +167,81 @@ def test_usage_and_unknown_commands(capsys):
     assert "did you mean 'fit'" in capsys.readouterr().err
 
 
-def test_help_answers_without_importing_torch():
-    code = "import sys; from lightning_blue.__main__ import main; main([]); "
+def helped(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    assert main([*args]) == 0
+    return capsys.readouterr().out
+
+
+def defaults(capsys: pytest.CaptureFixture[str], command: str) -> dict[str, object]:
+    """Every key of a command with its default, as the parser has them."""
+    with pytest.raises(SystemExit):
+        main([command, "--print_config"])
+    return flat(yaml.safe_load(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "stats", "pretrain"])
+def test_help_gives_every_key_of_the_own_sections_a_line(command, capsys):
+    lines = helped(capsys, command, "--help").splitlines()
+    assert len(lines) < 120
+    assert max(map(len, lines)) <= 100
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    own = [f"--{key}" for key in defaults(capsys, command) if not key.startswith("trainer.")]
+    assert sorted({*own} - {"--base", "--ckpt_path"}) == sorted(
+        {*shown} - {"--config", "--print_config", "--ckpt_path"}
+    )
+    assert ("--ckpt_path" in shown) == (command == "fit")
+    assert len(shown) == len(set(shown))
+    sections = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert sections[:2] == ["data:", "model:"]
+
+
+@pytest.mark.parametrize("command", ["fit", "pretrain"])
+def test_help_knows_the_defaults_that_the_parser_has(command, capsys):
+    expected = {k: v for k, v in defaults(capsys, command).items() if "." in k}
+    said = {}
+    for section in dict.fromkeys(key.partition(".")[0] for key in expected):
+        for line in helped(capsys, command, f"--help.{section}").splitlines():
+            if line.startswith("  --"):
+                key, _, default = line.strip().removeprefix("--").partition(" ")
+                said[key] = default
+    assert {key for key in expected if key not in said} == set()
+    for key, value in expected.items():
+        if value is None:
+            assert said[key] in ("", "(required)"), key
+        elif not isinstance(value, list | dict):
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
+            assert said[key] == f"[{shown}]" or said[key].endswith("…]"), key
+
+
+@pytest.mark.parametrize(
+    ("started", "named"),
+    [
+        ("/usr/bin/lightning-blue", "lightning-blue"),
+        ("/src/lightning_blue/__main__.py", "python -m lightning_blue"),
+        ("/venv/pytest/__main__.py", "lightning-blue"),
+    ],
+)
+def test_help_names_the_program_as_it_was_started(monkeypatch, capsys, started, named):
+    monkeypatch.setattr(sys, "argv", [started, "fit", "--help"])
+    assert helped(capsys, "fit", "--help").startswith(f"usage: {named} fit [--config FILE] ")
+
+
+def test_long_help_says_all_about_a_section(capsys):
+    trainer = helped(capsys, "fit", "--help.trainer")
+    assert "--trainer.max_epochs [1]" in trainer
+    assert "--data.path" not in trainer
+    assert max(map(len, trainer.splitlines())) <= 100
+    update = " ".join(helped(capsys, "fit", "--help.update").split())
+    assert "the fraction of entries of a batch's update to keep, 0.4 in its paper" in update
+    assert main(["fit", "--help.updates"]) == 2
+    err = capsys.readouterr().err
+    assert "no section 'updates'" in err
+    assert "data, model, update" in err
+
+
+@pytest.mark.parametrize("args", [[], ["fit", "--help"], ["fit", "--help.trainer"]])
+def test_help_answers_without_importing_torch(args):
+    code = f"import sys; from lightning_blue.__main__ import main; main({args!r}); "
     code += "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

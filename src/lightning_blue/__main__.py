@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_blue import __version__
+from lightning_blue.cli.help import asked_for, write_help
 from lightning_blue.cli.signals import Stopped, stoppable
 
 USAGE = """usage: lightning-blue COMMAND [--config FILE] [--SECTION.KEY=VALUE ...]
@@ -24,7 +25,8 @@ commands:
   export    write a run as a model, a LoRA adapter or a patch
   apply     make the edited model of a patch and the unedited one
 
-  lightning-blue COMMAND --help            every key with its meaning
+  lightning-blue COMMAND --help            every key with its meaning, a line each
+  lightning-blue COMMAND --help.SECTION    all about a section: data, model, ..., trainer
   lightning-blue COMMAND --print_config    every key with its value
   lightning-blue --version
 
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
         return 2
+    section = None if args[0] in RUN_COMMANDS else asked_for(args[1:])
+    if section is not None:
+        return write_help(args[0], section)
     try:
         with stoppable():
             if args[0] in RUN_COMMANDS:

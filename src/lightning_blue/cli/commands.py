@@ -102,7 +102,7 @@ def stats(args: Sequence[str]) -> None:
 
 def pretrain(args: Sequence[str]) -> None:
     """Train a model until it knows the facts; print its recall."""
-    cli = RunFileCLI(PretrainModule, FactCorpusModule, args)
+    cli = RunFileCLI(PretrainModule, FactCorpusModule, args, "pretrain")
     check_writable(cli.model.output)
     sweep(cli.model.output.parent)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from blue_callbacks import ClosedFormUpdate, EditGuard
+from lightning_blue.cli.help import program
 from lightning_blue.cli.run_files import explain, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.data.memory import name_of
@@ -51,7 +52,10 @@ TRAINER_DEFAULTS = {
 class RunFileCLI(LightningCLI):
     """LightningCLI for one command that was chosen already; interpolation sees the whole config."""
 
-    def __init__(self, model: Any, data: Any, args: Sequence[str], **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, data: Any, args: Sequence[str], command: str, **kwargs: Any
+    ) -> None:
+        self.command = command
         super().__init__(
             model,
             data,
@@ -60,7 +64,11 @@ class RunFileCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=None,
-            parser_kwargs={"parser_mode": "omegaconf+", "exit_on_error": False},
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "prog": program(command),
+            },
             **kwargs,
         )
 
@@ -98,9 +106,11 @@ class EditCLI(RunFileCLI):
     def __init__(
         self, args: Sequence[str], command: Literal["fit", "evaluate", "stats"] = "fit"
     ) -> None:
-        self.command, self.recorded = command, command != "stats"
+        self.recorded = command != "stats"
         self.resume_from: Path | None = None
-        super().__init__(edit_module, EditDataModule, args, trainer_defaults=TRAINER_DEFAULTS)
+        super().__init__(
+            edit_module, EditDataModule, args, command, trainer_defaults=TRAINER_DEFAULTS
+        )
 
     @property
     def record(self) -> RunRecord:
