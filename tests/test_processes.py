@@ -164,7 +164,7 @@ def test_no_process_outlives_another(small_run, tmp_path, settings, code, messag
     broken = settings["how"] == "broken"
     assert err.count("Traceback") == broken  # where the error is
     if not broken:
-        progress = ("  ", "this run", "covar", "2 requests", "batch ", "editing is done")
+        progress = ("  ", "this run", "covar", "about ", "2 requests", "batch ", "editing is done")
         told = [line for line in err.splitlines() if not line.startswith(progress)]
         assert len(told) == 1, err
     went_on = settings.get("where", "batch") == "batch" and "process" in message

@@ -202,6 +202,8 @@ class RunRecord(Callback):
     def _write(self, trainer: Trainer, module: Any, export: bool) -> None:
         history = self._history(trainer)
         history.guard_events = _guard_events(trainer)
+        if history.settings.get("site") == "auto":
+            history.settings["site"] = module.site.name  # as it was measured
         history.seconds["prepare"] = module.preparation_seconds
         history.seconds["total"] = time.perf_counter() - self._started
         if not trainer.is_global_zero:
