@@ -108,7 +108,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
 
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
-    ``seconds/...``, ``settings/...`` and ``versions/...``.
+    ``export/dtype`` and ``export/rounding_loss/...`` where the model is saved in another dtype than
+    it was edited in, ``seconds/...``, ``settings/...`` and ``versions/...``.
     """
     numbers: dict[str, Any] = {}
     for stage in SUMMARY_STAGES:
@@ -124,6 +125,9 @@ def summary(history: RunHistory) -> dict[str, Any]:
     }
     if history.guard_events is not None:
         numbers["guard/events"] = len(history.guard_events)
+    if history.export_dtype:
+        numbers["export/dtype"] = history.export_dtype
+    numbers |= {f"export/rounding_loss/{w}": lost for w, lost in history.rounding_losses.items()}
     numbers |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     numbers |= flat(history.settings, "settings")
     return numbers | {f"versions/{name}": number for name, number in versions().items()}
