@@ -122,7 +122,7 @@ def test_facts_that_cannot_be_used(run, tmp_path, text, said):
         ("--update.layers=[8,4]", "ascending"),
         ("--update.plan=evn", "boundary"),
         ("--update.covarance_weight=3", "did you mean update.covariance_weight?"),
-        ("--model.name_or_path=/nowhere/model", "cannot be loaded"),
+        ("--model.name_or_path=/nowhere/model", "there is no folder '/nowhere'"),
         ("--model.dtype=float8", "choose one of float32"),
         ("--model.target.steps=0", "target.steps must be positive"),
         ("--model.target.loss_layer=99", "no layer 99: its 10 layers are 0 to 9"),

@@ -120,3 +120,44 @@ def test_layers_that_are_not_there_are_refused(gpt2):
     module = EditModule(*gpt2, contexts=[])
     with pytest.raises(InputError, match=r"no layer 7: its 4 layers are 0 to 3"):
         fit(module, ClosedFormUpdate([0, 7]), [REQUESTS])
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_the_model_is_left_as_it_was_found(language_model, ends):
+    """Flags of parameters and modes of modules, mixed on purpose, but for the edited weight."""
+    model = copy.deepcopy(language_model.model)
+    model.train()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 != 0)
+    for number, part in enumerate(model.modules()):
+        part.training = number % 2 == 0
+    flags = {name: each.requires_grad for name, each in model.named_parameters()}
+    modes = {name: each.training for name, each in model.named_modules()}
+
+    module = editable(language_model._replace(model=model))
+    model = module.model  # a copy with the same flags
+    for _ in range(2):  # a second run too finds it frozen, and leaves it
+        assert len({*flags.values(), *modes.values()}) == 2
+        seen = []
+        target = module.edit_targets
+
+        def watched(batch, layer, target=target, seen=seen):
+            seen.append(any(part.training for part in model.modules()))
+            seen.append(any(part.requires_grad for part in model.parameters()))
+            if ends == "badly":
+                raise NonFiniteError("as asked")
+            return target(batch, layer)
+
+        module.edit_targets = watched
+        update = ClosedFormUpdate([0, 1], "boundary", past_keys=False)
+        update.committed = module.edit_batches_held
+        if ends == "badly":
+            with pytest.raises(NonFiniteError):
+                fit(module, update, [REQUESTS])
+        else:
+            fit(module, update, [REQUESTS])
+        module.edit_targets = target
+        assert seen
+        assert not any(seen)
+        assert {name: each.requires_grad for name, each in model.named_parameters()} == flags
+        assert {name: each.training for name, each in model.named_modules()} == modes

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from blue_callbacks import ClosedFormUpdate
 from conftest import LanguageModel
 from helpers import fit
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.editing import targets
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import Predictions, TargetOptimization, optimize_targets
-from lightning_blue.editing.targets import PASS_PRICE, micro_batches
+from lightning_blue.editing.targets import PASS_PRICE, Budget, micro_batches
 from lightning_blue.language_model.states import hidden_of
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.memory import available_memory
 from test_targets import PREFIXES, REQUESTS, one_edit_at_a_time
 
 SAME_SUBJECT = [
@@ -248,7 +251,7 @@ def price(groups: list[list[int]], lengths: Sequence[int], rows: Sequence[int]) 
     ],
 )
 def test_micro_batches_by_hand(lengths, rows, budget, expected):
-    found = micro_batches(lengths, rows, budget)
+    found = micro_batches(lengths, rows, Budget(budget))
     assert price(found, lengths, rows) == price(expected, lengths, rows)
     assert sorted(map(len, found)) == sorted(map(len, expected))
 
@@ -260,7 +263,7 @@ def test_micro_batches_are_the_cheapest_split_within_the_budget(seed):
     lengths = torch.randint(1, 60, (7,), generator=generator).tolist()
     rows = torch.randint(1, 12, (7,), generator=generator).tolist()
     for budget in (50, 300, 1000, 10_000):
-        found = micro_batches(lengths, rows, budget)
+        found = micro_batches(lengths, rows, Budget(budget))
         assert sorted(itertools.chain(*found)) == list(range(7))
         assert all(len(g) == 1 or padded(g, lengths, rows) <= budget for g in found)
         order = sorted(range(7), key=lambda i: lengths[i])
@@ -287,3 +290,57 @@ def test_tokens_per_batch_bounds_what_one_pass_holds(gpt2):
         hook.remove()
         largest[budget] = max(seen)
     assert largest[30] <= 30 < largest[10_000]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_prefixes_take_from_the_memory_of_a_micro_batch(seed):
+    """Against every way to cut the items in the order of their lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, rows = (torch.randint(1, 20, (6,), generator=generator).tolist() for _ in range(2))
+    prefixes = torch.randint(0, 400, (6,), generator=generator).tolist()
+
+    def taken(group: Sequence[int], price: float) -> float:
+        columns = max(lengths[i] for i in group) + price * max(prefixes[i] for i in group)
+        return columns * sum(rows[i] for i in group)
+
+    for budget in (Budget(10_000, 900, 0.1), Budget(200, 900, 0.1), Budget(10_000, 2000, 0.5)):
+        found = micro_batches(lengths, rows, budget, prefixes)
+        order = sorted(range(6), key=lambda i: lengths[i])
+        fitting = [
+            groups
+            for groups in splits(order)
+            if all(
+                len(g) == 1
+                or (
+                    padded(g, lengths, rows) <= budget.tokens
+                    and taken(g, budget.prefix_price) <= budget.memory
+                )
+                for g in groups
+            )
+        ]
+        assert found in fitting
+        cheapest = min(price(groups, lengths, rows) for groups in fitting)
+        assert price(found, lengths, rows) == cheapest
+
+
+def test_the_budget_follows_what_is_available(gpt2, monkeypatch):
+    """GPT-2's layers from 1 on, counted by hand, in float32 and with as much again to spare."""
+    finder = module_of(gpt2).target_finder
+    d_model, d_in, n_blocks, vocabulary = 32, 96, 4, len(gpt2.tokenizer)
+    computed = (n_blocks - 1) * (16 * d_model + 4 * d_in) + 4 * vocabulary
+    for tokens, expected in ((100, 512), (3000, 3000), (10**6, 8192)):
+        available = tokens * 2 * 4 * computed
+        monkeypatch.setattr(targets, "available_memory", lambda _device, n=available: n)
+        budget = finder._budget(1)
+        assert budget.tokens == expected
+        assert budget.memory == max(512, tokens)
+        assert budget.prefix_price == 2 * d_model * (2 * n_blocks - 1) / computed
+
+
+def test_a_processor_gives_what_is_available_not_what_is_free(monkeypatch):
+    found = psutil.virtual_memory()._replace(free=1, available=8 * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    monkeypatch.delattr("os.sysconf", raising=False)  # macOS has no SC_AVPHYS_PAGES, Windows none
+    assert available_memory(torch.device("cpu")) == 8 * 2**30
+    monkeypatch.setattr("lightning_blue.support.memory.n_processes", lambda: 4)
+    assert available_memory(torch.device("cpu")) == 2 * 2**30

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from blue_callbacks.precision import in_float64
 from blue_callbacks.triangle import Triangle
 
 
@@ -57,7 +58,7 @@ class Whitening:
 
     def apply(self, keys: Tensor) -> Tensor:
         """Return ``(B keys)^T``: ``(d_in, n)`` to ``(n, r)``, float64."""
-        rows = keys.double().T.to(self.device)
+        rows = in_float64(keys, self.device).T
         if self.basis is not None:
             rows = rows @ self.basis
         return self.factor.solve(rows) if isinstance(self.factor, Triangle) else rows / self.factor
@@ -93,7 +94,7 @@ def least_squares(covariance: Tensor, weight: float) -> Whitening:
         SingularCovarianceError: if the covariance is not positive definite, as happens when it
             was collected from fewer tokens than there are key dimensions.
     """
-    priced = covariance.double() * weight
+    priced = in_float64(covariance) * weight
     unused = price_unused(priced)
     factor, info = torch.linalg.cholesky_ex(priced)
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
@@ -133,7 +134,7 @@ def null_space(
     Raises:
         SingularCovarianceError: if no direction is left.
     """
-    values, vectors = torch.linalg.eigh(covariance.double())
+    values, vectors = torch.linalg.eigh(in_float64(covariance))
     if energy is None:
         kept = int((values < threshold).sum())
     else:
@@ -193,7 +194,7 @@ class KeyMemory:
             Factors of Delta in float64, ``(d_out, n_edits)`` and ``(n_edits, d_in)``.
         """
         _, whitened, half, corner = self.observe(keys)
-        coefficients = torch.cholesky_solve(residual.to(corner).T, corner).T
+        coefficients = torch.cholesky_solve(in_float64(residual, corner.device).T, corner).T
         projections = solve_triangular(self.cholesky.to(half).T, half, upper=True)
         for block, part in zip(self.past, projections.split(self._sizes), strict=True):
             whitened = torch.addmm(whitened, part.T, block, alpha=-1)

@@ -430,7 +430,7 @@ class PastBatch(NamedTuple):
 def fingerprint(tensor: Tensor) -> str:
     """Hash the shape and an even sample of the values of a tensor."""
     flat = tensor.detach().flatten()
-    sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].double().cpu().contiguous()
+    sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].cpu().double().contiguous()
     digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
     digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]

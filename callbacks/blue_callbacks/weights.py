@@ -105,7 +105,8 @@ class EditableWeights:
     def add(self, weight: WeightId, left: Tensor, right: Tensor) -> None:
         """Add ``left @ right``, ``(d_out, n)`` and ``(n, d_in)``."""
         current = self.read(weight)
-        current.addmm_(left.to(current), right.to(current))
+        here = [factor.to(current.dtype).to(current.device) for factor in (left, right)]
+        current.addmm_(*here)
         self._publish(weight, current)
 
     def _publish(self, weight: WeightId, current: Tensor) -> None:

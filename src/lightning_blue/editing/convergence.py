@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blue_callbacks.closed_form import price_unused
+from blue_callbacks.precision import in_float64
 
 
 class Change(NamedTuple):
@@ -34,8 +35,8 @@ def solved_keys(covariance: Tensor, keys: Tensor, weight: float) -> Tensor:
     Returns:
         ``(d_in, n)`` in float64; not a number where so few tokens leave C singular.
     """
-    keys = keys.double()
-    priced = weight * covariance.double()
+    priced = weight * in_float64(covariance)
+    keys = in_float64(keys, priced.device)
     price_unused(priced)
     factor, failed = torch.linalg.cholesky_ex(priced)
     if failed:

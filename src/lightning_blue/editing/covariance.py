@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blue_callbacks.precision import float64_device
 from lightning_blue.data.corpus import corpus_fingerprint, corpus_texts
 from lightning_blue.editing.convergence import Change, UpdateChange
 from lightning_blue.language_model.architectures import n_layers, weight_view
@@ -133,11 +134,14 @@ def read_keys(
 def _add_product(sums: dict[int, Tensor], layer: int, keys: Tensor) -> None:
     """Add K^T K of keys (n_tokens, d_in); it is symmetric, so that its upper triangle is enough."""
     d_in = keys.shape[1]
-    total = sums.setdefault(layer, keys.new_zeros(d_in, d_in, dtype=torch.float64))
+    where = float64_device(keys.device)
+    if layer not in sums:
+        sums[layer] = torch.zeros(d_in, d_in, dtype=torch.float64, device=where)
+    total = sums[layer]
     edges = [d_in * block // _BLOCKS for block in range(_BLOCKS + 1)]
     with torch.autocast(keys.device.type, enabled=False):
         for first, last in pairwise(edges):
-            total[first:last, first:] += keys[:, first:last].T @ keys[:, first:]
+            total[first:last, first:] += (keys[:, first:last].T @ keys[:, first:]).to(where)
 
 
 def _means(sums: Mapping[int, Tensor], seen: int) -> dict[int, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from blue_callbacks import (
     WeightId,
     apply_edit_batch,
 )
+from blue_callbacks.precision import float64_device
 from blue_callbacks.protocol import edit_names
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
@@ -46,8 +47,15 @@ from lightning_blue.language_model.architectures import (
     weight_view,
 )
 from lightning_blue.language_model.batching import context_length
-from lightning_blue.language_model.loading import load_language_model
+from lightning_blue.language_model.frozen_model import FrozenModel
+from lightning_blue.language_model.loading import (
+    checkpoint_dtype,
+    dtype_named,
+    load_language_model,
+)
 from lightning_blue.language_model.multimodal import LOADER, auto_class
+from lightning_blue.language_model.quantized import require_unquantized_model
+from lightning_blue.language_model.saving import rounded, rounding_loss
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 
@@ -69,6 +77,11 @@ class EditModule(LightningModule):
         covariance: where the covariance of keys comes from.
         architecture: module names, for a model whose architecture has no row.
         seed: of the contexts that the model writes; None: the one of ``seed_everything``.
+        export_dtype: of the edited model as it is saved: ``float32``, ``bfloat16`` or ``float16``.
+            None: that of its checkpoint.
+
+    The model is frozen and in eval mode until the end of ``fit``, ``validate`` or ``test``; then it
+    is as it was found, but for the edits.
     """
 
     def __init__(
@@ -81,11 +94,14 @@ class EditModule(LightningModule):
         covariance: CovarianceSource = CovarianceSource(),  # noqa: B008  (frozen)
         architecture: Architecture | None = None,
         seed: int | None = None,
+        export_dtype: str | None = None,
     ) -> None:
         super().__init__()
+        require_unquantized_model(model)
         self.automatic_optimization = False
         self.strict_loading = False
-        self.model = model.requires_grad_(False).eval()
+        self.model = model
+        self.frozen = FrozenModel(model)
         self.tokenizer = tokenizer
         self.target = target
         self.contexts = contexts
@@ -94,6 +110,11 @@ class EditModule(LightningModule):
         self.architecture = find_architecture(model, architecture)
         check_site(target.site, self.architecture)
         self.seed = seed
+        self.export_dtype = checkpoint_dtype(model)
+        if export_dtype is not None:
+            self.export_dtype = dtype_named(export_dtype, "model.export_dtype")
+        self.rounded_at_end = False  # set by who saves the model: what is measured is then saved
+        self.rounding_losses: dict[str, float] = {}  # of what was rounded, by weight
         self.target_finder = TargetFinder(model, self.architecture, target)
         self.site = self.target_finder.site
         self.blocks = self.target_finder.blocks  # a plain list: already in self.model
@@ -103,6 +124,8 @@ class EditModule(LightningModule):
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
         self.preparation_seconds = 0.0
         self._covariances: dict[int, Tensor] = {}
+        self._edited: list[WeightId] = []  # by the run, as far as is known
+        self._unedited: dict[WeightId, Tensor] = {}  # of what is rounded at the end, on the CPU
         self._identity: str | None = None
         self._templates: list[str] | None = None
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
@@ -123,6 +146,10 @@ class EditModule(LightningModule):
             updates = [each for each in callbacks if isinstance(each, ClosedFormUpdate)]
             for part in [part for update in updates for part in update.layer_updates]:
                 self._check_loss_layer(part.target_layer)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Leave the model as it was found, also where a run fails."""
+        return [self.frozen]
 
     def configure_optimizers(self) -> EditStepOptimizer:
         """One optimizer step is one edit batch."""
@@ -177,13 +204,22 @@ class EditModule(LightningModule):
         """Stay in eval mode: editing must see the model as it is used."""
         self.model.eval()
 
+    def on_train_epoch_end(self) -> None:
+        """Round the edited weights to what is saved of them; after the callbacks' own last step."""
+        if not self.rounded_at_end:
+            return
+        for weight, original in self._unedited.items():
+            edited = self.editable_weights.read(weight)
+            self.rounding_losses[str(weight)] = rounding_loss(original, edited, self.export_dtype)
+            self.editable_weights.write(weight, rounded(edited, self.export_dtype))
+
     # What the callbacks ask for
 
     def key_covariance(self, weight: WeightId) -> Tensor:
         """Return the covariance of the weight's keys, ``(d_in, d_in)``; see :meth:`prepare`."""
         if weight.layer not in self._covariances:
             self.prepare([weight.layer], [weight])
-        return self._covariances[weight.layer].to(self.device)
+        return self._covariances[weight.layer].to(float64_device(self.device))
 
     def edit_keys(self, batch: Sequence[EditRequest], weight: WeightId) -> Tensor:
         """Return the key of each edit, averaged over contexts, ``(d_in, n)``."""
@@ -300,6 +336,8 @@ class EditModule(LightningModule):
             self._covariances |= load_or_collect(
                 self.model, self.tokenizer, projections, self.covariance, weight
             )
+        self._edited = list(dict.fromkeys([*self._edited, *written]))
+        self._keep_unedited()
         self.preparation_seconds = time.perf_counter() - started
 
     @property
@@ -319,6 +357,22 @@ class EditModule(LightningModule):
             rows = [prompt.rewriting[0] for prompt in self._prompts(requests)[:PROMPTS]]
             places = {n: (self.blocks[n], self._projection(WeightId(n))) for n in layers}
             self.site.measure(self.model, places, [row.ids[: row.lookup + 1] for row in rows])
+
+    @property
+    def edited_names(self) -> list[str]:
+        """Full names of the weights that :meth:`prepare` was told of."""
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        return [names[id(self._projection(weight).weight)] for weight in self._edited]
+
+    def _keep_unedited(self) -> None:
+        """Keep copies of what is rounded at the end, in its dtype where that holds all of them."""
+        if self.export_dtype == self.model.dtype:
+            return
+        for weight in set(self._edited) - set(self._unedited):
+            original = self.editable_weights.read(weight)
+            small = original.to(self.export_dtype)
+            exact = torch.equal(small.to(original), original)
+            self._unedited[weight] = (small if exact else original.clone()).cpu()
 
     @property
     def contexts_length(self) -> int:
@@ -403,8 +457,8 @@ def edit_module(
     """Load a language model and wrap it for editing.
 
     Args:
-        name_or_path: ``almanac`` (in the package), a folder, or a name on the hub.
-        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        name_or_path: ``almanac`` (in the package), a folder, a GGUF file, or a name on the hub.
+        dtype: of the weights while they are edited: ``float32``, ``bfloat16`` or ``float16``.
         revision: branch, tag or commit on the hub.
         **settings: see :class:`EditModule`.
     """

@@ -36,6 +36,11 @@ class EditPrompts(NamedTuple):
         """Tokens of the longest prompt from the subject's last token on."""
         return max(len(row.ids) - row.lookup for row in self.rewriting)
 
+    @property
+    def prefix_length(self) -> int:
+        """Tokens of the longest prompt before the subject's last token."""
+        return max(row.lookup for row in self.rewriting)
+
 
 def context_templates(prefixes: Sequence[str]) -> list[str]:
     """Return the bare template and one for each prefix, with ``{}`` for the prompt."""

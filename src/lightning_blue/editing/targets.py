@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -24,7 +23,9 @@ from lightning_blue.language_model.architectures import (
     site_modules,
     weight_view,
 )
-from lightning_blue.support.processes import distribute, n_processes, progress_bar
+from lightning_blue.language_model.batching import attention_width
+from lightning_blue.support.memory import available_memory
+from lightning_blue.support.processes import distribute, progress_bar
 
 MIN_TOKENS, MAX_TOKENS = 512, 8192  # of a micro-batch; more at once is no faster
 PASS_PRICE = 128  # tokens whose computation costs as much as one more pass, about
@@ -107,7 +108,8 @@ class TargetFinder:
         batches = micro_batches(
             [max(prompts[i].length for i in group) for group in groups],
             [sum(len(prompts[i].rewriting) for i in group) for group in groups],
-            self._tokens_at_once(layer),
+            self._budget(layer),
+            [max(prompts[i].prefix_length for i in group) for group in groups],
         )
         targets: dict[int, Targets] = {}
         with progress_bar(sum(map(len, groups)), f"targets, layer {layer}") as bar:
@@ -126,16 +128,39 @@ class TargetFinder:
                 bar.update(len(edits))
         return [targets[member] for member in range(len(groups))]
 
-    def _tokens_at_once(self, layer: int) -> int:
-        """Return how many tokens an optimisation may hold at once."""
+    def _budget(self, layer: int) -> Budget:
+        """Return how much an optimisation may hold at once."""
         if self.settings.tokens_per_batch is not None:
-            return self.settings.tokens_per_batch
+            return Budget(self.settings.tokens_per_batch)
         projection = site_modules("ffn", self.blocks[layer], self.architecture)[0]
         d_model, d_in = weight_view(projection).shape
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        floats = (len(self.blocks) - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
-        fitting = free_memory(self.model.device) // (2 * 4 * floats)
-        return max(MIN_TOKENS, min(MAX_TOKENS, fitting))
+        n_blocks = len(self.blocks)
+        computed = (n_blocks - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
+        kept = 2 * attention_width(self.model) * (2 * n_blocks - layer)  # stored, read in each pass
+        fitting = available_memory(self.model.device) // (2 * 4 * computed)
+        memory = max(MIN_TOKENS, fitting)
+        return Budget(min(MAX_TOKENS, memory), memory, kept / computed)
+
+
+class Budget(NamedTuple):
+    """How much a micro-batch may hold.
+
+    Attributes:
+        tokens: that are computed, padding counted.
+        memory: the same, as far as memory goes; what is kept of prefixes takes from it too.
+        prefix_price: memory for a token of a prefix, of which keys and values are kept, as a
+            fraction of that for a token that is computed.
+    """
+
+    tokens: int
+    memory: float = float("inf")
+    prefix_price: float = 0.0
+
+    def holds(self, rows: int, width: int, prefix: int) -> bool:
+        """Say whether so many rows of so many computed tokens, behind such prefixes, fit."""
+        taken = rows * (width + self.prefix_price * prefix)
+        return rows * width <= self.tokens and taken <= self.memory
 
 
 class _Split(NamedTuple):
@@ -146,14 +171,18 @@ class _Split(NamedTuple):
 
 
 def micro_batches(
-    lengths: Sequence[int], rows: Sequence[int], tokens_at_once: int
+    lengths: Sequence[int],
+    rows: Sequence[int],
+    budget: Budget,
+    prefixes: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Split items into micro-batches of similar length, so that little is padding.
 
     Args:
         lengths: tokens of each item's longest prompt.
         rows: prompts of each item.
-        tokens_at_once: tokens in a micro-batch, padding counted; a larger item stands alone.
+        budget: of a micro-batch; a larger item stands alone.
+        prefixes: tokens before those, of each item's longest prompt; None: no matter.
 
     Returns:
         Indices of the items, by micro-batch; the split whose padded tokens, with the price of a
@@ -162,11 +191,12 @@ def micro_batches(
     order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     splits = [_Split(0.0, 0)]
     for end in range(1, len(order) + 1):
-        width, height = lengths[order[end - 1]], 0
+        width, height, prefix = lengths[order[end - 1]], 0, 0
         best = _Split(float("inf"), end - 1)
         for begin in range(end - 1, -1, -1):
             height += rows[order[begin]]
-            if begin < end - 1 and height * width > tokens_at_once:
+            prefix = max(prefix, prefixes[order[begin]] if prefixes else 0)
+            if begin < end - 1 and not budget.holds(height, width, prefix):
                 break
             best = min(best, _Split(splits[begin].cost + height * width + PASS_PRICE, begin))
         splits.append(best)
@@ -175,15 +205,6 @@ def micro_batches(
         groups.append(order[splits[end].begin : end])
         end = splits[end].begin
     return groups[::-1]
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device, for each process on it."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if not hasattr(os, "sysconf"):
-        return 4 * 2**30
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // n_processes()
 
 
 def losses_not_finite(losses: Tensor) -> list[int]:

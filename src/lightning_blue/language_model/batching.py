@@ -20,6 +20,14 @@ def context_length(model: PreTrainedModel) -> int | None:
     return next((limit for limit in limits if limit), None)
 
 
+def attention_width(model: PreTrainedModel) -> int:
+    """Return how many values all heads of a block together have of a token, about."""
+    config = model.config.get_text_config()
+    heads, each = (getattr(config, name, None) for name in ("num_attention_heads", "head_dim"))
+    known = heads * each if isinstance(heads, int) and isinstance(each, int) else 0
+    return max(int(config.hidden_size), known)
+
+
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[str], starts: Sequence[int], lengths: Sequence[int]
 ) -> None:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lightning_blue.language_model.multimodal import auto_class
+from lightning_blue.language_model.checkpoint_files import gguf_dtype, stored_dtype, stored_tensors
+from lightning_blue.language_model.completeness import require_complete
+from lightning_blue.language_model.quantized import require_floats, require_unquantized_config
+from lightning_blue.language_model.sources import PACKAGED, Source, find_source
 from lightning_blue.language_model.states import is_finite
-from lightning_blue.support.errors import InputError
+from lightning_blue.language_model.supported import decoder_class, why_not_loaded
+from lightning_blue.support.errors import InputError, first_line
+from lightning_blue.support.hub import asked, no_source
 
-PACKAGED = {"almanac": resources.files("lightning_blue") / "assets" / "almanac" / "model"}
+__all__ = ["DTYPES", "PACKAGED", "checkpoint_dtype", "load_language_model", "loaded_name"]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OWN_DTYPE = "_checkpoint_dtype"  # an attribute of a loaded model
 
 
 def load_language_model(
@@ -28,41 +38,37 @@ def load_language_model(
     """Load a model in eval mode, frozen, and its tokenizer; remote code is never run.
 
     Args:
-        name_or_path: ``almanac`` for the model in the package, a folder, or a name on the hub.
+        name_or_path: ``almanac`` for the model in the package, a folder, a GGUF file (whose weights
+            are unpacked), or a name on the hub.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        InputError: if there is no such model, it is not a decoder-only language model, or a weight
-            is NaN or infinite; that is looked for in one pass over the weights.
+        InputError: if there is no such model, it is not a decoder-only language model, it is
+            quantised, a file is damaged, config and weights do not belong together, or a weight is
+            NaN or infinite; that is looked for in one pass over the weights.
     """
-    if dtype not in DTYPES:
+    wanted = dtype_named(dtype, "model.dtype")
+    source = find_source(name_or_path, revision)
+    if source.folder is not None:
+        return _load(source, wanted)
+    with asked("model", source.path, revision) as reason:
+        if reason is not None and not _is_cached(source):
+            raise source.refused(*no_source("model", source.path, reason, PACKAGED))
+        return _load(source, wanted)
+
+
+def dtype_named(name: str, where: str) -> torch.dtype:
+    """Return a dtype by the name that a configuration gives it.
+
+    Raises:
+        InputError: if weights are not kept in such a dtype here.
+    """
+    if name not in DTYPES:
         raise InputError(
-            f"unknown dtype {dtype!r}",
-            where="model.dtype",
-            hint=f"choose one of {', '.join(DTYPES)}",
+            f"unknown dtype {name!r}", where=where, hint=f"choose one of {', '.join(DTYPES)}"
         )
-    source = str(PACKAGED.get(name_or_path, name_or_path))
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        model = auto_class(config).from_pretrained(
-            source, config=config, dtype=DTYPES[dtype], revision=revision
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the model cannot be loaded: {str(error).splitlines()[0]}",
-            where=f"model.name_or_path = {name_or_path}",
-            hint=_hint(name_or_path),
-        ) from error
-    if config.is_encoder_decoder:
-        raise InputError(
-            f"{config.model_type} is an encoder-decoder; editing needs a decoder-only model",
-            where=f"model.name_or_path = {name_or_path}",
-        )
-    _require_finite(model, name_or_path)
-    model.requires_grad_(False).eval()
-    return cast(PreTrainedModel, model), tokenizer
+    return DTYPES[name]
 
 
 def loaded_name(model: PreTrainedModel) -> str:
@@ -71,19 +77,135 @@ def loaded_name(model: PreTrainedModel) -> str:
     return next((name for name, path in PACKAGED.items() if str(path) == source), source)
 
 
-def _require_finite(model: PreTrainedModel, name_or_path: str) -> None:
+def checkpoint_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return the dtype in which an edited model is saved unless something else is wanted.
+
+    That of the checkpoint that the model was loaded from; in half precision, and for a model that
+    was not loaded by `load_language_model`, that of the model as it is.
+    """
+    if model.dtype not in (torch.float32, torch.float64):
+        return model.dtype
+    return cast(torch.dtype, getattr(model, _OWN_DTYPE, model.dtype))
+
+
+def _load(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    config = _config(source)
+    own = _stated_dtype(config)
+    require_unquantized_config(config, source)
+    loader = decoder_class(config, source)
+    if source.folder is not None and source.gguf_file is None:
+        own = _checked_files(source.folder, own, source)
+    try:
+        model, found = loader.from_pretrained(
+            source.path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_unpacked(source),
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a foreign file makes of transformers
+        raise why_not_loaded(source, error) from error
+    if source.folder is None and source.gguf_file is None:
+        own = _checked_files(_snapshot(source, model.config), own, source)
+    if source.gguf_file is not None:
+        own = _unpacked_dtype(source)
+        _forget_packing(model)
+        model.config.name_or_path = source.name
+    require_complete(model, found, source)
+    tokenizer = _tokenizer(source)
+    _require_finite(model, source)
+    setattr(model, _OWN_DTYPE, own if own in DTYPES.values() else torch.float32)
+    model.requires_grad_(False).eval()
+    return cast(PreTrainedModel, model), tokenizer
+
+
+def _config(source: Source) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.arguments)
+    except Exception as error:
+        raise why_not_loaded(source, error) from error
+
+
+def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    try:
+        return cast(
+            PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source.path, **source.arguments)
+        )
+    except Exception as error:
+        raise source.refused(
+            f"the tokenizer cannot be loaded: {type(error).__name__}: {first_line(error).strip()}",
+            "put the model's tokenizer.json and tokenizer_config.json beside its weights",
+        ) from error
+
+
+def _unpacked(source: Source) -> dict[str, Any]:
+    """Return the arguments to read weights with; those of a GGUF file become plain numbers."""
+    packing = getattr(transformers, "GgufConfig", None)  # releases without it always unpack
+    if source.gguf_file is None or packing is None:
+        return source.arguments
+    return {**source.arguments, "quantization_config": packing(dequantize=True)}
+
+
+def _forget_packing(model: PreTrainedModel) -> None:
+    """Let a model whose weights were unpacked be saved as any other."""
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+
+
+def _unpacked_dtype(source: Source) -> torch.dtype:
+    path = source.folder and source.folder / str(source.gguf_file)
+    if path is None:
+        path = Path(str(try_to_load_from_cache(source.path, str(source.gguf_file))))
+    return gguf_dtype(path)
+
+
+def _checked_files(folder: Path, stated: torch.dtype | None, source: Source) -> torch.dtype | None:
+    """Look at the headers of the weight files; return the dtype that holds all they say.
+
+    The wider one of what config.json states and what most of the values are stored in: files are
+    sometimes smaller than what they are meant to be loaded as.
+    """
+    tensors = stored_tensors(folder)
+    require_floats(tensors, source)
+    stored = stored_dtype(tensors)
+    if stated is None or stored is None:
+        return stated or stored
+    return torch.promote_types(stated, stored)
+
+
+def _stated_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    stated = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return getattr(torch, stated, None) if isinstance(stated, str) else stated
+
+
+def _snapshot(source: Source, config: PretrainedConfig) -> Path:
+    """Return the folder of the hub's cache that a model was loaded from."""
+    commit = getattr(config, "_commit_hash", None) or source.revision
+    cached = try_to_load_from_cache(source.path, "config.json", revision=commit)
+    if not isinstance(cached, str):
+        raise source.refused("the model is not in the hub's cache any more", "start again")
+    return Path(cached).parent
+
+
+def _is_cached(source: Source) -> bool:
+    """Return whether the hub's cache holds the model's configuration, or its GGUF file."""
+    file = source.gguf_file or "config.json"
+    try:
+        return isinstance(try_to_load_from_cache(source.path, file, revision=source.revision), str)
+    except HFValidationError:
+        return False
+
+
+def _require_finite(model: PreTrainedModel, source: Source) -> None:
     """Refuse a model with NaN or infinity in its weights, before any work is spent on it."""
     bad = [name for name, weight in model.named_parameters() if not is_finite(weight)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise InputError(
+        raise source.refused(
             f"NaN or infinity in the weights {', '.join(bad[:3])}{more}",
-            where=f"model.name_or_path = {name_or_path}",
-            hint="the file may be damaged; float16 holds nothing above 65504, bfloat16 does",
+            "the file may be damaged; float16 holds nothing above 65504, bfloat16 does",
         )
-
-
-def _hint(name_or_path: str) -> str:
-    if Path(name_or_path).is_dir():
-        return "the folder needs config.json, model.safetensors and the tokenizer's files"
-    return "give an existing folder or a name on the hub (gated models need `hf auth login`)"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from blue_callbacks.precision import in_float64
+
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -107,8 +109,9 @@ def mean_by_request(values: Tensor, request: Tensor) -> Tensor:
         One mean per request that has a prompt, ordered by its integer; (n_requests,) float64.
     """
     _, index, prompts = request.unique(return_inverse=True, return_counts=True)
-    sums = torch.zeros(len(prompts), dtype=torch.float64, device=values.device)
-    return sums.index_add(0, index, values.double()) / prompts
+    values = in_float64(values)
+    sums = values.new_zeros(len(prompts))
+    return sums.index_add(0, index.to(values.device), values) / prompts.to(values.device)
 
 
 def ratio_moments(sums: Tensor, weights: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def ratio_moments(sums: Tensor, weights: Tensor) -> Tensor:
         ``[sum s, sum w, sum s^2, sum s w, sum w^2, n]``; (6,) float64. Moments of disjoint sets of
         units add up, which is what lets several processes share one metric.
     """
-    s, w = sums.double(), weights.double()
+    s, w = in_float64(sums), in_float64(weights)
     return torch.stack([s, w, s * s, s * w, w * w, torch.ones_like(s)]).sum(1)
 
 

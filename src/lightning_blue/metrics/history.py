@@ -63,6 +63,8 @@ class RunHistory:
         resumed_after: edits applied where the run was resumed, each time.
         guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
         ended_early: why requests are left that were never applied; empty if none are.
+        export_dtype: in which the model was saved, where that is not what it was edited in.
+        rounding_losses: by weight, the part of the update that was lost to it.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class RunHistory:
     resumed_after: list[int] = field(default_factory=list)
     guard_events: list[dict[str, Any]] | None = None
     ended_early: str = ""
+    export_dtype: str = ""
+    rounding_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def applied(self) -> int:

@@ -54,19 +54,19 @@ def estimate(trainer: Trainer, module: Any, export: bool) -> Estimate:
 
     A checkpoint holds the edited weights, ``(d_out, d_in)`` each, the unedited ones too where a
     transform at the end needs them, and the past keys, ``(d_in, n)``. Records hold factors and keys
-    of each edit, ``d_out + 2 d_in`` values, and under RECT a bit for each entry of the weight. All
-    of it is counted as float32 or what is wider.
+    of each edit, ``d_out + 2 d_in`` values, and under RECT a bit for each entry of the weight. The
+    model is counted in the dtype that it is saved in, all else as float32 or what is wider.
 
     Args:
         trainer: with its callbacks and the requests.
-        module: offers ``model``, ``blocks`` and the protocol of the callbacks.
+        module: offers ``model``, ``export_dtype``, ``blocks`` and the protocol of the callbacks.
         export: whether the edited model is saved.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     data = trainer.datamodule  # type: ignore[attr-defined]
     n, batches = len(data.requests), -(-len(data.requests) // data.batch_size)
     parameters = module.model.parameters() if export else []
-    model = sum(weight.numel() * weight.element_size() for weight in parameters)
+    model = sum(weight.numel() * module.export_dtype.itemsize for weight in parameters)
     saving = [c for c in callbacks if isinstance(c, BatchCheckpoints) and c.folder is not None]
     kept = min(NEWEST, batches // saving[0].every) if saving and saving[0].every else 0
     weights = keys = records = 0

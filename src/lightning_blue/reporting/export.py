@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.language_model.saving import save_language_model
 from lightning_blue.metrics import table
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.base_card import front_matter, head_of
@@ -22,17 +24,24 @@ LISTED_AT_MOST = 200
 
 
 def export_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, history: RunHistory
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    history: RunHistory,
+    dtype: torch.dtype | None = None,
+    edited: Collection[str] = (),
 ) -> Path:
     """Save an edited model, its tokenizer and a model card; the whole folder or nothing.
 
-    Weights are written as safetensors in the model's own dtype, and load with plain transformers.
+    Weights are written as safetensors and load with plain transformers.
 
     Args:
         folder: where to; what stood there before is replaced.
         model: the edited model, on any device.
         tokenizer: its tokenizer.
         history: of the run that edited it.
+        dtype: of the saved weights; None: the model's, in which it was edited.
+        edited: names of the edited weights, see `save_language_model`.
 
     Returns:
         ``folder``.
@@ -41,8 +50,7 @@ def export_model(
         InputError: if the disk is full or may not be written.
     """
     with writing(folder), whole_folder(folder) as building:
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
+        save_language_model(building, model, tokenizer, dtype, edited)
         write_atomic(building / "README.md", model_card(history, head_of(model.config)))
     return folder
 

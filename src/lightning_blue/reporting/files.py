@@ -109,8 +109,9 @@ def summary(history: RunHistory) -> dict[str, Any]:
 
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
-    ``seconds/edit`` (of one edit), ``seconds/editing``, ``seconds/evaluate``, ``seconds/prepare``
-    and ``seconds/total`` (of the run), ``settings/...`` and ``versions/...``.
+    ``export/dtype`` and ``export/rounding_loss/...`` where the model is saved in another dtype than
+    it was edited in, ``seconds/edit`` (of one edit), ``seconds/editing``, ``seconds/evaluate``,
+    ``seconds/prepare`` and ``seconds/total`` (of the run), ``settings/...`` and ``versions/...``.
     """
     numbers: dict[str, Any] = {}
     for stage in SUMMARY_STAGES:
@@ -128,6 +129,9 @@ def summary(history: RunHistory) -> dict[str, Any]:
         numbers["guard/events"] = len(history.guard_events)
     each = seconds_per_edit(history)
     numbers |= {} if each is None else {"seconds/edit": each}
+    if history.export_dtype:
+        numbers["export/dtype"] = history.export_dtype
+    numbers |= {f"export/rounding_loss/{w}": lost for w, lost in history.rounding_losses.items()}
     numbers |= {f"seconds/{part}": seconds for part, seconds in history.seconds.items()}
     numbers |= flat(history.settings, "settings")
     return numbers | {f"versions/{name}": number for name, number in versions().items()}

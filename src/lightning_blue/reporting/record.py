@@ -127,6 +127,7 @@ class RunRecord(Callback):
             InputError: if the folder cannot be written, or has no room for the run.
         """
         self._started = time.perf_counter()
+        pl_module.rounded_at_end = self.export
         if trainer.is_global_zero:
             sweep(Path(self.root), levels=3)  # runs, and the folders of each
             sweep(self.folder, levels=2)
@@ -204,6 +205,9 @@ class RunRecord(Callback):
         history.guard_events = _guard_events(trainer)
         if history.settings.get("site") == "auto":
             history.settings["site"] = module.site.name  # as it was measured
+        if export and module.export_dtype != module.model.dtype:
+            history.export_dtype = str(module.export_dtype).removeprefix("torch.")
+            history.rounding_losses = module.rounding_losses
         history.seconds["prepare"] = module.preparation_seconds
         history.seconds["total"] = time.perf_counter() - self._started
         if not trainer.is_global_zero:
@@ -249,7 +253,14 @@ class RunRecord(Callback):
 
         def write_model() -> None:
             if export:
-                export_model(folder / "model", module.model, module.tokenizer, history)
+                export_model(
+                    folder / "model",
+                    module.model,
+                    module.tokenizer,
+                    history,
+                    module.export_dtype,
+                    module.edited_names,
+                )
 
         def report() -> None:
             there = export and (folder / "model").exists()

@@ -12,7 +12,14 @@ from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.plots import plots
 from lightning_blue.reporting.tables import markdown_table, score_table, stages_table
-from lightning_blue.reporting.text import CELL, definitions, inline, loaded_with, settings_rows
+from lightning_blue.reporting.text import (
+    CELL,
+    definitions,
+    inline,
+    loaded_with,
+    rounding_lines,
+    settings_rows,
+)
 from lightning_blue.reporting.views import (
     cleaned,
     failed,
@@ -70,7 +77,7 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
         "Requests that could not be used": _rejected(history),
         "Settings": _table(settings_rows(history.settings), ["setting", "value"]),
         "Time": _times(history),
-        "The edited model": _reload(model_folder, loaded_with(history)),
+        "The edited model": _reload(model_folder, history),
         "How the numbers are defined": definitions(measured(history), history.protocol),
     }
     body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
@@ -202,10 +209,12 @@ def _table(rows: list[list[str]], header: list[str]) -> str:
     return markdown_table(rows, header) if rows else ""
 
 
-def _reload(model_folder: str | None, loader: str) -> str:
+def _reload(model_folder: str | None, history: RunHistory) -> str:
     if model_folder is None:
         return ""
-    return f"""```python
+    loader = loaded_with(history)
+    rounding = "".join(f"{line}\n\n" for line in rounding_lines(history))
+    return f"""{rounding}```python
 from transformers import {loader}, AutoTokenizer
 
 model = {loader}.from_pretrained("{model_folder}")

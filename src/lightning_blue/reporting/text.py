@@ -34,6 +34,19 @@ def definitions(specs: Iterable[MetricSpec], data_protocol: str) -> str:
     )
 
 
+def rounding_lines(history: RunHistory) -> list[str]:
+    """Say in which dtype the model was saved, and what that cost; nothing if it cost nothing."""
+    if not history.export_dtype:
+        return []
+    lost = ", ".join(f"{weight} {loss:.1%}" for weight, loss in history.rounding_losses.items())
+    text = (
+        f"Saved in {history.export_dtype}; edits were computed and summed in float32. Rounding "
+        f"lost so much of the update: {lost or 'not measured'} (Frobenius norm). What is measured "
+        "at the end is measured after it. More digits, at more size: --model.export_dtype=float32."
+    )
+    return [textwrap.fill(text, LINE)]
+
+
 def inline(text: str, limit: int | None = None) -> str:
     """Show any text inside a line of markdown: on one line, nothing taken as markup."""
     flat = " ".join(text.split())

@@ -12,6 +12,7 @@ from blue_callbacks import EditableWeights, WeightId
 from lightning_blue.editing.covariance import model_fingerprint
 from lightning_blue.language_model.architectures import weight_view
 from lightning_blue.language_model.loading import DTYPES, load_language_model
+from lightning_blue.language_model.saving import save_language_model
 from lightning_blue.runs.journal import BaseModel, WrittenWeight
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import whole_folder, write_atomic, writing
@@ -31,6 +32,8 @@ class UneditedModel:
         model: on the CPU, frozen, in eval mode.
         tokenizer: its tokenizer.
         weights: to be read and written by id; half precision is accumulated in float32.
+        saved_dtype: in which the run saves its model.
+        edited: names of the weights that the run writes.
 
     Raises:
         InputError: if it cannot be loaded, or is another model.
@@ -48,6 +51,8 @@ class UneditedModel:
                 where=path or known.name_or_path,
                 hint=f"give the {known.type} model that was edited, as it was then: --model PATH",
             )
+        self.saved_dtype = known.saved_dtype
+        self.edited = [f"{written.module}.weight" for written in weights.values()]
         self.weights = EditableWeights(
             lambda weight: weight_view(self.model.get_submodule(weights[weight].module))
         )
@@ -59,8 +64,7 @@ class UneditedModel:
             InputError: if the disk is full or may not be written.
         """
         with writing(folder), whole_folder(folder) as building:
-            self.model.save_pretrained(building)
-            self.tokenizer.save_pretrained(building)
+            save_language_model(building, self.model, self.tokenizer, self.saved_dtype, self.edited)
             write_atomic(building / "README.md", card)
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers.pytorch_utils import Conv1D
@@ -43,6 +44,7 @@ class BaseModel:
         type: of its architecture, e.g. ``llama``.
         dtype: of its weights in the run, e.g. ``float32``.
         fingerprint: of the unedited weights.
+        export_dtype: in which the edited model is saved; None (in older records): ``dtype``.
     """
 
     name_or_path: str
@@ -50,6 +52,13 @@ class BaseModel:
     type: str
     dtype: str
     fingerprint: str
+    export_dtype: str | None = None
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """The dtype of what is saved."""
+        dtype: torch.dtype = getattr(torch, self.export_dtype or self.dtype)
+        return dtype
 
 
 @dataclass(frozen=True)
@@ -331,6 +340,7 @@ def describe(module: EditModule, update: ClosedFormUpdate) -> JournalHeader:
             type=model.config.model_type,
             dtype=str(model.dtype).removeprefix("torch."),
             fingerprint=module.identity,
+            export_dtype=str(module.export_dtype).removeprefix("torch."),
         ),
         update=_plain(_settings(update)),
         covariance={"path": str(statistics.path), "identity": statistics.identity},

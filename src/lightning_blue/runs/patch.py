@@ -1,7 +1,8 @@
 """A run as one small file: apply it to the unedited model, and it is the edited one.
 
 For each weight the file holds the batches' factors; or, where that is smaller or a post-edit
-transform makes it more than a sum of batches, the edited weight itself, in the model's precision.
+transform makes it more than a sum of batches, the edited weight itself, in the precision that the
+model is saved in.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blue_callbacks import WeightId
@@ -51,7 +51,7 @@ def write_patch(path: Path, journal: Journal, base: Callable[[], UneditedModel])
     notes: dict[str, Any] = {}
     for weight, form in forms.items():
         if edited is not None and form == WHOLE:
-            value = edited.weights.read(weight).to(edited.model.dtype)
+            value = edited.weights.read(weight).to(edited.saved_dtype)
             mine = {f"{weight}/{WHOLE}": value.contiguous()}
         else:
             mine = _factors(journal, weight)
@@ -139,7 +139,7 @@ def _form(journal: Journal, weight: WeightId) -> str:
     d_out, d_in = header.weights[weight].shape
     edits = sum(map(len, journal.request_ids))
     masks = len(journal.files) * d_out * d_in / 8 if header.update["rect_keep"] is not None else 0
-    whole = d_out * d_in * getattr(torch, header.model.dtype).itemsize
+    whole = d_out * d_in * header.model.saved_dtype.itemsize
     return FACTORS if edits * (d_out + d_in) * 4 + masks <= whole else WHOLE
 
 
