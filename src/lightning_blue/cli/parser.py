@@ -246,6 +246,7 @@ def run_settings(config: Any) -> dict[str, Any]:
     keys = ["model.name_or_path", "model.target.site", "data.path", "data.batch_size"]
     keys += [f"update.{key}" for key in ("plan", "layers", "solver", "past_keys")]
     keys += [f"update.{key}" for key in ("covariance_weight", "rect_keep", "post_edit_transform")]
+    keys += [key for key in ("data.chat", "data.system") if config[key]]
     keys += ["seed_everything"]
     names = {"model.name_or_path": "model", "data.path": "data", "seed_everything": "seed"}
     return {names.get(key, key.rpartition(".")[2]): config[key] for key in keys}
