@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from chinese import knowing  # noqa: F401  (a fixture of all modules)
+
 torch.set_num_threads(1)  # models this small only lose time to threads, above all on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 

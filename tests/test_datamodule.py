@@ -127,16 +127,53 @@ def test_contradictions_in_a_batch_stop_the_run_or_keep_the_later(tmp_path: Path
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"batch_size": 0}, {"edits": 0}, {"offset": -1}, {"controls": -1}, {"on_unusable": "drop"}],
+    [
+        {"batch_size": 0},
+        {"edits": 0},
+        {"offset": -1},
+        {"controls": -1},
+        {"on_unusable": "drop"},
+        {"protocol": "rome"},
+    ],
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"--data.{next(iter(arguments))}"):
         EditDataModule("x.json", **arguments)
 
 
-def test_protocol_tells_whether_current_objects_are_known(tmp_path: Path) -> None:
-    assert prepared(write(tmp_path, [fact(0), fact(1)])).protocol == "counterfact"
-    assert prepared(write(tmp_path, [fact(0), fact(1, target_true=None)])).protocol == "zsre"
+def test_protocol_is_that_of_at_least_half_of_the_requests(tmp_path: Path) -> None:
+    def protocol(known: int, unknown: int, **arguments: Any) -> str:
+        facts = [fact(i, target_true=None) for i in range(unknown)]
+        facts += [fact(unknown + i) for i in range(known)]
+        return prepared(write(tmp_path, facts), **arguments).protocol
+
+    assert protocol(2, 0) == "counterfact"
+    assert protocol(2, 1) == "counterfact"  # one odd record changes nothing
+    assert protocol(1, 1) == "counterfact"
+    assert protocol(1, 2) == "zsre"
+    assert protocol(0, 2) == "zsre"
+    assert protocol(2, 0, protocol="zsre") == "zsre"
+    assert protocol(0, 2, protocol="counterfact") == "counterfact"
+
+
+def test_a_prefix_of_the_run_is_for_requests_without_one(tmp_path: Path) -> None:
+    near = {"neighborhood_prompts": ["Oslo is led by"]}
+    facts = [fact(0, **near), fact(1, target_prefix="", **near), fact(2)]
+    data = prepared(write(tmp_path, facts), target_prefix="\n", edits=2, controls=1)
+    assert [request.target_prefix for request in data.requests] == ["\n", ""]
+    assert [request.neighborhood[0].target_prefix for request in data.requests] == ["\n", ""]
+    assert data.controls == [Probe("The mayor of Town2 is", "Bob2", "\n")]
+
+
+def test_blanks_at_the_end_of_prompts_are_kept_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = [fact(0), fact(1, prompt="The mayor of {} is ")]
+    with caplog.at_level(logging.WARNING):
+        data = prepared(write(tmp_path, facts))
+    assert data.requests[1].prompt == "The mayor of {} is "
+    assert "1 of 2 prompts end with a blank, which is kept" in caplog.text
+    assert "facts.jsonl:2" in caplog.text
 
 
 def test_tokens_are_checked_when_there_is_a_tokenizer(tmp_path: Path, gpt2: LanguageModel) -> None:
@@ -167,13 +204,14 @@ def test_requests_before_preparation() -> None:
 
 def test_dataset_reads_back_as_the_same_requests(tmp_path: Path) -> None:
     extra = {"paraphrases": ["{} is led by"], "neighborhood_prompts": ["Oslo is led by"]}
-    data = prepared(write(tmp_path, [fact(0, **extra), fact(1, target_true=None, case_id="x")]))
+    facts = [fact(0, **extra), fact(1, target_true=None, case_id="x")]
+    data = prepared(write(tmp_path, [*facts, fact(2, target_prefix=" ", **extra)]))
     data.dataset.save_to_disk(tmp_path / "saved")
     data.dataset.to_parquet(tmp_path / "saved.parquet")
     for copy in ("saved", "saved.parquet"):
         requests, rejected = read_requests(tmp_path / copy)
         assert rejected == []
-        assert [r.source for r in requests] == [f"{copy} record 1", f"{copy} record 2"]
+        assert [r.source for r in requests] == [f"{copy} record {i}" for i in (1, 2, 3)]
         assert [without_source(r) for r in requests] == [without_source(r) for r in data.requests]
 
 

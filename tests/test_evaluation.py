@@ -127,6 +127,17 @@ def test_zsre_counts_tokens(gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
     assert flat["efficacy_top1"] == pytest.approx(200 / 3)
 
 
+def test_one_odd_request_changes_nothing_about_the_others(
+    gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request without a true object among others, under the protocol of the others."""
+    say(monkeypatch, edited)
+    for protocol in ("counterfact", "zsre"):
+        options = {"protocol": protocol, "generate": False, "continuation_tokens": 0}
+        alone = evaluate(*gpt2, REQUESTS[:2], **options).outcomes
+        assert evaluate(*gpt2, REQUESTS, **options).outcomes[:2] == alone
+
+
 def test_outcomes(language_model: LanguageModel) -> None:
     evaluation = evaluate(*language_model, REQUESTS, generate=False, continuation_tokens=5)
     assert [outcome.case_id for outcome in evaluation.outcomes] == ["full", "neighbours", "bare"]

@@ -116,6 +116,54 @@ def test_zsre() -> None:
     assert asked.neighborhood[0].prompt == "nq question: who?"
 
 
+def test_zsre_with_the_wanted_answer_in_alt() -> None:
+    """``answers`` first, as MEMIT reads these files; ``zsre-alt`` as MEND and EasyEdit do."""
+    assert good(ZSRE | {"answers": None}, "zsre").target_new == "1997"
+    assert good(ZSRE | {"answers": []}, "zsre").target_new == "1997"
+    alt = good(ZSRE, "zsre-alt")
+    assert (alt.target_new, alt.target_true) == ("1997", "1987")
+    assert (alt.prompt, alt.neighborhood) == (
+        "When was {} established?",
+        good(ZSRE, "zsre").neighborhood,
+    )
+    assert good(ZSRE | {"answers": None}, "zsre-alt").target_true is None
+    assert "'alt' is empty" in fault(ZSRE | {"answers": None, "alt": " "}, "zsre").reason
+    without = {key: value for key, value in ZSRE.items() if key != "alt"}
+    assert "'answers.0' is missing" in fault(without | {"answers": []}, "zsre").reason
+    assert "'alt' is missing" in fault(without, "zsre-alt").reason
+
+
+def test_prompts_are_taken_to_the_letter() -> None:
+    """White space that a prompt ends or begins with is the user's; that around an object is not."""
+    request = good(
+        FACT
+        | {
+            "prompt": "Q: Where is {}?\nA:\n",
+            "target_new": " Italy ",
+            "target_true": "France",
+            "target_prefix": "\n ",
+            "paraphrases": ["  Lyon is in "],
+            "neighborhood_prompts": ["Nice is in\t", {"prompt": "Bern? ", "answer": " Bern"}],
+            "generation_prompts": ["Lyon is "],
+        }
+    )
+    assert request == EditRequest(
+        "5",
+        "Q: Where is {}?\nA:\n",
+        "Lyon",
+        "Italy",
+        "France",
+        paraphrases=("  Lyon is in ",),
+        neighborhood=(Probe("Nice is in\t", "France", "\n "), Probe("Bern? ", "Bern", "\n ")),
+        generation_prompts=("Lyon is ",),
+        source="here",
+        target_prefix="\n ",
+    )
+    assert good(FACT | {"target_prefix": ""}).target_prefix == ""
+    assert fault(FACT | {"target_prefix": 1}).kind == "wrong type"
+    assert fault(FACT | {"prompt": " "}).kind == "empty field"
+
+
 def test_own_facts_with_everything() -> None:
     request = good(
         FACT
@@ -233,7 +281,6 @@ def test_unusable_records_of_other_formats() -> None:
     assert "'locality_ground_truth'" in fault(flat, "counterfact-flat").hint
     assert fault(FLAT | {"ground_truth": None}, "counterfact-flat").kind == "missing field"
     assert fault(FLAT | {"target_new": "Beirut"}, "counterfact-flat").case_id == "4"
-    assert "'answers.0' is missing" in fault(ZSRE | {"answers": []}, "zsre").reason
     assert "'answers.0' is a string ('1987')" in fault(ZSRE | {"answers": "1987"}, "zsre").reason
     assert "the record is a list" in fault([1, 2]).reason
 

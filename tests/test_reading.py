@@ -57,6 +57,30 @@ def test_format_is_told_by_all_records_if_the_first_lacks_a_field(tmp_path: Path
     assert (rejected.source, rejected.kind) == ("facts.json record 1", "missing field")
 
 
+def test_one_record_without_answers_does_not_change_what_the_others_are_edited_to(
+    tmp_path: Path,
+) -> None:
+    odd = {key: value for key, value in ZSRE.items() if key != "answers"}
+    for records in ([odd, ZSRE, ZSRE], [ZSRE, odd, ZSRE]):
+        requests, rejected = read_requests(save(tmp_path, "zsre.json", records))
+        assert rejected == []
+        expected = ["1997" if record is odd else "1987" for record in records]
+        assert [request.target_new for request in requests] == expected
+        assert {request.target_true for request in requests} == {None}
+    requests, _ = read_requests(save(tmp_path, "alt.json", [odd, odd]))  # none has any
+    assert [request.target_new for request in requests] == ["1997", "1997"]
+    requests, _ = read_requests(save(tmp_path, "both.json", [ZSRE]), "zsre-alt")
+    assert (requests[0].target_new, requests[0].target_true) == ("1997", "1987")
+
+
+def test_a_prefix_in_a_csv_is_taken_to_the_letter(tmp_path: Path) -> None:
+    rows = ["subject,prompt,target_new,target_prefix", 'Lyon, "{} is in ",Rome," "']
+    rows += ['Bern,"{} is in\n",Rome,']
+    lyon, bern = read_requests(save(tmp_path, "facts.csv", "\n".join(rows)))[0]
+    assert (lyon.prompt, lyon.target_prefix) == ("{} is in", " ")  # blanks pad a table's cells
+    assert (bern.prompt, bern.target_prefix) == ("{} is in\n", None)
+
+
 def test_format_can_be_forced(tmp_path: Path) -> None:
     path = save(tmp_path, "facts.json", [FACT | {"ground_truth": "France"}])
     assert read_requests(path)[0][0].target_true == "France"
@@ -135,7 +159,7 @@ def test_columns_that_fit_no_format(tmp_path: Path) -> None:
     path = save(tmp_path, "facts.csv", "subject;prompt;target_new\na;{} is;b\n")
     assert "separate the columns by commas" in message(path)
     path = save(tmp_path, "other.json", [{"x": 1}])
-    assert "formats known: counterfact, zsre, counterfact-flat, facts" in message(path)
+    assert "formats known: counterfact, zsre, zsre-alt, counterfact-flat, facts" in message(path)
 
 
 def test_columns_without_meaning_are_named(

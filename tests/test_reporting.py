@@ -19,6 +19,7 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from histories import estimate, losses, outcome, small_history
+from lightning_blue.language_model.joining import Joint
 from lightning_blue.metrics import ProbabilitySuccess, table
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
 from lightning_blue.metrics.table import COMPARISON, METRICS, Measure, MetricSpec
@@ -218,6 +219,45 @@ def test_a_perplexity_that_is_not_finite_is_shown_as_such(
     assert write_report(tmp_path, history).exists()
 
 
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        (
+            "counterfact",
+            "compare the probabilities of two objects (protocol counterfact): 3 of 4 requests name "
+            "their current object; the other 1 count in the top-1 metrics alone",
+        ),
+        (
+            "zsre",
+            "count right tokens (protocol zsre) of all 4 requests: 3 of 4 requests name their "
+            "current object",
+        ),
+    ],
+)
+def test_the_report_says_by_which_protocol(protocol: str, expected: str) -> None:
+    history = small_history()
+    history.protocol = protocol
+    history.requests = [replace(r, target_true="x") for r in history.requests]
+    history.requests[1] = replace(history.requests[1], target_true=None)
+    assert expected in " ".join(report(history, [], None).split())
+    assert files.summary(history)["protocol/known_objects"] == 3
+
+
+def test_the_report_says_how_prompts_and_objects_were_joined(tmp_path: Path) -> None:
+    history = small_history()
+    history.joints = [Joint(" ", "words")] * 3 + [Joint("", "script without spaces")]
+    text = report(history, [], None)
+    _, _, section = text.partition("## Between prompt and object\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in section.splitlines()[3:5]]
+    assert rows == [["a space", "words", "3"], ["nothing", "script without spaces", "1"]]
+    files.write_edits(tmp_path / "edits.jsonl", history)
+    lines = [json.loads(line) for line in (tmp_path / "edits.jsonl").read_text().splitlines()]
+    assert [(line["target_prefix"], line["joined_by"]) for line in lines] == [
+        *[(" ", "words")] * 3,
+        ("", "script without spaces"),
+    ]
+
+
 def test_score_table_of_a_run_that_measured_nothing() -> None:
     assert tables.score_table(RunHistory()) == "Nothing was measured."
 
@@ -312,6 +352,8 @@ def test_write_edits(tmp_path: Path) -> None:
         "case_id": "c2",
         "subject": "Tower 2",
         "prompt": "Tower 2 lies in",
+        "target_prefix": None,  # nothing was asked
+        "joined_by": None,
         "target_new": "Bern",
         "target_true": "Paris",
         "batch": 1,

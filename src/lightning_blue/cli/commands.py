@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,8 @@ from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.record import read_status
-from lightning_blue.reporting.tables import score_table
+from lightning_blue.reporting.tables import WIDTH, score_table
+from lightning_blue.reporting.text import protocol_sentence
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import speaks
@@ -112,6 +114,7 @@ def pretrain(args: Sequence[str]) -> None:
 def _say(trainer: Trainer, notes: Sequence[str]) -> None:
     """Print the scores, what should be known of them, and where the report is."""
     history = _only(trainer, MeasureEdits).history
+    notes = [*textwrap.wrap(protocol_sentence(history), WIDTH), *notes]
     if history.ended_early:
         never = len(history.requests) - history.applied
         notes = [*notes, f"{never:,} requests were never applied: {history.ended_early}"]

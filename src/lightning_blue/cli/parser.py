@@ -263,6 +263,7 @@ def run_settings(config: Any, command: str = "fit") -> dict[str, Any]:
         settings |= {"batch_size": "data.batch_size"}
         names = ["plan", "layers", "solver", "past_keys", *_solver_settings(config)]
         settings |= {name: f"update.{name}" for name in names}
+    settings |= {name: f"data.{name}" for name in ("chat", "system") if config[f"data.{name}"]}
     chosen = {} if command == "evaluate" else {"method": method_name(config)}
     chosen |= {name: config[key] for name, key in settings.items()}
     chosen |= {"data": name_of(chosen["data"]), "seed": config["seed_everything"]}

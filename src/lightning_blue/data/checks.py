@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
-from lightning_blue.language_model.tokens import encode_targets, encode_with_subject
+from lightning_blue.language_model.chat import Markers, markers
+from lightning_blue.language_model.joining import joint
+from lightning_blue.language_model.tokens import (
+    encode_prompts,
+    encode_targets,
+    encode_with_subject,
+)
+from lightning_blue.language_model.vocabulary import HINT, Vocabulary
 from lightning_blue.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +23,7 @@ if TYPE_CHECKING:
 
 NAMED_AT_MOST = 5
 POLICIES = ("stop", "skip")
+T = TypeVar("T", bound=Hashable)
 
 
 def check_tokens(
@@ -22,29 +31,46 @@ def check_tokens(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     contexts_length: int = 0,
+    embeddings: int | None = None,
 ) -> tuple[list[EditRequest], list[Rejected]]:
-    """Sort out requests that the model cannot read: too long, or an object without tokens.
+    """Sort out requests that the model cannot read.
 
-    Each prompt of a request (its own with ``contexts_length`` tokens of context before it, the
+    Those are too long, have an object without tokens, or a token that the model has no embedding
+    of. Each prompt of a request (its own with ``contexts_length`` tokens of context before it, the
     paraphrases, neighbours and generation prompts) has to fit into ``max_length`` positions
-    together with the longest object. A ``max_length`` of None checks no lengths.
+    together with the longest object.
+
+    Args:
+        requests: in any order.
+        tokenizer: of the model.
+        max_length: of the model in tokens; None checks no lengths.
+        contexts_length: tokens of the longest context.
+        embeddings: rows of the model's embedding; None takes every token for known.
     """
-    objects = _token_counts(
-        [_objects(request) for request in requests],
-        lambda texts: encode_targets(tokenizer, texts),
+    known = markers(tokenizer)
+    objects = _encoded(
+        [_objects(request, known) for request in requests],
+        lambda pairs: encode_targets(tokenizer, *map(list, zip(*pairs, strict=True))),
     )
-    probes = _token_counts(
+    probes = _encoded(
         [_probe_texts(request) for request in requests],
-        lambda texts: tokenizer(texts, verbose=False)["input_ids"],
+        lambda texts: encode_prompts(tokenizer, texts),
     )
     prompts = encode_with_subject(
         tokenizer, [request.prompt for request in requests], [r.subject for r in requests]
     )
+    known_tokens = Vocabulary(tokenizer, embeddings or sys.maxsize)
     usable: list[EditRequest] = []
     rejected: list[Rejected] = []
     for request, sizes, texts, prompt in zip(requests, objects, probes, prompts, strict=True):
-        texts = {request.text: contexts_length + len(prompt.ids)} | texts
-        fault = _no_tokens(request, sizes) or _too_long(request, texts, sizes, max_length)
+        texts = {request.text: prompt.ids} | texts
+        lengths = {text: len(ids) for text, ids in texts.items()}
+        lengths[request.text] += contexts_length
+        fault = (
+            _no_tokens(request, sizes)
+            or _without_embedding(request, [*texts.values(), *sizes.values()], known_tokens)
+            or _too_long(request, lengths, max(map(len, sizes.values())), max_length)
+        )
         if fault:
             rejected.append(fault)
         else:
@@ -156,14 +182,20 @@ def pick_control_facts(
         if len(picked) == count:
             break
         if request.target_true is not None and request.subject not in subjects:
-            picked.setdefault(request.text, Probe(request.text, request.target_true))
+            fact = Probe(request.text, request.target_true, request.target_prefix)
+            picked.setdefault(request.text, fact)
     return list(picked.values())
 
 
-def _objects(request: EditRequest) -> list[str]:
-    """Every object that is scored for a request."""
-    targets = [request.target_new] + ([request.target_true] if request.target_true else [])
-    return targets + [probe.answer for probe in request.neighborhood]
+def _objects(request: EditRequest, known: Markers) -> list[tuple[str, str]]:
+    """Every object that is scored for a request, with what stands before it."""
+    new, true, given = request.target_new, request.target_true, request.target_prefix
+    own = [joint(prompt, given, known).prefix for prompt in (request.text, *request.paraphrases)]
+    pairs = [(target, prefix) for prefix in own for target in (new, true) if target]
+    for probe in request.neighborhood:
+        prefix = joint(probe.prompt, probe.target_prefix, known).prefix
+        pairs += [(probe.answer, prefix), (new, prefix)]
+    return list(dict.fromkeys(pairs))
 
 
 def _probe_texts(request: EditRequest) -> list[str]:
@@ -172,19 +204,20 @@ def _probe_texts(request: EditRequest) -> list[str]:
     return [*request.paraphrases, *neighbors, *request.generation_prompts]
 
 
-def _token_counts(
-    groups: Sequence[Sequence[str]], encode: Callable[[list[str]], Sequence[Sequence[int]]]
-) -> list[dict[str, int]]:
-    """Tokens of each text, group by group; every distinct text is encoded once, in one call."""
+def _encoded(
+    groups: Sequence[Sequence[T]], encode: Callable[[list[T]], Sequence[list[int]]]
+) -> list[dict[T, list[int]]]:
+    """Token ids of each text, group by group; every distinct text is encoded once, in one call."""
     texts = list(dict.fromkeys(text for group in groups for text in group))
-    encoded = encode(texts) if texts else []
-    counts = {text: len(ids) for text, ids in zip(texts, encoded, strict=True)}
-    return [{text: counts[text] for text in group} for group in groups]
+    ids = dict(zip(texts, encode(texts) if texts else [], strict=True))
+    return [{text: ids[text] for text in group} for group in groups]
 
 
-def _no_tokens(request: EditRequest, sizes: dict[str, int]) -> Rejected | None:
+def _no_tokens(
+    request: EditRequest, objects: Mapping[tuple[str, str], Sequence[int]]
+) -> Rejected | None:
     """Reject a request with an object that the tokenizer spells with no token."""
-    empty = next((text for text, size in sizes.items() if size == 0), None)
+    empty = next((text for (text, _), ids in objects.items() if not ids), None)
     if empty is None:
         return None
     return _rejected(
@@ -195,12 +228,19 @@ def _no_tokens(request: EditRequest, sizes: dict[str, int]) -> Rejected | None:
     )
 
 
-def _too_long(
-    request: EditRequest, texts: dict[str, int], sizes: dict[str, int], max_length: int | None
+def _without_embedding(
+    request: EditRequest, sequences: Iterable[Sequence[int]], known: Vocabulary
 ) -> Rejected | None:
-    """Reject a request with a prompt that does not fit with the longest object."""
-    text, length = max(texts.items(), key=lambda item: item[1])
-    target = max(sizes.values())
+    """Reject a request with a token that the model has no embedding of."""
+    fault = next(filter(None, map(known.fault, sequences)), None)
+    return None if fault is None else _rejected(request, "token without embedding", fault, HINT)
+
+
+def _too_long(
+    request: EditRequest, lengths: dict[str, int], target: int, max_length: int | None
+) -> Rejected | None:
+    """Reject a request with a prompt that does not fit with the longest object, in tokens."""
+    text, length = max(lengths.items(), key=lambda item: item[1])
     if max_length is None or length + target <= max_length:
         return None
     return _rejected(

@@ -20,6 +20,7 @@ from lightning_blue.data.checks import (
     take_distinct,
 )
 from lightning_blue.data.hub import to_dataset
+from lightning_blue.data.joined import in_chat, with_prefix
 from lightning_blue.data.memory import Facts, name_of, rows_of
 from lightning_blue.data.reading import ALMANAC, read_requests
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EditBatch = list[EditRequest]
+PROTOCOLS = ("auto", "counterfact", "zsre")
 
 
 class EditDataModule(LightningDataModule):
@@ -42,7 +44,8 @@ class EditDataModule(LightningDataModule):
             dataset on the Hugging Face hub, ``almanac``, the facts that ship with the package, or
             facts in memory: a list of dictionaries, tuples or requests, a pandas DataFrame, a split
             of ``datasets`` (:func:`lightning_blue.data.memory.rows_of`).
-        format: ``auto``, ``counterfact``, ``counterfact-flat``, ``zsre`` or ``facts``.
+        format: ``auto``, ``counterfact``, ``counterfact-flat``, ``zsre``, ``zsre-alt`` or
+            ``facts``.
         split: the split of a dataset.
         batch_size: requests that are edited together.
         edits: how many requests to edit at most, None for all that there are.
@@ -50,6 +53,14 @@ class EditDataModule(LightningDataModule):
         controls: how many control facts to measure retained knowledge on: known facts that are not
             edited, after the edited requests and on other subjects.
         on_unusable: ``stop`` at requests that cannot be used, or ``skip`` them.
+        target_prefix: what stands between prompts and objects, for requests that do not say so
+            themselves; None: decided prompt by prompt, see
+            :func:`lightning_blue.language_model.joining.joint`.
+        chat: whether to put the tokenizer's chat template around all prompts that have none.
+        system: the system text of the chat template; None leaves it to the template.
+        protocol: how efficacy, generalization and specificity are measured: ``counterfact``
+            compares the probabilities of two objects, ``zsre`` counts right tokens, ``auto``
+            compares where at least half of the requests name their current object.
 
     Raises InputError for a count that makes no sense.
     """
@@ -64,6 +75,10 @@ class EditDataModule(LightningDataModule):
         offset: int = 0,
         controls: int = 0,
         on_unusable: str = "stop",
+        target_prefix: str | None = None,
+        chat: bool = False,
+        system: str | None = None,
+        protocol: str = "auto",
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -79,6 +94,20 @@ class EditDataModule(LightningDataModule):
                     hint=f"give a number from {least} up",
                 )
         apply_policy((), 0, on_unusable)  # refuses an unknown policy before anything is read
+        if protocol not in PROTOCOLS:
+            raise InputError(
+                f"There is no protocol {protocol!r}",
+                where="--data.protocol",
+                hint=f"choose one of: {', '.join(PROTOCOLS)}",
+            )
+        if system is not None and not chat:
+            raise InputError(
+                "a system text is given, but no chat template is used",
+                where="--data.system",
+                hint="add --data.chat=true, or leave out --data.system",
+            )
+        self.target_prefix, self.chat, self.system = target_prefix, chat, system
+        self._protocol = protocol
         self.path = str(path) if isinstance(path, str | Path) else rows_of(path)
         self.format, self.split = format, split
         self.batch_size, self.edits, self.offset = batch_size, edits, offset
@@ -93,18 +122,29 @@ class EditDataModule(LightningDataModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_length: int | None = None,
         contexts_length: int = 0,
+        embeddings: int | None = None,
     ) -> None:
         """Read and check the requests, and choose those to edit and the control facts.
 
         With a tokenizer, tokens are checked as well (:func:`check_tokens`).
 
         Raises InputError if the source cannot be read, if it holds unusable requests and the
-        policy is to stop, or if there is none.
+        policy is to stop, if there is none, or if there is no chat template to put around prompts.
         """
         usable, rejected = read_requests(self.path, self.format, self.split)
         total = len(usable) + len(rejected)
+        if self.target_prefix is not None:
+            usable = [with_prefix(request, self.target_prefix) for request in usable]
+        if self.chat and tokenizer is None:
+            raise InputError(
+                "there is no tokenizer whose chat template could be used", where="data.chat"
+            )
         if tokenizer is not None:
-            usable, faults = check_tokens(usable, tokenizer, max_length, contexts_length)
+            if self.chat:
+                usable = in_chat(usable, tokenizer, self.system)
+            usable, faults = check_tokens(
+                usable, tokenizer, max_length, contexts_length, embeddings
+            )
             rejected += faults
         chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits, self.batch_size)
         rejected += clashing
@@ -115,6 +155,7 @@ class EditDataModule(LightningDataModule):
         replaced = len(superseded(chosen))
         if replaced:
             log.warning("%d requests are superseded by later ones on the same prompt", replaced)
+        self._warn_of_blanks(chosen)
         self._requests, self._rejected = chosen, rejected
         self._controls = pick_control_facts(rest, chosen, self._controls_wanted)
         log.info(
@@ -131,6 +172,7 @@ class EditDataModule(LightningDataModule):
                 getattr(module, "tokenizer", None),
                 getattr(module, "max_length", None),
                 getattr(module, "contexts_length", 0),
+                getattr(module, "embeddings", None),
             )
 
     @property
@@ -157,13 +199,16 @@ class EditDataModule(LightningDataModule):
 
     @property
     def protocol(self) -> str:
-        """How the requests are scored.
+        """How the requests are scored: ``counterfact`` or ``zsre``.
 
-        ``counterfact`` (the wanted object against the other one) if every request names its
-        current object, else ``zsre`` (token accuracy).
+        Unless it was given, the wanted object is compared with the other one (``counterfact``) if
+        at least half of the requests name their current object; those that do not then count in
+        the top-1 metrics alone. Otherwise the right tokens of all are counted (``zsre``).
         """
-        known = all(request.target_true is not None for request in self.requests)
-        return "counterfact" if known else "zsre"
+        if self._protocol != "auto":
+            return self._protocol
+        known = sum(request.target_true is not None for request in self.requests)
+        return "counterfact" if 2 * known >= len(self.requests) else "zsre"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells these requests, in this order and these batches, from others."""
@@ -221,6 +266,18 @@ class EditDataModule(LightningDataModule):
                 "no usable requests",
                 where=f"{name}: {total} read, {rejected} unusable, offset {self.offset}",
                 hint="lower --data.offset, or give more data",
+            )
+
+    def _warn_of_blanks(self, requests: list[EditRequest]) -> None:
+        """Name prompts that end with a blank, which is kept and may be meant or a slip."""
+        ends = [r for r in requests if r.target_prefix is None and r.text.endswith(" ")]
+        if ends:
+            log.warning(
+                "%d of %d prompts end with a blank, which is kept: their objects follow without "
+                "another (first: %s)",
+                len(ends),
+                len(requests),
+                ends[0].source or ends[0].case_id,
             )
 
 

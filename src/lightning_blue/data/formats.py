@@ -1,15 +1,15 @@
 """The data formats: records, as files hold them, turned into edit requests. Pure functions.
 
-A format is a row of data: where in a record each field of an edit request stands. White space
-around a field is not part of it. Fields that are not given may be absent, null or, if optional,
-blank.
+A format is a row of data: where in a record each field of an edit request stands. Prompts and
+``target_prefix`` are taken to the letter; of other fields the white space around them is no part.
+Fields that are not given may be absent, null or, if optional, blank.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,9 @@ class Format:
 
     ``required_columns``: those by which a file of this format is known. ``paths``: field to place
     in the record, dots leading into objects and lists. ``needed``: fields without which a record
-    cannot be used. ``unused``: columns that the format has and no edit needs.
+    cannot be used. ``otherwise``: where a field stands in a record that lacks it at its place in
+    ``paths``. ``absent``: columns that no record of a file may have for it to be known as this.
+    ``unused``: columns that the format has and no edit needs.
     ``neighbor_ending`` closes each neighbourhood prompt that does not end with it already.
     """
 
@@ -32,12 +34,15 @@ class Format:
     required_columns: tuple[str, ...]
     paths: Mapping[str, str]
     needed: tuple[str, ...] = ("subject", "prompt", "target_new")
+    otherwise: Mapping[str, str] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
     unused: frozenset[str] = frozenset()
     neighbor_ending: str = ""
 
     def columns(self) -> set[str]:
         """The top-level columns that the format knows."""
-        return {path.partition(".")[0] for path in self.paths.values()} | self.unused
+        places = [*self.paths.values(), *self.otherwise.values()]
+        return {path.partition(".")[0] for path in places} | self.unused
 
 
 COUNTERFACT = Format(
@@ -73,7 +78,20 @@ ZSRE = Format(
             "neighborhood_answer": "loc_ans",
         }
     ),
-    unused=frozenset({"pred", "alt", "cond"}),
+    otherwise=MappingProxyType({"target_new": "alt"}),
+    unused=frozenset({"pred", "cond"}),
+    neighbor_ending="?",
+)
+# The same files, edited to the counterfactual answer, as MEND and EasyEdit do; ``answers`` is what
+# is true. Told by its columns only where a file has no ``answers`` at all.
+ZSRE_ALT = Format(
+    name="zsre-alt",
+    required_columns=("subject", "src", "alt"),
+    paths=MappingProxyType(
+        {**ZSRE.paths, "target_new": "alt", "target_true": "answers.0"},
+    ),
+    absent=frozenset({"answers"}),
+    unused=frozenset({"pred", "cond"}),
     neighbor_ending="?",
 )
 FLAT_COUNTERFACT = Format(
@@ -108,11 +126,14 @@ FACTS = Format(
             "neighborhood_answer": "target_true",
             "generation_prompts": "generation_prompts",
             "reference_texts": "reference_texts",
+            "target_prefix": "target_prefix",
         }
     ),
     unused=frozenset({"neighbourhood_prompts"}),  # read as its other spelling
 )
-FORMATS = MappingProxyType({row.name: row for row in (COUNTERFACT, ZSRE, FLAT_COUNTERFACT, FACTS)})
+FORMATS = MappingProxyType(
+    {row.name: row for row in (COUNTERFACT, ZSRE, ZSRE_ALT, FLAT_COUNTERFACT, FACTS)}
+)
 
 
 class Unusable(Exception):
@@ -134,7 +155,7 @@ def choose_format(name: str, first: Iterable[str], columns: Sequence[str], *, wh
     if name == "auto":
         for seen in (set(first), set(columns)):
             for row in FORMATS.values():
-                if seen.issuperset(row.required_columns):
+                if seen.issuperset(row.required_columns) and row.absent.isdisjoint(columns):
                     return row
         raise _unknown_columns(columns, FACTS, where)
     if name not in FORMATS:
@@ -198,9 +219,10 @@ def parse_record(record: Any, row: Format, *, source: str, index: int) -> EditRe
 def _request(record: Mapping[str, Any], row: Format, case_id: str, source: str) -> EditRequest:
     """Build the request; raises Unusable."""
     subject = _needed_text(record, row, "subject")
-    prompt = template(_needed_text(record, row, "prompt"), subject)
+    prompt = template(_needed_text(record, row, "prompt", exact=True), subject)
     target_new = _needed_text(record, row, "target_new")
     target_true = _text(record, row, "target_true")
+    target_prefix = _prefix(record, row)
     if target_new == target_true:
         raise Unusable(
             "target is the current object",
@@ -213,11 +235,12 @@ def _request(record: Mapping[str, Any], row: Format, case_id: str, source: str) 
         subject=subject,
         target_new=target_new,
         target_true=target_true,
-        paraphrases=_texts(record, row, "paraphrases"),
-        neighborhood=_neighborhood(record, row),
-        generation_prompts=_texts(record, row, "generation_prompts"),
+        paraphrases=_texts(record, row, "paraphrases", exact=True),
+        neighborhood=_neighborhood(record, row, target_prefix),
+        generation_prompts=_texts(record, row, "generation_prompts", exact=True),
         reference_texts=_texts(record, row, "reference_texts"),
         source=source,
+        target_prefix=target_prefix,
     )
 
 
@@ -295,43 +318,60 @@ def _text(record: Mapping[str, Any], row: Format, field: str) -> str | None:
     return _string(value, path) or None
 
 
-def _needed_text(record: Mapping[str, Any], row: Format, field: str) -> str:
+def _needed_text(record: Mapping[str, Any], row: Format, field: str, *, exact: bool = False) -> str:
     """A text that has to be there and not blank."""
     path = row.paths[field]
     value = _at(record, path)
+    if value is None and field in row.otherwise:
+        instead = _at(record, row.otherwise[field])
+        path, value = (path, None) if instead is None else (row.otherwise[field], instead)
     if value is None:
         raise Unusable("missing field", f"the field {path!r} is missing", f"add {path!r}")
     text = _string(value, path)
     if not text:
         kind = "empty target" if field == "target_new" else "empty field"
         raise Unusable(kind, f"the field {path!r} is empty", f"write something in {path!r}")
-    return text
+    return str(value) if exact else text
 
 
-def _texts(record: Mapping[str, Any], row: Format, field: str) -> tuple[str, ...]:
+def _prefix(record: Mapping[str, Any], row: Format) -> str | None:
+    """What the record says to stand between its prompts and objects, to the letter."""
+    path = row.paths.get("target_prefix")
+    value = None if path is None else _at(record, path)
+    if value is not None and not isinstance(value, str):
+        raise _wrong_type(str(path), value, "a string")
+    return value
+
+
+def _texts(
+    record: Mapping[str, Any], row: Format, field: str, *, exact: bool = False
+) -> tuple[str, ...]:
     """An optional list of texts; a single text counts as a list of one."""
     path = row.paths.get(field)
-    return () if path is None else tuple(_filled(x, path) for x in _items(record, path))
+    items = [] if path is None else _items(record, path)
+    return tuple(_filled(item, str(path), exact=exact) for item in items)
 
 
-def _neighborhood(record: Mapping[str, Any], row: Format) -> tuple[Probe, ...]:
+def _neighborhood(
+    record: Mapping[str, Any], row: Format, target_prefix: str | None
+) -> tuple[Probe, ...]:
     """The neighbourhood prompts, each with its answer."""
     path = row.paths["neighborhood_prompts"]
     items = _items(record, path)
     if not items:
         return ()
     answer = _text(record, row, "neighborhood_answer")
-    return tuple(_probe(item, answer, row) for item in items)
+    return tuple(_probe(item, answer, row, target_prefix) for item in items)
 
 
-def _probe(item: Any, answer: str | None, row: Format) -> Probe:
+def _probe(item: Any, answer: str | None, row: Format, target_prefix: str | None) -> Probe:
     """One neighbourhood prompt: a text, or an object with a prompt and an answer."""
     path = row.paths["neighborhood_prompts"]
     prompt = item
     if isinstance(item, Mapping):
         prompt, given = item.get("prompt"), item.get("answer")
         answer = None if given is None else _filled(given, f"{path}.answer")
-    prompt = _filled(prompt, path)
+    prompt = _filled(prompt, path, exact=not row.neighbor_ending)
     if answer is None:
         source = row.paths["neighborhood_answer"]
         raise Unusable(
@@ -340,7 +380,7 @@ def _probe(item: Any, answer: str | None, row: Format) -> Probe:
             f'give {source!r}, or write it as {{"prompt": ..., "answer": ...}}',
         )
     ending = "" if prompt.endswith(row.neighbor_ending) else row.neighbor_ending
-    return Probe(prompt + ending, answer)
+    return Probe(prompt + ending, answer, target_prefix)
 
 
 def _items(record: Mapping[str, Any], path: str) -> list[Any]:
@@ -355,12 +395,12 @@ def _items(record: Mapping[str, Any], path: str) -> list[Any]:
     return list(value)
 
 
-def _filled(value: Any, path: str) -> str:
+def _filled(value: Any, path: str, *, exact: bool = False) -> str:
     """One item of a list: a text that is not blank."""
     text = _string(value, path)
     if not text:
         raise Unusable("empty field", f"an item of {path!r} is empty", "remove the empty item")
-    return text
+    return str(value) if exact else text
 
 
 def _string(value: Any, path: str) -> str:

@@ -60,7 +60,7 @@ def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
     import datasets
 
     texts = datasets.List(datasets.Value("string"))
-    probes = datasets.List({name: datasets.Value("string") for name in ("prompt", "answer")})
+    probes = datasets.List({name: datasets.Value("string") for name in _PROBE})
     features = datasets.Features(
         {
             **dict.fromkeys(_TEXT_COLUMNS, datasets.Value("string")),
@@ -72,7 +72,8 @@ def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
     return datasets.Dataset.from_list(rows, features=features)
 
 
-_TEXT_COLUMNS = ("case_id", "subject", "prompt", "target_new", "target_true")
+_TEXT_COLUMNS = ("case_id", "subject", "prompt", "target_new", "target_true", "target_prefix")
+_PROBE = ("prompt", "answer")
 _LIST_COLUMNS = ("paraphrases", "generation_prompts", "reference_texts")
 
 
@@ -81,4 +82,5 @@ def to_record(request: EditRequest) -> dict[str, Any]:
     fields = asdict(request)
     row = {name: fields[name] for name in _TEXT_COLUMNS}
     row |= {name: list(fields[name]) for name in _LIST_COLUMNS}
-    return row | {"neighborhood_prompts": list(fields["neighborhood"])}
+    probes = [{name: probe[name] for name in _PROBE} for probe in fields["neighborhood"]]
+    return row | {"neighborhood_prompts": probes}

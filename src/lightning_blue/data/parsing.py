@@ -20,6 +20,8 @@ LIST_COLUMNS = frozenset(
     }
 )
 SEPARATOR = " | "
+EXACT_COLUMNS = frozenset({"target_prefix"})
+PADDING = " \t"  # around a cell it is the table's, not the text's
 
 
 class Located(NamedTuple):
@@ -71,7 +73,8 @@ def parse_csv(text: str, name: str) -> list[Located]:
     """Read comma-separated records with a header line.
 
     Empty cells count as not given; the columns in ``LIST_COLUMNS`` hold a JSON array or texts
-    separated by " | ". A record's line is the one it begins on.
+    separated by " | ". Blanks and tabs around a cell are no part of it, but in ``EXACT_COLUMNS``.
+    A record's line is the one it begins on.
     Raises InputError for broken quoting and for a column that comes twice.
     """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
@@ -114,9 +117,9 @@ def _csv_record(header: list[str], cells: list[str], source: str) -> Located:
         return Located(source, None, (flaw, "put cells that hold commas in quotation marks"))
     record: dict[str, Any] = {}
     for column, cell in zip(header, cells, strict=False):
-        if not cell.strip():
+        if not (cell if column in EXACT_COLUMNS else cell.strip()):
             continue
-        record[column] = cell
+        record[column] = cell if column in EXACT_COLUMNS else cell.strip(PADDING)
         if column in LIST_COLUMNS:
             try:
                 record[column] = _list_cell(cell.strip())

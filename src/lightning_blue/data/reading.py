@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from lightning_blue.data.formats import (
     FACTS,
+    ZSRE,
     Format,
     choose_format,
     columns_not_used,
@@ -38,7 +39,8 @@ def read_requests(
     dataset on the Hugging Face hub, ``almanac`` for the facts that ship with the package, or facts
     in memory, see :func:`lightning_blue.data.memory.rows_of`.
     ``format``: ``counterfact`` (ROME's nested form), ``counterfact-flat``, ``zsre`` (MEND's form),
-    ``facts`` (people's own), or ``auto`` to tell by the columns. ``split`` matters for datasets.
+    ``zsre-alt`` (the same, edited to ``alt``), ``facts`` (people's own), or ``auto`` to tell by the
+    columns. ``split`` matters for datasets.
 
     Every record ends up in one of the two lists. Raises InputError where nothing can be read: no
     such source, empty, malformed, not text, or columns that fit no format.
@@ -56,6 +58,12 @@ def read_requests(
     columns = list(dict.fromkeys(key for record in mappings for key in record))
     row = choose_format(format, mappings[0] if mappings else (), columns, where=name)
     _warn_of_columns(columns, row, name)
+    if row is ZSRE and "alt" in columns:
+        log.info(
+            "%s: the answer to edit to is the first of 'answers', or 'alt' where there is none; "
+            "--data.format=zsre-alt takes 'alt'",
+            name,
+        )
     return _sort_out(located, row)
 
 

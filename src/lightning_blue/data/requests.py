@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(unsafe_hash=True)
 class Probe:
-    """A prompt and the object that the unedited world puts after it."""
+    """A prompt and the object that the unedited world puts after it.
+
+    ``target_prefix`` is what stands between them, where that is given, as in `EditRequest`.
+    """
 
     prompt: str
     answer: str
+    target_prefix: str | None = None
 
 
 @dataclass(unsafe_hash=True)
 class EditRequest:
     """One fact to write: t = (s, r, o) -> (s, r, o*).
 
-    ``prompt`` holds exactly one ``{}`` where the subject belongs. Objects carry no leading space;
-    whoever tokenises them adds it. ``source`` says where the request was read (``facts.csv:12``)
-    and stands in messages. Treat as frozen; it is not, because Lightning copies batches field by
-    field under some precisions.
+    ``prompt`` holds exactly one ``{}`` where the subject belongs. Objects carry no white space
+    around them: what stands between a prompt of the request and an object is ``target_prefix``, or,
+    where that is None, what :func:`lightning_blue.language_model.joining.joint` decides.
+    ``source`` says where the request was read (``facts.csv:12``) and stands in messages;
+    ``question`` is the plain prompt with its subject where ``prompt`` carries a chat template that
+    the run has put around it. Treat as frozen; it is not, because Lightning copies batches field
+    by field under some precisions.
     """
 
     case_id: str
@@ -33,11 +40,18 @@ class EditRequest:
     generation_prompts: tuple[str, ...] = ()
     reference_texts: tuple[str, ...] = ()
     source: str = ""
+    target_prefix: str | None = None
+    question: str = field(default="", compare=False)
 
     @property
     def text(self) -> str:
         """The prompt with the subject in its place."""
         return self.prompt.replace("{}", self.subject, 1)
+
+    @property
+    def shown(self) -> str:
+        """The prompt with its subject as people read it, without a chat template of the run's."""
+        return self.question or self.text
 
 
 @dataclass(frozen=True)

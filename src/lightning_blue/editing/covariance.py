@@ -31,6 +31,8 @@ from lightning_blue.editing.convergence import Change, UpdateChange
 from lightning_blue.language_model.architectures import n_layers, weight_view
 from lightning_blue.language_model.batching import context_length, inference
 from lightning_blue.language_model.states import is_finite, read_states
+from lightning_blue.language_model.tokens import encode_prompts
+from lightning_blue.language_model.vocabulary import check_vocabulary
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import progress_bar
@@ -178,7 +180,7 @@ def pack(
     joined: list[int] = []
     texts = iter(texts)
     while chunk := list(islice(texts, 64)):
-        for ids in tokenizer(chunk, verbose=False)["input_ids"]:
+        for ids in encode_prompts(tokenizer, chunk):
             joined += ids
         while len(joined) >= length:
             yield joined[:length]
@@ -364,6 +366,7 @@ def _collect(
     needed = -(-wanted // length)
     packed = pack(tokenizer, corpus_texts(source.corpus, source.split), length)
     sequences = list(islice(packed, needed + _PROBE_SEQUENCES))
+    check_vocabulary(model, tokenizer, [source.corpus] * len(sequences), sequences)
     sequences, after = sequences[:needed], sequences[needed:]
     change = None
     if source.report_change and after:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_blue.data.corpus import corpus_texts
 from lightning_blue.data.requests import Probe
 from lightning_blue.language_model.scoring import perplexity, score_targets
+from lightning_blue.language_model.tokens import plain_ids
 from lightning_blue.support.errors import InputError
 
 ORDINARY_TOKENS = 1024
@@ -36,10 +37,7 @@ def first_texts(
     try:
         for text in corpus_texts(corpus, split):
             read += text
-            if (
-                len(tokenizer(read, add_special_tokens=False, verbose=False)["input_ids"])
-                >= n_tokens
-            ):
+            if len(plain_ids(tokenizer, [read])[0]) >= n_tokens:
                 break
     except InputError as error:
         rank_zero_warn(f"the loss on ordinary text is not watched: {error}")
@@ -72,6 +70,10 @@ def percent_known(
     if not asked:
         return None
     scores = score_targets(
-        model, tokenizer, [fact.prompt for fact in asked], [fact.answer for fact in asked]
+        model,
+        tokenizer,
+        [fact.prompt for fact in asked],
+        [fact.answer for fact in asked],
+        prefixes=[fact.target_prefix for fact in asked],
     )
     return 100 * sum(all(score.correct) for score in scores) / len(asked)

@@ -56,6 +56,8 @@ from lightning_blue.language_model.loading import (
 from lightning_blue.language_model.multimodal import LOADER, auto_class
 from lightning_blue.language_model.quantized import require_unquantized_model
 from lightning_blue.language_model.saving import rounded, rounding_loss
+from lightning_blue.language_model.tokens import plain_ids
+from lightning_blue.language_model.vocabulary import check_vocabulary, vocabulary
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 
@@ -269,7 +271,7 @@ class EditModule(LightningModule):
     def edit_name(self, batch: Sequence[EditRequest], column: int) -> str:
         """Name an edit of the batch in a message."""
         request = batch[column]
-        return f"request {request.case_id} ({request.text!r} -> {request.target_new!r})"
+        return f"request {request.case_id} ({request.shown!r} -> {request.target_new!r})"
 
     def ordinary_loss(self) -> float | None:
         """Return the loss on the first 1,024 tokens of the covariance's text, nats per token.
@@ -380,7 +382,7 @@ class EditModule(LightningModule):
         if self.contexts is None:
             return self.context_tokens + 2
         texts = ["", *self.contexts]
-        return max(map(len, self.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        return max(map(len, plain_ids(self.tokenizer, texts)))
 
     @property
     def max_length(self) -> int:
@@ -395,6 +397,11 @@ class EditModule(LightningModule):
         """
         check_layers(layers, self.blocks, self.architecture, hidden_size(self.model))
 
+    @property
+    def embeddings(self) -> int:
+        """How many tokens the model has an embedding of."""
+        return vocabulary(self.model, self.tokenizer).embeddings
+
     def _projection(self, weight: WeightId) -> nn.Module:
         self.check_layers([weight.layer])
         return down_projection(self.blocks[weight.layer], self.architecture)
@@ -405,7 +412,11 @@ class EditModule(LightningModule):
     def _prompts(self, batch: Sequence[EditRequest]) -> list[EditPrompts]:
         """Tokenise a batch, once for all that is asked about it."""
         if self._tokenised is None or self._tokenised[0] is not batch:
-            self._tokenised = batch, edit_prompts(self.tokenizer, batch, self.templates)
+            prompts = edit_prompts(self.tokenizer, batch, self.templates)
+            for request, prompt in zip(batch, prompts, strict=True):
+                ids = [token for row in prompt.rewriting for token in row.ids] + prompt.target
+                check_vocabulary(self.model, self.tokenizer, [request.text], [ids])
+            self._tokenised = batch, prompts
         return self._tokenised[1]
 
     def _fails_alone(self, prompts: EditPrompts, layer: int) -> bool:

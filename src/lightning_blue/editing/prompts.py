@@ -9,8 +9,14 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.generation import generate
-from lightning_blue.language_model.tokens import Encoded, encode_targets, encode_with_subject
+from lightning_blue.language_model.tokens import (
+    Encoded,
+    encode_targets,
+    encode_with_subject,
+    target_prefixes,
+)
 from lightning_blue.support.processes import distribute
 
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -23,7 +29,7 @@ class EditPrompts(NamedTuple):
     Attributes:
         rewriting: the request in every context, the bare one first, followed by the target's
             tokens but the last.
-        target: ids of the new object.
+        target: ids of the new object, with what stands between it and the prompt.
         subject: "{subject} is a", cut after the subject: what is said next must stay as it is.
     """
 
@@ -52,8 +58,17 @@ def _encode(
     requests: Sequence[EditRequest],
     templates: Sequence[str],
 ) -> list[list[Encoded]]:
-    """Encode every request in every template with one tokenizer call: requests, then templates."""
-    texts = [template.replace("{}", r.prompt, 1) for r in requests for template in templates]
+    """Encode every request in every template with one tokenizer call: requests, then templates.
+
+    In a prompt with a chat template the context stands before the user's own words.
+    """
+    known = markers(tokenizer)
+    places = [known.opening(request.prompt) for request in requests]
+    texts = [
+        request.prompt[:place] + template.replace("{}", request.prompt[place:], 1)
+        for request, place in zip(requests, places, strict=True)
+        for template in templates
+    ]
     subjects = [r.subject for r in requests for _ in templates]
     encoded = encode_with_subject(tokenizer, texts, subjects)
     width = len(templates)
@@ -66,7 +81,9 @@ def edit_prompts(
     templates: Sequence[str],
 ) -> list[EditPrompts]:
     """Tokenise the rewriting prompts, each followed by its target but the last token, and KL's."""
-    targets = encode_targets(tokenizer, [r.target_new for r in requests])
+    given = [r.target_prefix for r in requests]
+    prefixes = target_prefixes(tokenizer, [r.text for r in requests], given)
+    targets = encode_targets(tokenizer, [r.target_new for r in requests], prefixes)
     subjects = [r.subject for r in requests]
     kl = encode_with_subject(tokenizer, [KL_PROMPT] * len(requests), subjects)
     groups = _encode(tokenizer, requests, templates)

@@ -20,6 +20,8 @@ from lightning_blue.language_model.batching import (
     row_weights,
 )
 from lightning_blue.language_model.shared_prefixes import reads_forests
+from lightning_blue.language_model.tokens import encode_prompts
+from lightning_blue.language_model.vocabulary import check_vocabulary
 from lightning_blue.support.processes import progress_bar
 
 _CACHE_BYTES = 2**31  # of keys and values on the CPU, which needs no larger batches
@@ -62,10 +64,12 @@ def generate(
         The continuations without their prompts. Both end at the model's context length.
 
     Raises:
-        InputError: if a prompt is empty or does not fit the model's context.
+        InputError: if a prompt is empty, does not fit the model's context, or has a token that the
+            model has no embedding of.
     """
     distinct = list(dict.fromkeys(prompts))
-    encoded = tokenizer(distinct)["input_ids"] if distinct else []
+    encoded = encode_prompts(tokenizer, distinct)
+    check_vocabulary(model, tokenizer, distinct, encoded)
     lengths = [len(ids) for ids in encoded]
     check_prompts(model, distinct, lengths, lengths)
     totals = [_total_length(model, length, max_length, max_new_tokens) for length in lengths]

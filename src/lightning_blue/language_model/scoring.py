@@ -25,7 +25,14 @@ from lightning_blue.language_model.shared_prefixes import (
     padded,
     row_width,
 )
-from lightning_blue.language_model.tokens import encode_targets
+from lightning_blue.language_model.tokens import (
+    encode_prompts,
+    encode_targets,
+    leading_ids,
+    plain_ids,
+    target_prefixes,
+)
+from lightning_blue.language_model.vocabulary import check_vocabulary
 from lightning_blue.metrics import Perplexity, numbers
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import progress_bar
@@ -70,6 +77,7 @@ def score_targets(
     prompts: Sequence[str],
     targets: Sequence[str],
     *,
+    prefixes: Sequence[str | None] | None = None,
     tokens_per_batch: int = 4096,
     progress: str | None = None,
 ) -> list[TargetScore]:
@@ -78,23 +86,27 @@ def score_targets(
     Args:
         model: a causal language model on any device, in any dtype.
         tokenizer: its tokenizer; a pad token is not needed.
-        prompts: n texts, tokenised with the special tokens that the tokenizer adds (BOS).
+        prompts: n texts, see :func:`lightning_blue.language_model.tokens.encode_prompts`.
         targets: n texts without a leading space.
+        prefixes: what stands between each prompt and its target, where that is given; None leaves
+            it to :func:`lightning_blue.language_model.joining.joint`. It is scored with the target.
         tokens_per_batch: tokens in one forward pass, padding included.
         progress: the label of a progress bar; none is shown without it.
 
     Raises:
-        InputError: for an empty target, or a prompt that does not fit the model's context.
+        InputError: for an empty target, a prompt that does not fit the model's context, or a token
+            that the model has no embedding of.
     """
     if not prompts:
         return []
     if not all(target.strip() for target in targets):
         raise InputError("a target is empty", hint="give every prompt an object to score")
-    encoded = tokenizer(list(prompts))["input_ids"]
+    objects = encode_targets(tokenizer, targets, target_prefixes(tokenizer, prompts, prefixes))
     rows = [
         Row(prompt + target, len(prompt))
-        for prompt, target in zip(encoded, encode_targets(tokenizer, targets), strict=True)
+        for prompt, target in zip(encode_prompts(tokenizer, prompts), objects, strict=True)
     ]
+    check_vocabulary(model, tokenizer, prompts, [row.ids for row in rows])
     check_prompts(model, prompts, [row.start for row in rows], [len(row.ids) for row in rows])
     return [
         TargetScore(float(nll.mean()), tuple(correct.tolist()))
@@ -207,8 +219,9 @@ def perplexity(
     """Measure perplexity on a text, exp of the mean nats per token.
 
     The text is cut into windows so that each token is predicted exactly once. A window begins
-    with the special tokens that the tokenizer puts before a text; with a tokenizer that puts
-    none, with the last token of the window before, and the first token of all is not predicted.
+    with the special tokens that the tokenizer puts before a text (:func:`leading_ids`); with a
+    tokenizer that puts none, with the last token of the window before, and the first token of all
+    is not predicted.
 
     Args:
         model: a causal language model on any device, in any dtype.
@@ -224,10 +237,11 @@ def perplexity(
         windows) and ``tokens`` (predicted).
 
     Raises:
-        InputError: if the text is too short to predict a token.
+        InputError: if the text is too short to predict a token, or has one without an embedding.
     """
-    start_ids = tokenizer("")["input_ids"]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
+    start_ids = leading_ids(tokenizer)
+    ids = plain_ids(tokenizer, [text])[0][:max_tokens]
+    check_vocabulary(model, tokenizer, [text], [ids])
     length = min(max_length or WINDOW, context_length(model) or WINDOW)
     rows = _windows(ids, start_ids, length)
     if not rows:

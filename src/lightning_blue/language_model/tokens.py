@@ -1,21 +1,29 @@
-"""Token positions: where a prompt's subject ends, and which tokens spell an object."""
+"""From texts to token ids: prompts, objects behind them, and where a prompt's subject ends.
+
+Every text that a model reads is encoded here, so that all of them begin alike: with the special
+tokens that the tokenizer puts before a text, and without those that it puts behind one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_blue.language_model.chat import markers
+from lightning_blue.language_model.joining import SPACE, joint
 from lightning_blue.support.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SLOT = "{}"
-ANCHOR = "."
+ANCHOR = "."  # before an object that a space precedes
+OTHER_ANCHORS = ("\n", ".", "a")  # before any other, the first that keeps its tokens
+_PROBES = ("a", ".", "1", "的")
 
 
 class Encoded(NamedTuple):
-    """A prompt as token ids, BOS included where the tokenizer adds one.
+    """A prompt as token ids, BOS included where the tokenizer adds one; nothing is added behind.
 
     ``lookup`` is the index in ``ids`` of the subject's last token.
     """
@@ -92,38 +100,98 @@ def encode_with_subject(
     return encoded
 
 
-def encode_targets(tokenizer: PreTrainedTokenizerBase, targets: Sequence[str]) -> list[list[int]]:
-    """Token ids of each object as it continues a prompt: a space before it, never a BOS.
+def target_prefixes(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    given: Sequence[str | None] | None = None,
+) -> list[str]:
+    """Return what stands between each prompt and its object: :func:`joint`'s prefixes."""
+    known = markers(tokenizer)
+    fixed = [None] * len(prompts) if given is None else given
+    return [joint(*pair, known).prefix for pair in zip(prompts, fixed, strict=True)]
+
+
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase,
+    targets: Sequence[str],
+    prefixes: Sequence[str] | None = None,
+) -> list[list[int]]:
+    """Token ids of each object as it continues a prompt: with its prefix, never a BOS.
 
     Each object is encoded after a full stop, whose own tokens are then cut off, because tokenizers
     that put a symbol at the start of a text (Llama-2, Mistral) would put it before a lone object
-    too. Where the full stop does not keep its tokens, the object is encoded alone.
+    too. Where no anchor keeps its tokens, the object is encoded alone.
+
+    Args:
+        tokenizer: of the model.
+        targets: n objects without white space around them.
+        prefixes: what stands before each, see :func:`target_prefixes`; a space by default.
     """
-    if not targets:
-        return []
-    anchor, *rows = _ids(tokenizer, [ANCHOR, *(f"{ANCHOR} {target}" for target in targets)])
-    alone = _ids(tokenizer, [f" {target}" for target in targets])
-    return [
-        row[len(anchor) :] if row[: len(anchor)] == anchor else lone
-        for row, lone in zip(rows, alone, strict=True)
-    ]
+    befores = [SPACE] * len(targets) if prefixes is None else list(prefixes)
+    texts = [before + target for before, target in zip(befores, targets, strict=True)]
+    spaced = {i: text for i, text in enumerate(texts) if befores[i] == SPACE}
+    encoded = _behind(tokenizer, ANCHOR, spaced)
+    for anchor in OTHER_ANCHORS:
+        others = (i for i in range(len(texts)) if i not in spaced and i not in encoded)
+        encoded |= _behind(tokenizer, anchor, {i: texts[i] for i in others})
+    left = [i for i in range(len(texts)) if i not in encoded]
+    encoded |= dict(zip(left, plain_ids(tokenizer, [texts[i] for i in left]), strict=True))
+    return [encoded[i] for i in range(len(texts))]
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, target: str) -> list[int]:
-    """Token ids of one object as it continues a prompt; see :func:`encode_targets`."""
+    """Token ids of one object behind a space; see :func:`encode_targets`."""
     return encode_targets(tokenizer, [target])[0]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts as a model reads them before it goes on.
+
+    Special tokens that the tokenizer puts before a text (BOS) are there, unless the text brings
+    them along (:class:`Markers`); those that it puts behind one (EOS) are not.
+    """
+    start, known = leading_ids(tokenizer), markers(tokenizer)
+    return [
+        ids if known.carried_by(text) else start + ids
+        for text, ids in zip(texts, plain_ids(tokenizer, texts), strict=True)
+    ]
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text."""
+    for probe in _PROBES:
+        [bare], [whole] = plain_ids(tokenizer, [probe]), tokenizer([probe])["input_ids"]
+        places = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        if bare:
+            return list(whole[: next(places, len(whole) - len(bare))])
+    return []
+
+
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens around it."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
     return ids
+
+
+def _behind(
+    tokenizer: PreTrainedTokenizerBase, anchor: str, texts: dict[int, str]
+) -> dict[int, list[int]]:
+    """Encode texts behind an anchor; return those behind which the anchor keeps its tokens."""
+    if not texts:
+        return {}
+    own, *rows = plain_ids(tokenizer, [anchor, *(anchor + text for text in texts.values())])
+    pairs = zip(texts, rows, strict=True)
+    return {i: row[len(own) :] for i, row in pairs if row[: len(own)] == own}
 
 
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-    """Token ids, special ones included, and character offsets of each text."""
+    """Token ids of each prompt (:func:`encode_prompts`), and the character offsets of each."""
     if not tokenizer.is_fast:
         raise InputError(
             f"The tokenizer {type(tokenizer).__name__} does not tell which characters a token "
@@ -133,6 +201,17 @@ def _encode(
     if not texts:
         return [], []
     batch = tokenizer(
-        texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
     )
-    return batch["input_ids"], batch["offset_mapping"]
+    start, known = leading_ids(tokenizer), markers(tokenizer)
+    before = [[] if known.carried_by(text) else start for text in texts]
+    ids = [special + row for special, row in zip(before, batch["input_ids"], strict=True)]
+    offsets = [
+        [(0, 0)] * len(special) + row
+        for special, row in zip(before, batch["offset_mapping"], strict=True)
+    ]
+    return ids, offsets

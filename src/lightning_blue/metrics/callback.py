@@ -14,6 +14,8 @@ from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
 from lightning_blue.data.corpus import corpus_texts
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
+from lightning_blue.language_model.chat import markers
+from lightning_blue.language_model.joining import joint
 from lightning_blue.language_model.scoring import perplexity
 from lightning_blue.metrics.evaluation import (
     Evaluation,
@@ -80,11 +82,13 @@ class MeasureEdits(Callback):
         if stage not in ("fit", "test"):
             return  # what was measured before stays
         data = trainer.datamodule  # type: ignore[attr-defined]
+        known = markers(pl_module.tokenizer)
         self.history = RunHistory(
             settings=self.history.settings,
             requests=data.requests,
             rejected=data.rejected,
             protocol=data.protocol,
+            joints=[joint(r.text, r.target_prefix, known) for r in data.requests],
         )
         if self.text is not None:
             self._text = "".join(corpus_texts(self.text, self.text_split))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.language_model import generation, scoring
+from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.scoring import TargetScore
 from lightning_blue.metrics import MeanOverRequests, numbers, table
 from lightning_blue.metrics import functional as F
@@ -69,7 +70,8 @@ class Evaluation:
 class Question(NamedTuple):
     """A prompt, the object that it should be followed by, and one that it should not.
 
-    ``prompts`` says which of a request's prompts it is: its own, a paraphrase, a neighbour's.
+    ``prompts`` says which of a request's prompts it is: its own, a paraphrase, a neighbour's;
+    ``prefix`` what stands between it and the objects, where that is given.
     """
 
     request: int
@@ -77,6 +79,7 @@ class Question(NamedTuple):
     prompt: str
     wanted: str
     other: str | None
+    prefix: str | None = None
 
 
 class Answer(NamedTuple):
@@ -184,6 +187,7 @@ def evaluate_control_facts(
             tokenizer,
             [fact.prompt for fact in part],
             [fact.answer for fact in part],
+            prefixes=[fact.target_prefix for fact in part],
             tokens_per_batch=tokens_per_batch,
             progress="control facts" if progress else None,
         ),
@@ -206,13 +210,13 @@ def flatten(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _ask(index: int, request: EditRequest, compare: bool) -> Iterable[Question]:
     """Yield a request's questions; the first is its own prompt."""
-    new, true = request.target_new, request.target_true
-    yield Question(index, table.OWN_PROMPT, request.text, new, true)
+    new, true, prefix = request.target_new, request.target_true, request.target_prefix
+    yield Question(index, table.OWN_PROMPT, request.text, new, true, prefix)
     for prompt in request.paraphrases:
-        yield Question(index, table.PARAPHRASES, prompt, new, true if compare else None)
+        yield Question(index, table.PARAPHRASES, prompt, new, true if compare else None, prefix)
     for probe in request.neighborhood:
-        other = new if compare else None
-        yield Question(index, table.NEIGHBOURS, probe.prompt, probe.answer, other)
+        given, other = probe.target_prefix, new if compare else None
+        yield Question(index, table.NEIGHBOURS, probe.prompt, probe.answer, other, given)
 
 
 def _answer(
@@ -225,14 +229,15 @@ def _answer(
     """Score the objects of all questions, each process those of its part in one go."""
 
     def score(part: Sequence[Question]) -> list[Answer]:
-        pairs = [(q.prompt, q.wanted) for q in part]
-        pairs += [(q.prompt, q.other) for q in part if q.other is not None]
+        pairs = [(q.prompt, q.wanted, q.prefix) for q in part]
+        pairs += [(q.prompt, q.other, q.prefix) for q in part if q.other is not None]
         scores = iter(
             scoring.score_targets(
                 model,
                 tokenizer,
-                [prompt for prompt, _ in pairs],
-                [target for _, target in pairs],
+                [prompt for prompt, _, _ in pairs],
+                [target for _, target, _ in pairs],
+                prefixes=[prefix for _, _, prefix in pairs],
                 tokens_per_batch=tokens_per_batch,
                 progress="probabilities" if progress else None,
             )
@@ -283,7 +288,10 @@ def _write(
     seed: int,
     progress: bool,
 ) -> list[tuple[int, str]]:
-    """Continue all generation prompts; return each whole text with its request."""
+    """Continue all generation prompts; return each whole text with its request.
+
+    A chat template is no part of the text.
+    """
     prompts = [(i, p) for i, request in enumerate(requests) for p in request.generation_prompts]
     continuations = distribute(
         [prompt for _, prompt in prompts],
@@ -291,7 +299,11 @@ def _write(
             model, tokenizer, part, seed=seed, progress="texts" if progress else None
         ),
     )
-    return [(i, prompt + more) for (i, prompt), more in zip(prompts, continuations, strict=True)]
+    known = markers(tokenizer)
+    return [
+        (i, more if known.carried_by(prompt) else prompt + more)
+        for (i, prompt), more in zip(prompts, continuations, strict=True)
+    ]
 
 
 def _continue(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_blue.data.checks import superseded
 from lightning_blue.data.requests import EditRequest, Rejected
+from lightning_blue.language_model.joining import Joint
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 
 
@@ -52,6 +53,7 @@ class RunHistory:
             ``layers``, ``covariance_weight``, ``past_keys``, ``batch_size``, ``data``.
         protocol: ``counterfact`` or ``zsre``.
         requests: the requests of the run, in order.
+        joints: what stands between the prompt and the object of each request, and why.
         rejected: requests that could not be used.
         batches: of each committed batch, by its number, the places of its requests in ``requests``.
         measurements: in the order they were taken.
@@ -70,6 +72,7 @@ class RunHistory:
     settings: dict[str, Any] = field(default_factory=dict)
     protocol: str = "counterfact"
     requests: list[EditRequest] = field(default_factory=list)
+    joints: list[Joint] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     batches: dict[int, list[int]] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)

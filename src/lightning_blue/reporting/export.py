@@ -140,7 +140,7 @@ def _facts(n: int) -> str:
 def _edits(history: RunHistory) -> str:
     applied = [history.requests[place] for place in history.applied_places]
     lines = [
-        f"- {inline(request.text)} … "
+        f"- {inline(request.shown)} … "
         + (f"{inline(request.target_true)} → " if request.target_true else "")
         + f"**{inline(request.target_new)}**"
         for request in applied[:LISTED_AT_MOST]

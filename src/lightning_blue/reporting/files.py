@@ -48,6 +48,7 @@ def write_edits(path: Path, history: RunHistory) -> None:
             "case_id": request.case_id,
             "subject": request.subject,
             "prompt": request.text,
+            **_joined(history, index),
             "target_new": request.target_new,
             "target_true": request.target_true,
             "batch": batch_of(history, index),
@@ -124,6 +125,7 @@ def summary(history: RunHistory) -> dict[str, Any]:
         "edits/rejected": len(history.rejected),
         "edits/ended_early": history.ended_early,
         "protocol": history.protocol,
+        "protocol/known_objects": sum(r.target_true is not None for r in history.requests),
     }
     if history.guard_events is not None:
         numbers["guard/events"] = len(history.guard_events)
@@ -163,6 +165,14 @@ def _outcome(outcome: RequestOutcome | None) -> dict[str, Any] | None:
     fields = asdict(outcome)
     values = table.per_request(fields.pop("values"))
     return {"case_id": fields.pop("case_id"), **values, **fields}
+
+
+def _joined(history: RunHistory, index: int) -> dict[str, str | None]:
+    """Return what stands between prompt and object, and why; null where it is not known."""
+    if index >= len(history.joints):
+        return {"target_prefix": None, "joined_by": None}
+    known = history.joints[index]
+    return {"target_prefix": known.prefix, "joined_by": known.reason}
 
 
 def _ends(ends: Mapping[int, FinalLoss]) -> dict[str, dict[str, float]]:

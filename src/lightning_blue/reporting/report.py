@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from lightning_blue.reporting.tables import markdown_table, score_table, stages_
 from lightning_blue.reporting.text import (
     CELL,
     definitions,
+    fill,
     inline,
     loaded_with,
+    prefix_text,
+    protocol_sentence,
     rounding_lines,
     settings_rows,
 )
@@ -69,11 +73,12 @@ def write_report(folder: Path, history: RunHistory, model_folder: str | None = "
 def report(history: RunHistory, pictures: Iterable[str], model_folder: str | None) -> str:
     """Return the report as markdown; ``pictures`` names the files under ``plots/``."""
     sections = {
-        "Scores": score_table(history),
+        "Scores": f"{score_table(history)}\n\n{fill(protocol_sentence(history))}".strip(),
         "Guard": _guard(history),
         "Plots": _pictures(pictures),
         "The first batch, right after it was applied and at the end": _retention(history),
         "Edits": _examples(history),
+        "Between prompt and object": _joints(history),
         "Requests that could not be used": _rejected(history),
         "Settings": _table(settings_rows(history.settings), ["setting", "value"]),
         "Time": _times(history),
@@ -166,7 +171,7 @@ def _examples(history: RunHistory) -> str:
 def _example_table(examples: Iterable[Example]) -> str:
     rows = [
         [
-            inline(request.text, CELL),
+            inline(request.shown, CELL),
             inline(request.target_new),
             *(_text(outcome) for outcome in (before, after)),
             *(_probability(outcome) for outcome in (before, after)),
@@ -176,6 +181,16 @@ def _example_table(examples: Iterable[Example]) -> str:
     return markdown_table(
         rows, ["prompt", "new object", "before", "after", "p(new) before", "p(new) after"]
     )
+
+
+def _joints(history: RunHistory) -> str:
+    """Count what stands between prompts and objects."""
+    counts = Counter(history.joints)
+    rows = [
+        [inline(prefix_text(each.prefix)), inline(each.reason), f"{count:,}"]
+        for each, count in counts.most_common()
+    ]
+    return _table(rows, ["between prompt and object", "because of", "requests"])
 
 
 def _text(outcome: RequestOutcome | None) -> str:

@@ -47,6 +47,35 @@ def rounding_lines(history: RunHistory) -> list[str]:
     return [textwrap.fill(text, LINE)]
 
 
+def protocol_sentence(history: RunHistory) -> str:
+    """Say by which protocol the requests of a run were scored, and how many of them; or nothing."""
+    total = len(history.requests)
+    if not total:
+        return ""
+    known = sum(request.target_true is not None for request in history.requests)
+    named = f"{known:,} of {total:,} requests name their current object"
+    scores = "Efficacy, generalization and specificity"
+    if history.protocol == "zsre":
+        return f"{scores} count right tokens (protocol zsre) of all {total:,} requests: {named}."
+    text = f"{scores} compare the probabilities of two objects (protocol counterfact): {named}"
+    left = total - known
+    return text + (f"; the other {left:,} count in the top-1 metrics alone." if left else ".")
+
+
+def prefix_text(prefix: str) -> str:
+    """Name what stands between a prompt and its object.
+
+    >>> prefix_text(" "), prefix_text(""), prefix_text(": ")
+    ('a space', 'nothing', "': '")
+    """
+    return {"": "nothing", " ": "a space"}.get(prefix, repr(prefix))
+
+
+def fill(text: str) -> str:
+    """Break running text into lines."""
+    return textwrap.fill(text, LINE)
+
+
 def inline(text: str, limit: int | None = None) -> str:
     """Show any text inside a line of markdown: on one line, nothing taken as markup."""
     flat = " ".join(text.split())
