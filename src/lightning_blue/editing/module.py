@@ -20,9 +20,11 @@ from blue_callbacks import (
     apply_edit_batch,
 )
 from blue_callbacks.protocol import edit_names
+from lightning_blue.data.corpus import require_own_text
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.covariance import CovarianceSource, load_or_collect, model_fingerprint
+from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
+from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.editing.health import first_texts, percent_known, text_loss
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization
@@ -101,6 +103,7 @@ class EditModule(LightningModule):
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
         self.preparation_seconds = 0.0
+        self.statistics: dict[str, Any] = {}  # what the covariances are from, for the report
         self._covariances: dict[int, Tensor] = {}
         self._identity: str | None = None
         self._templates: list[str] | None = None
@@ -110,6 +113,15 @@ class EditModule(LightningModule):
         self._written: list[int] = []  # layers that the run writes, as far as is known
 
     # Lightning
+
+    def setup(self, stage: str) -> None:
+        """Refuse to edit with a text that belongs to another model, before anything is computed.
+
+        Raises:
+            InputError: if the covariance's text does.
+        """
+        if stage == "fit" and not self._covariances:
+            self._require_own_text()
 
     def configure_optimizers(self) -> EditStepOptimizer:
         """One optimizer step is one edit batch."""
@@ -272,7 +284,8 @@ class EditModule(LightningModule):
 
         Raises:
             InputError: if the model has no such layer, the weights do not move the target site's
-                output in proportion, or a covariance file is another model's.
+                output in proportion, or a covariance file or a text of the package is another
+                model's.
         """
         started = time.perf_counter()
         self.check_layers(critical)
@@ -283,18 +296,22 @@ class EditModule(LightningModule):
             self._measure_site(self._written, data.requests[:PROMPTS])
         missing = sorted(set(self._written) - set(self._covariances))
         if missing:
+            self._require_own_text()
             projections = {layer: self._projection(WeightId(layer)) for layer in missing}
-            self._covariances |= load_or_collect(
+            found = load_or_collect(
                 self.model, self.tokenizer, projections, self.covariance, weight
             )
+            self._covariances |= found.covariances
+            self.statistics = found.about
         self.preparation_seconds = time.perf_counter() - started
 
     @property
-    def found_settings(self) -> dict[str, str]:
+    def found_settings(self) -> dict[str, Any]:
         """Settings that were measured, under the names that a report shows them by."""
+        found = dict(self.statistics)
         if not self.site.multiples:
-            return {}
-        found = {"site": self.site.name}
+            return found
+        found["site"] = self.site.name
         if self.site.note is not None:
             found["site_note"] = self.site.note
         loader = auto_class(self.model.config).__name__
@@ -327,6 +344,10 @@ class EditModule(LightningModule):
             InputError: naming them, and those that can be.
         """
         check_layers(layers, self.blocks, self.architecture, hidden_size(self.model))
+
+    def _require_own_text(self) -> None:
+        if not self.covariance.trust:
+            require_own_text(self.covariance.corpus, self.tokenizer)
 
     def _projection(self, weight: WeightId) -> nn.Module:
         self.check_layers([weight.layer])

@@ -16,7 +16,8 @@ from transformers import (
 
 from lightning_blue.language_model.multimodal import auto_class
 from lightning_blue.language_model.states import is_finite
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
+from lightning_blue.support.hub import asked, looks_local, missing_path, no_source
 
 PACKAGED = {"almanac": resources.files("lightning_blue") / "assets" / "almanac" / "model"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,18 +44,21 @@ def load_language_model(
             hint=f"choose one of {', '.join(DTYPES)}",
         )
     source = str(PACKAGED.get(name_or_path, name_or_path))
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        model = auto_class(config).from_pretrained(
-            source, config=config, dtype=DTYPES[dtype], revision=revision
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the model cannot be loaded: {str(error).splitlines()[0]}",
-            where=f"model.name_or_path = {name_or_path}",
-            hint=_hint(name_or_path),
-        ) from error
+    where = f"model.name_or_path = {name_or_path}"
+    if looks_local(source) and not Path(source).exists():
+        raise missing_path(name_or_path, where)
+    with asked("model", source, revision) as reason:
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            model = auto_class(config).from_pretrained(
+                source, config=config, dtype=DTYPES[dtype], revision=revision
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        except (OSError, ValueError) as error:
+            what, hint = f"the model cannot be loaded: {first_line(error)}", _hint(name_or_path)
+            if reason is not None:
+                what, hint = no_source("model", name_or_path, reason, PACKAGED)
+            raise InputError(what, where=where, hint=hint) from error
     if config.is_encoder_decoder:
         raise InputError(
             f"{config.model_type} is an encoder-decoder; editing needs a decoder-only model",
