@@ -21,7 +21,7 @@ from transformers import (  # type: ignore[attr-defined]
 )
 
 from lightning_blue.data import read_requests
-from lightning_blue.data.corpus import corpus_texts
+from lightning_blue.data.corpus import read_text
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.language_model.loading import load_language_model
 
@@ -170,7 +170,7 @@ def _full_records(found: Sequence[EditRequest], n: int) -> list[EditRequest]:
 def load_texts(folder: Path | None) -> list[str]:
     """Return paragraphs of ordinary text: WikiText-2's, or else the package's corpus."""
     if folder is None:
-        return list(corpus_texts("almanac"))
+        return read_text("almanac").splitlines(keepends=True)
     file = folder / "data" / "wikitext-2" / "valid.txt"
     lines = file.read_text(encoding="utf-8").splitlines()
     return [line for line in lines if len(line) > 100]

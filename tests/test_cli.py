@@ -127,8 +127,8 @@ def test_facts_that_cannot_be_used(run, tmp_path, text, said):
         ("--model.target.steps=0", "target.steps must be positive"),
         ("--model.target.loss_layer=99", "no layer 99: its 10 layers are 0 to 9"),
         ("--model.target.loss_layer=7", "loss_layer 7 lies below the target layer 8"),
-        ("--model.covariance.corpus=missing.txt", "no such text file"),
-        ("--measure.text=missing.txt", "no such text file"),
+        ("--model.covariance.corpus=missing.txt", "no such file"),
+        ("--measure.text=missing.txt", "no such file"),
         ("--config=conf/nothing.yaml", "no such run file"),
     ],
 )

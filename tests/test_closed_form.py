@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blue_callbacks import KeyMemory, SingularCovarianceError, least_squares, null_space
+from blue_callbacks.solvers import unused_note
 
 D_IN, D_OUT, WEIGHT = 40, 12, 7.0
 
@@ -118,6 +119,47 @@ def test_an_edit_that_needs_a_dead_dimension_pays_the_average_price():
     reference = dense(WEIGHT * c, torch.zeros(D_IN, 0).double(), keys, residual)
     delta = delta_of(KeyMemory(whitening), residual, keys)
     torch.testing.assert_close(delta, reference, rtol=0, atol=1e-12)
+
+
+def rare_covariance(generator: torch.Generator) -> torch.Tensor:
+    """Of keys where units 3, 17 and 18 fire at one and the same token, and 5 is a copy of 4."""
+    keys = torch.randn(D_IN, 500, generator=generator, dtype=torch.float64)
+    keys[DEAD, 1:] = 0
+    keys[5] = keys[4]
+    return keys @ keys.T / 500
+
+
+def test_directions_that_no_token_takes_are_priced_and_named():
+    """Units that fire at the same few tokens leave the covariance singular, from any text."""
+    generator = torch.Generator().manual_seed(6)
+    c = rare_covariance(generator)
+    values, vectors = torch.linalg.eigh(c)
+    assert int((values < 1e-12).sum()) == 3  # two of the three units' plane, and 4 against 5
+    whitening = least_squares(c, WEIGHT)
+    assert whitening.unused == []
+    assert whitening.undetermined == (3, sorted([*DEAD, 4, 5]))
+    said = unused_note(whitening)
+    assert said is not None
+    assert "leaves 3 directions of the key space open" in said
+    assert "dimensions 3, 4, 5, 17, 18; in the update each counts as an average one" in said
+    keys = torch.randn(D_IN, 4, generator=generator, dtype=torch.float64)
+    residual = torch.randn(D_OUT, 4, generator=generator, dtype=torch.float64)
+    null = vectors[:, :3]
+    priced = WEIGHT * (c + c.diagonal().mean() * null @ null.T)
+    reference = dense(priced, torch.zeros(D_IN, 0).double(), keys, residual)
+    delta = delta_of(KeyMemory(whitening), residual, keys)
+    torch.testing.assert_close(delta, reference, rtol=0, atol=1e-9)
+
+
+def test_an_eigenvalue_below_zero_shows_how_far_rounding_goes():
+    """As in a covariance that was kept in float32: by far more than float64 rounds."""
+    generator = torch.Generator().manual_seed(7)
+    basis = torch.linalg.qr(torch.randn(D_IN, D_IN, generator=generator).double()).Q
+    values = torch.linspace(0.5, 1, D_IN, dtype=torch.float64)
+    values[:4] = torch.tensor([-1e-9, 0.5e-9, 1.5e-9, 1e-6])
+    whitening = least_squares((basis * values) @ basis.T, WEIGHT)
+    assert whitening.undetermined is not None
+    assert whitening.undetermined.directions == 3
 
 
 def test_a_covariance_of_nothing_is_refused():

@@ -69,7 +69,12 @@ RUNS = {
     for method in PAPER
     for ending in ("", "_blue")
 }
-OTHERS = {"quickstart.yaml", "pretrain_almanac.yaml", "pretrain_counterfact.yaml"}
+OTHERS = {
+    "quickstart.yaml",
+    "own_model.yaml",
+    "pretrain_almanac.yaml",
+    "pretrain_counterfact.yaml",
+}
 
 FACTS = [
     {
@@ -279,6 +284,7 @@ def test_edits_one_batch(file, small_run, capsys):
     ("command", "file"),
     [
         ("fit", "quickstart.yaml"),
+        ("fit", "own_model.yaml"),
         ("pretrain", "pretrain_almanac.yaml"),
         ("pretrain", "pretrain_counterfact.yaml"),
     ],

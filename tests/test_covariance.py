@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from helpers import load_model
 from lightning_blue.editing.convergence import UpdateChange, solved_keys
 from lightning_blue.editing.covariance import (
-    CovarianceFile,
     CovarianceSource,
     collect_covariance,
     covariance_file,
@@ -21,6 +20,7 @@ from lightning_blue.editing.covariance import (
     pack,
     read_keys,
 )
+from lightning_blue.editing.covariance_file import CovarianceFile
 from lightning_blue.language_model.architectures import blocks, down_projection, find_architecture
 from lightning_blue.support.errors import InputError
 
@@ -61,7 +61,7 @@ def test_equals_a_loop_over_tokens(language_model):
             for key in keys[0].reshape(-1, 96)[:left].double():
                 total += torch.outer(key, key)
                 left -= 1
-        torch.testing.assert_close(ours[layer], (total / 100).float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours[layer], total / 100, rtol=1e-4, atol=1e-6)
 
 
 def test_packing_loses_no_token(language_model):
@@ -79,7 +79,8 @@ def test_second_call_reads_the_file(language_model, corpus, tmp_path, monkeypatc
     first = load_or_collect(model, tokenizer, projections(model), where)
     monkeypatch.setattr("lightning_blue.editing.covariance.collect_covariance", None)
     again = load_or_collect(model, tokenizer, projections(model), where)
-    assert torch.equal(first[1], again[1])
+    assert torch.equal(first.covariances[1], again.covariances[1])
+    assert first[1:] == again[1:]
 
 
 def test_missing_layers_are_added_to_the_file(language_model, corpus, tmp_path):
@@ -114,13 +115,20 @@ def test_a_file_that_is_no_covariance_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not safetensors")
     with pytest.raises(InputError, match="cannot be read"):
-        CovarianceFile(path, {}).read([1])
+        CovarianceFile(path, {}).read({1: 2})
+
+
+def test_a_given_file_that_is_not_there_is_named(gpt2, corpus, tmp_path):
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    where = source(corpus, tmp_path, path=str(tmp_path / "mime.safetensors"))
+    with pytest.raises(InputError, match=r"no such file(.|\n)*did you mean '.*mine.safetensors'"):
+        load_or_collect(*gpt2, projections(gpt2.model), where)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="could not be written"):
-        CovarianceFile(tmp_path / "file" / "c.safetensors", {}).write({1: torch.eye(2)})
+        CovarianceFile(tmp_path / "file" / "c.safetensors", {}).add({1: torch.eye(2)}, {})
 
 
 def test_a_corpus_that_is_too_short_is_refused(gpt2, corpus, tmp_path):
@@ -148,15 +156,17 @@ def test_equals_the_reference_on_its_texts(shared, name):
         assert (ours[layer] - reference).norm() / reference.norm() < 1e-4
 
 
-def test_sums_are_as_exact_as_in_float64(language_model):
-    """Many tokens in small batches: float32 sums would be off by more."""
+def test_sums_are_those_of_float64(language_model):
+    """Products or sums in float32 would be off by a million times as much."""
     model, tokenizer = language_model
     sequences = list(pack(tokenizer, [TEXT] * 20, 16))
     n = 16 * (len(sequences) - 1)
     ours, _ = collect_covariance(model, projections(model), sequences, n, batch_tokens=16)
     for layer, keys in read_keys(model, projections(model), sequences[:-1]).items():
-        expected = (keys.double().T @ keys.double() / n).float()
-        torch.testing.assert_close(ours[layer], expected, rtol=2e-6, atol=1e-8)
+        expected = keys.double().T @ keys.double() / n
+        # n products are summed in another order: each addition rounds once
+        rounding = n * torch.finfo(torch.float64).eps * float(expected.diagonal().max())
+        torch.testing.assert_close(ours[layer], expected, rtol=0, atol=rounding)
         assert torch.equal(ours[layer], ours[layer].T)
 
 
@@ -201,10 +211,13 @@ def test_a_singular_half_is_an_infinite_change():
 def test_the_file_says_how_far_the_update_moved(language_model, corpus, tmp_path):
     model, tokenizer = language_model
     where = source(corpus, tmp_path, tokens_per_dim=4, batch_tokens=64)
-    covariances = load_or_collect(model, tokenizer, projections(model, [1]), where, weight=50)
+    covariances = load_or_collect(
+        model, tokenizer, projections(model, [1]), where, weight=50
+    ).covariances
     load_or_collect(model, tokenizer, projections(model, [3]), where, weight=50)
-    changes = covariance_file(model, tokenizer, where).changes([0, 1, 2, 3])
-    assert set(changes) == {1, 3}
+    collected = covariance_file(model, tokenizer, where).collected([0, 1, 2, 3])
+    assert set(collected) == {1, 3}
+    changes = {layer: each.changes for layer, each in collected.items()}
     assert [tokens for tokens, _ in changes[1]] == [192, 384]
 
     sequences = list(pack(tokenizer, [TEXT], 16))
@@ -222,6 +235,6 @@ def test_the_report_changes_no_covariance(gpt2, corpus, tmp_path):
     for said in (True, False):
         cache = str(tmp_path / str(said))
         where = source(corpus, tmp_path, report_change=said, cache=cache, batch_tokens=64)
-        found[said] = load_or_collect(*gpt2, projections(gpt2.model, [1]), where)[1]
-        assert bool(covariance_file(*gpt2, where).changes([1])) == said
+        found[said] = load_or_collect(*gpt2, projections(gpt2.model, [1]), where).covariances[1]
+        assert bool(covariance_file(*gpt2, where).collected([1])[1].changes) == said
     assert torch.equal(found[True], found[False])

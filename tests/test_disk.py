@@ -281,7 +281,8 @@ def test_covariances_that_do_not_fit_are_not_collected(run, tmp_path, monkeypatc
     monkeypatch.setattr("lightning_blue.editing.covariance.collect_covariance", None)
     code, err = run(f"--model.covariance.cache={tmp_path / 'stats'}", command="stats")
     assert code == 2
-    assert "18.4 kB are needed for covariances of the keys" in err  # 2 layers, 48 x 48 in float32
+    # 2 layers, the upper triangle of 48 x 48 in float64
+    assert "18.8 kB are needed for covariances of the keys" in err
     assert "--model.covariance.cache" in err
 
 

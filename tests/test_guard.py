@@ -385,6 +385,10 @@ def test_ordinary_loss_is_the_mean_over_the_first_tokens_of_the_corpus():
     assert module.ordinary_loss() == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
+def test_what_is_not_finite_has_no_norm():
+    assert math.isnan(spectral_norm(torch.tensor([[math.nan, 1.0]])))
+
+
 def test_only_the_beginning_of_a_corpus_is_read(gpt2, monkeypatch):
     read: list[str] = []
 

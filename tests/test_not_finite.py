@@ -22,7 +22,8 @@ from conftest import LanguageModel
 from helpers import fit
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing import EditModule, TargetOptimization
-from lightning_blue.editing.covariance import CovarianceFile, CovarianceSource
+from lightning_blue.editing.covariance import CovarianceSource
+from lightning_blue.editing.covariance_file import CovarianceFile
 from lightning_blue.language_model.loading import load_language_model
 from lightning_blue.support.errors import InputError
 from test_update_callback import Chain, batches
@@ -140,10 +141,10 @@ def test_a_covariance_file_that_is_not_finite_is_refused(tmp_path):
     file = CovarianceFile(tmp_path / "c.safetensors", {"model": "m"})
     broken = torch.eye(3)
     broken[1, 2] = torch.nan
-    file.write({0: torch.eye(3), 4: broken})
-    assert torch.equal(file.read([0])[0], torch.eye(3))
+    file.add({0: torch.eye(3), 4: broken}, {})
+    assert torch.equal(file.read({0: 3})[0], torch.eye(3).double())
     with pytest.raises(InputError, match=r"covariance of layer 4(.|\n)*delete the file"):
-        file.read([0, 4])
+        file.read({0: 3, 4: 3})
 
 
 def test_keys_that_overflow_on_the_corpus_are_no_covariance(gpt2, corpus, tmp_path):

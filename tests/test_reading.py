@@ -195,6 +195,7 @@ def test_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         return datasets.Dataset.from_list([ROME, ROME | {"case_id": 5}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("lightning_blue.support.hub._answer", lambda *_: None)  # it is there
     requests, rejected = read_requests("someone/counterfact", split="test")
     assert calls == [(("someone/counterfact",), {"split": "test"})]
     assert [r.source for r in requests] == [f"someone/counterfact record {i}" for i in (1, 2)]
@@ -207,6 +208,7 @@ def test_a_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> No
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'x/y' doesn't exist.\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("lightning_blue.support.hub._answer", lambda *_: None)  # it is there
     text = message("someone/counterfact")
     assert "DatasetNotFoundError: Dataset 'x/y' doesn't exist." in text
     assert "someone/counterfact, split 'train'" in text

@@ -53,7 +53,7 @@ def dense(run: Made, weight: WeightId, removed: dict[int, list[int]], whole=Fals
     """
     journal = Journal(run.folder)
     update = journal.header.update
-    covariance = statistics(journal.header).read([weight.layer])[weight.layer].double()
+    covariance = statistics(journal.header).read({weight.layer: 96})[weight.layer]
     system = update["covariance_weight"] * covariance
     current = run.watch.states[0][weight].double()
     for batch, change in journal.changes(weight):

@@ -22,9 +22,24 @@ from torch.linalg import solve_triangular
 from blue_callbacks.precision import in_float64
 from blue_callbacks.triangle import Triangle
 
+MOST_UNDETERMINED = 0.1  # of all directions; more of them are no accident of a few units
+LEAST_SHARE = 0.1  # of a key dimension in undetermined directions, to be named with them
+
 
 class SingularCovarianceError(ValueError):
     """A covariance has no factor: it was collected from too few inputs, or keys never vary."""
+
+
+class Undetermined(NamedTuple):
+    """Directions of the key space that ordinary keys never take.
+
+    Attributes:
+        directions: how many there are.
+        dimensions: the key dimensions in which they mostly lie, ascending.
+    """
+
+    directions: int
+    dimensions: list[int]
 
 
 class Whitening:
@@ -37,6 +52,7 @@ class Whitening:
             identity.
         basis: U, orthonormal columns, ``(d_in, r)``, float64; None for the identity.
         unused: key dimensions that the covariance knows nothing of; see :func:`least_squares`.
+        undetermined: directions that it leaves open beside these, and where they lie.
     """
 
     def __init__(
@@ -44,10 +60,12 @@ class Whitening:
         factor: Tensor | float,
         basis: Tensor | None = None,
         unused: Sequence[int] = (),
+        undetermined: Undetermined | None = None,
     ) -> None:
         self.factor = Triangle(factor) if isinstance(factor, Tensor) else factor
         self.basis = basis
         self.unused = unused
+        self.undetermined = undetermined
 
     @property
     def device(self) -> torch.device | None:
@@ -75,8 +93,10 @@ class Whitening:
         """Return the map that also whitens keys whose coordinates these rows are."""
         grown = torch.linalg.cholesky(_identity_plus(rows.T @ rows))
         if isinstance(self.factor, Triangle):
-            return Whitening(self.factor.matrix @ grown, self.basis, self.unused)
-        return Whitening(self.factor * grown, self.basis, self.unused)
+            factor = self.factor.matrix @ grown
+        else:
+            factor = self.factor * grown
+        return Whitening(factor, self.basis, self.unused, self.undetermined)
 
 
 def least_squares(covariance: Tensor, weight: float) -> Whitening:
@@ -85,24 +105,59 @@ def least_squares(covariance: Tensor, weight: float) -> Whitening:
     Dimensions in which ordinary keys have no component at all (units that never fire) would leave
     the covariance singular, however many tokens it is from. They get the price of an average
     dimension: an update that needs them may use them, and one that does not is as without them.
+    So do single directions that ordinary keys never take, as where units fire on the same few
+    tokens only, or are copies of each other. Many of them say that the tokens were too few.
 
     Args:
         covariance: second moment of keys over ordinary text, K0 K0^T per token, ``(d_in, d_in)``.
         weight: weight lambda of the covariance.
 
     Raises:
-        SingularCovarianceError: if the covariance is not positive definite, as happens when it
-            was collected from fewer tokens than there are key dimensions.
+        SingularCovarianceError: if the covariance is not positive definite in more than a tenth of
+            its directions, as happens when it was collected from fewer tokens than there are key
+            dimensions.
+        torch.linalg.LinAlgError: if its eigenvalues, looked for where it is not, do not converge.
     """
     priced = in_float64(covariance) * weight
-    unused = price_unused(priced)
+    unused, undetermined = price_unused(priced), None
     factor, info = torch.linalg.cholesky_ex(priced)
+    if int(info) != 0 and bool(torch.isfinite(priced).all()):
+        undetermined = price_undetermined(priced)
+        if undetermined.directions <= MOST_UNDETERMINED * len(priced):
+            factor, info = torch.linalg.cholesky_ex(priced)
     if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+        found = "" if undetermined is None else f" in {undetermined.directions} directions"
         raise SingularCovarianceError(
             f"the covariance ({covariance.shape[0]} key dimensions, weight {weight:g}) is not "
-            "positive definite; collect it from more tokens, at least ten for each key dimension"
+            f"positive definite{found}; collect it from more tokens, at least ten for each key "
+            "dimension, or from more varied text"
         )
-    return Whitening(factor, unused=unused)
+    return Whitening(factor, unused=unused, undetermined=undetermined)
+
+
+def price_undetermined(covariance: Tensor) -> Undetermined:
+    """Put the mean eigenvalue where an eigenvalue is zero as far as float64 can tell, in place.
+
+    Below zero an eigenvalue shows how far rounding, of the covariance too, moves all of them.
+
+    Args:
+        covariance: symmetric, ``(d_in, d_in)``, float64.
+
+    >>> covariance = torch.ones(2, 2, dtype=torch.float64)  # two units that always fire together
+    >>> price_undetermined(covariance)
+    Undetermined(directions=1, dimensions=[0, 1])
+    >>> [round(value, 6) for value in torch.linalg.eigvalsh(covariance).tolist()]
+    [1.0, 2.0]
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    resolution = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
+    noise = max(resolution, -2 * float(values[0]))
+    mean = covariance.diagonal().mean()
+    found = values <= noise
+    directions = vectors[:, found]
+    covariance += (directions * (mean - values[found])) @ directions.T
+    affected = directions.square().sum(1) > LEAST_SHARE
+    return Undetermined(directions.shape[1], affected.nonzero().flatten().tolist())
 
 
 def price_unused(covariance: Tensor) -> list[int]:
@@ -141,10 +196,21 @@ def null_space(
         kept = int((values.clamp(min=0).cumsum(0) <= energy * values.sum()).sum())
     if kept == 0:
         raise SingularCovarianceError(
-            f"the null space is empty: the least of {len(values)} eigenvalues is {values[0]:.3g}; "
-            "raise the threshold, or give a fraction of the energy instead"
+            f"the null space is empty: {_why_empty(values, threshold, energy)}"
         )
     return Whitening(ridge**0.5, vectors[:, :kept].contiguous())
+
+
+def _why_empty(values: Tensor, threshold: float, energy: float | None) -> str:
+    """Say which key of the configuration keeps no direction, and what value would keep one."""
+    least = f"the least of {len(values)} eigenvalues of the covariance is {values[0]:.3g}"
+    if energy is None:
+        return (
+            f"{least}, and update.threshold keeps what is below {threshold:g}; raise it, or give "
+            "update.energy, the fraction of the trace that is kept"
+        )
+    share = float(values[0] / values.sum())
+    return f"{least}, {share:.3g} of their sum, and update.energy keeps {energy:g}; raise it"
 
 
 class _Solved(NamedTuple):

@@ -216,7 +216,10 @@ def spectral_norm(*factors: Tensor) -> float:
         vectors = torch.linalg.qr(vectors).Q
     for factor in reversed(factors):
         vectors = factor @ vectors
-    return float(torch.linalg.matrix_norm(vectors, ord=2))
+    try:
+        return float(torch.linalg.matrix_norm(vectors, ord=2))
+    except torch.linalg.LinAlgError:  # of what is not finite
+        return float("nan")
 
 
 def change_norm(change: WeightChange, weight: Tensor) -> float:

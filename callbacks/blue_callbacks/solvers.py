@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,15 +52,25 @@ class Solver:
 
 
 def unused_note(whitening: Whitening) -> str | None:
-    """Say which key dimensions ordinary text never used, and what becomes of them; None: none."""
-    if not whitening.unused:
-        return None
-    first = ", ".join(map(str, whitening.unused[:NAMED]))
-    more = ", ..." if len(whitening.unused) > NAMED else ""
-    return (
-        f"ordinary text never used {len(whitening.unused)} key dimensions ({first}{more}); in the "
-        "update each counts as an average one"
-    )
+    """Say what of the key space ordinary text never used, and what becomes of it; None: nothing."""
+    said = []
+    if whitening.unused:
+        said.append(
+            f"ordinary text never used {len(whitening.unused)} key dimensions "
+            f"({_first(whitening.unused)})"
+        )
+    if whitening.undetermined is not None:
+        count, dimensions = whitening.undetermined
+        said.append(
+            f"ordinary text leaves {count} directions of the key space open, mostly in the "
+            f"dimensions {_first(dimensions)}"
+        )
+    return f"{'; '.join(said)}; in the update each counts as an average one" if said else None
+
+
+def _first(dimensions: Sequence[int]) -> str:
+    more = ", ..." if len(dimensions) > NAMED else ""
+    return ", ".join(map(str, dimensions[:NAMED])) + more
 
 
 def kept_dimensions(whitening: Whitening) -> tuple[int, int] | None:

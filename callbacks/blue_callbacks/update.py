@@ -181,10 +181,18 @@ class ClosedFormUpdate(Callback):
             return
         store = cast(EditableModule, pl_module).editable_weights
         transform = POST_EDIT_TRANSFORMS[self.post_edit_transform]
-        with torch.no_grad():
+        with torch.no_grad(), restored_on_error(store, list(self.original)):
             for weight, original in self.original.items():
                 edited = store.read(weight)
-                store.write(weight, transform(original.to(edited), edited))
+                try:
+                    store.write(weight, transform(original.to(edited), edited))
+                except torch.linalg.LinAlgError as error:
+                    raise UnsolvableError(
+                        f"{self.post_edit_transform} of {weight} cannot be computed: "
+                        f"{str(error).splitlines()[0]}\n"
+                        "  hint:  the weights are as the last batch left them; go on without "
+                        "update.post_edit_transform"
+                    ) from error
 
     def _refuse_a_second_time(self, module: EditableModule, batch: Any) -> None:
         """Refuse the first batch after a resume if it is one that was applied before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import textwrap
 import warnings
@@ -24,12 +25,13 @@ from blue_callbacks import (
 )
 from lightning_blue.cli.parser import EditCLI, RunFileCLI
 from lightning_blue.editing.covariance import covariance_file
+from lightning_blue.editing.covariance_file import Collected
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.record import read_status
 from lightning_blue.reporting.tables import WIDTH, score_table
 from lightning_blue.reporting.text import protocol_sentence
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import speaks
 from lightning_blue.support.space import check_writable
@@ -52,6 +54,8 @@ def run_command(command: str, args: Sequence[str]) -> int:
         return _complain(str(error), 2)
     except (NonFiniteError, UnsolvableError) as error:
         return _complain(str(error), 1)
+    except torch.linalg.LinAlgError as error:  # what no closer place has named
+        return _complain(f"a matrix cannot be decomposed: {first_line(error)}", 1)
     except ProcessLost as error:
         return _complain(str(error), error.exit_code)
     return 0
@@ -91,15 +95,30 @@ def stats(args: Sequence[str]) -> None:
     module = cli.model.to(cli.trainer.strategy.root_device)
     weights = update.written_weights(module)
     module.prepare(update.layers, weights, update.solver.covariance_weight)
-    file = covariance_file(module.model, module.tokenizer, module.covariance)
-    if not file.holds(update.written_layers):
+    layers = sorted(set(update.written_layers))
+    file = covariance_file(module.model, module.tokenizer, module.covariance, layers)
+    if not file.holds(layers):
         raise InputError("the covariances could not be written", where=str(file.path))
-    sys.stdout.write(f"covariance of layers {update.written_layers}: {file.path}\n")
-    for layer, changes in file.changes(update.written_layers).items():
-        tokens, share = changes[-1]
-        sys.stdout.write(
-            f"layer {layer}: from about half to {tokens:,} tokens, an update moved by {share:.0%}\n"
+    sys.stdout.write(f"covariance of layers {', '.join(map(str, layers))}: {file.path}\n")
+    for name, value in module.statistics.items():
+        if name != "covariance_file":
+            sys.stdout.write(f"{name.removeprefix('covariance_')}: {value}\n")
+    if not module.covariance.trust:
+        for layer, collected in file.collected(layers).items():
+            sys.stdout.write(f"layer {layer}: {_doubling(collected)}\n")
+
+
+def _doubling(collected: Collected) -> str:
+    """Say how far an update still moved when the tokens of its covariance doubled."""
+    if not collected.changes:
+        return (
+            "how far an update still moves is not known: that takes text beyond what was collected "
+            "(and --model.covariance.report_change)"
         )
+    tokens, share = collected.changes[-1]
+    if not math.isfinite(share):
+        return f"half of the {tokens:,} tokens leave the covariance singular: take more of them"
+    return f"from about half to {tokens:,} tokens, an update moved by {share:.0%}"
 
 
 def pretrain(args: Sequence[str]) -> None:

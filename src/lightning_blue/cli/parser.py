@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from blue_callbacks import ClosedFormUpdate, EditGuard
 from lightning_blue.cli.help import program
+from lightning_blue.cli.own_model import require_model
 from lightning_blue.cli.run_files import explain, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.data.memory import name_of
@@ -127,13 +128,26 @@ class EditCLI(RunFileCLI):
             help="go on with a run that was stopped: a checkpoint, or `last` for the newest of "
             "run.name",
         )
+        parser.add_argument(
+            "--for_model",
+            type=str | None,
+            help="the model that the settings of the run file were chosen on: fit and stats refuse "
+            "one of another build; null: any",
+        )
         parser.add_lightning_class_args(ClosedFormUpdate, "update")
         parser.add_lightning_class_args(EditGuard, "guard")
         parser.add_lightning_class_args(MeasureEdits, "measure")
         parser.add_lightning_class_args(RunRecord, "run")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what would fail when the model is loaded already: the run's folder, W&B's key."""
+        """Refuse what would fail when the model is loaded already: the run's folder, W&B's key.
+
+        And what would not fail but ruin the model: settings that belong to another one.
+        """
+        for_model = self._get(self.config, "for_model")
+        if for_model is not None and self.command != "evaluate":
+            keys = ("model.name_or_path", "model.revision", "data.path")
+            require_model(for_model, *(self._get(self.config, key) for key in keys))
         if self.recorded and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             check_writable(Path(self._get(self.config, "run.root")))
             if self._get(self.config, "run.wandb") == "online":

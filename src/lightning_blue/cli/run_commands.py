@@ -51,13 +51,13 @@ def run_command(command: str, args: Sequence[str]) -> int:
         chosen = run_parser(command).parse_args(args)
     except _UsageError as error:
         return _complain(error)
-    from blue_callbacks import NonFiniteError, SingularCovarianceError
+    from blue_callbacks import NonFiniteError, SingularCovarianceError, UnsolvableError
     from lightning_blue.support.errors import InputError
 
     _quiet()
     try:
         _COMMANDS[command](chosen)
-    except (InputError, NonFiniteError, SingularCovarianceError) as error:
+    except (InputError, NonFiniteError, SingularCovarianceError, UnsolvableError) as error:
         return _complain(error)
     return 0
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_blue.data.parsing import Located
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.hub import asked, no_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger(__name__)
+
+ALMANAC = "almanac"  # the facts that ship with the package
 
 
 def load_rows(path: str, split: str) -> list[Located]:
@@ -23,10 +26,21 @@ def load_rows(path: str, split: str) -> list[Located]:
 
     No code that a dataset brings is run. Raises InputError where it cannot be had.
     """
+    import datasets  # noqa: F401  (before the hub is asked, see `asked`)
+
+    with asked("dataset", path) as reason:
+        return _load_located(path, split, reason)
+
+
+def _load_located(path: str, split: str, reason: str | None) -> list[Located]:
+    """Read the rows; ``reason`` is why the hub has no such dataset, where it has been asked."""
     try:
         dataset = _load(path, split)
     except Exception as error:  # the hub's client and the readers raise dozens of types
         log.debug("loading %s failed", path, exc_info=True)
+        if reason is not None:
+            what, hint = no_source("data file or dataset", path, reason, [ALMANAC])
+            raise InputError(what, where=f"data.path = {path}", hint=hint) from error
         first_line = (str(error).splitlines() or [""])[0]
         raise InputError(
             f"The dataset cannot be loaded: {type(error).__name__}: {first_line}",

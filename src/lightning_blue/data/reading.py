@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -17,15 +16,15 @@ from lightning_blue.data.formats import (
     columns_not_used,
     parse_record,
 )
-from lightning_blue.data.hub import load_rows
+from lightning_blue.data.hub import ALMANAC, load_rows
 from lightning_blue.data.memory import Facts, locate, name_of, rows_of
 from lightning_blue.data.parsing import Located, parse_csv, parse_json, parse_jsonl
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.hub import looks_local, missing_path
 
 log = logging.getLogger(__name__)
 
-ALMANAC = "almanac"
 PARSERS = MappingProxyType({".json": parse_json, ".jsonl": parse_jsonl, ".csv": parse_csv})
 SUFFIXES = (*PARSERS, ".parquet")
 
@@ -106,8 +105,8 @@ def read_records(path: str, split: str = "train") -> tuple[str, list[Located]]:
         return place.name, load_rows(str(place), split)
     if place.is_file():
         return place.name, _read_file(place)
-    if _names_a_file(path, place):
-        raise _missing(place)
+    if looks_local(path) or place.suffix.lower() in SUFFIXES:
+        raise missing_path(path, where=str(place))
     return path, load_rows(path, split)
 
 
@@ -145,25 +144,6 @@ def _decode(content: bytes, name: str) -> str:
             where=f"{name}:{line}",
             hint="save it as UTF-8",
         ) from None
-
-
-def _names_a_file(path: str, place: Path) -> bool:
-    """Whether a path that does not exist was meant as a file and not as a dataset on the hub."""
-    local = place.is_absolute() or path.startswith((".", "~"))
-    return local or place.suffix.lower() in SUFFIXES or len(place.parts) > 2 or not path.strip()
-
-
-def _missing(place: Path) -> InputError:
-    """The error for a file that does not exist, with the nearest name beside it."""
-    if not place.parent.is_dir():
-        return InputError(
-            f"There is no folder {str(place.parent)!r}",
-            where=str(place),
-            hint="check the path; relative ones start at the current folder",
-        )
-    near = difflib.get_close_matches(place.name, [x.name for x in place.parent.iterdir()], n=1)
-    hint = f"did you mean {str(place.parent / near[0])!r}?" if near else "check the path"
-    return InputError("There is no such file", where=str(place), hint=hint)
 
 
 def _empty(name: str) -> InputError:

@@ -43,7 +43,8 @@ def solved_keys(covariance: Tensor, keys: Tensor, weight: float) -> Tensor:
         return torch.full_like(keys, torch.nan)
     whitened = torch.cholesky_solve(keys, factor)
     inner = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device) + keys.T @ whitened
-    return torch.linalg.solve(inner, whitened, left=False)
+    solved, failed = torch.linalg.solve_ex(inner, whitened, left=False)
+    return torch.full_like(keys, torch.nan) if failed else solved
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

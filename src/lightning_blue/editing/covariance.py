@@ -2,8 +2,10 @@
 
 K0 K0^T of Eq. 4 is estimated as the mean of k k^T over tokens. Ten tokens for each key dimension
 are enough ("Efficient Knowledge Editing via Minimal Precomputation"); the paper's 100,000 documents
-remain a setting. Texts follow each other in the rows without padding and without a border, as in
-the model's own training: a token sees the end of the text before its own.
+remain a setting. Documents follow each other in the rows without padding and without a border but
+what the tokenizer itself puts before a text (BOS), as in the model's own training: a token sees the
+end of the document before its own. Products are formed and summed in float64: rounded to float32,
+directions that ordinary text uses a millionth as much as others would be noise.
 """
 
 from __future__ import annotations
@@ -11,41 +13,52 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks.precision import float64_device
-from lightning_blue.data.corpus import corpus_fingerprint, corpus_texts
-from lightning_blue.editing.convergence import Change, UpdateChange
-from lightning_blue.language_model.architectures import n_layers, weight_view
+from lightning_blue.data.corpus import corpus_fingerprint, corpus_texts, is_local
+from lightning_blue.editing.brought import MARK, BroughtStatistics
+from lightning_blue.editing.convergence import UpdateChange
+from lightning_blue.editing.covariance_file import (
+    COMPUTE_AGAIN,
+    Collected,
+    CovarianceFile,
+    mirrored,
+)
+from lightning_blue.editing.fingerprints import (
+    marks_documents,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from lightning_blue.language_model.architectures import weight_view
 from lightning_blue.language_model.batching import context_length, inference
 from lightning_blue.language_model.states import is_finite, read_states
 from lightning_blue.language_model.tokens import encode_prompts
 from lightning_blue.language_model.vocabulary import check_vocabulary
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.hub import missing_path
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import progress_bar
 from lightning_blue.support.space import check_writable, require_space, size
-from lightning_blue.support.storage import unless_full, whole_file, writing
+from lightning_blue.support.storage import unless_full
 
 log = logging.getLogger(__name__)
 
-_SAMPLED_VALUES = 4096  # of each weight, for the fingerprint of a model
 _BLOCKS = 4  # of columns, in which the upper triangle of a product is formed
 _PROBE_SEQUENCES = 2
 _PROBE_KEYS = 128
-_CHANGE = "layer{}.change"  # in a file's metadata
+_BRING_BACK = (
+    "bring the file back from a copy, or leave --model.covariance.path out to have it computed"
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,8 @@ class CovarianceSource:
         batch_tokens: tokens in a forward pass.
         cache: folder of the cached files.
         path: one given file instead of the cache; refused if it was made from anything else.
+        trust: whether ``path`` is taken as it is, from wherever it comes: safetensors with
+            ``layerN`` or the ``.npz`` of ROME and MEMIT, see `lightning_blue.editing.brought`.
         report_change: whether to keep with the file, and to log, by what fraction the update on
             keys of the text that follows still moves each time that the tokens double.
     """
@@ -72,7 +87,30 @@ class CovarianceSource:
     batch_tokens: int = 8192
     cache: str = "stats"
     path: str | None = None
+    trust: bool = False
     report_change: bool = True
+
+    def __post_init__(self) -> None:
+        if self.trust and not self.path:
+            raise InputError(
+                "no statistics are given that could be trusted",
+                where="model.covariance.trust",
+                hint="say where they are: --model.covariance.path FILE",
+            )
+
+
+class Statistics(NamedTuple):
+    """Covariances, and what they are from.
+
+    Attributes:
+        covariances: layer -> ``(d_in, d_in)``, float64.
+        about: text, tokens, documents and file, as far as they are known, as a report shows them.
+        collected: layer -> how its covariance was collected.
+    """
+
+    covariances: dict[int, Tensor]
+    about: dict[str, Any]
+    collected: dict[int, Collected]
 
 
 def collect_covariance(
@@ -85,8 +123,8 @@ def collect_covariance(
 ) -> tuple[dict[int, Tensor], int]:
     """Average k k^T over the tokens of packed sequences, for all layers in one pass.
 
-    Products are formed in float32 and summed in float64; the forward pass stops after the last
-    layer that is wanted.
+    Products are formed and summed in float64; the forward pass stops after the last layer that is
+    wanted.
 
     Args:
         model: a causal language model.
@@ -95,10 +133,11 @@ def collect_covariance(
         n_tokens: how many tokens to use.
         batch_tokens: tokens in a forward pass.
         on_doubling: called with the tokens so far and the covariances from them, where a pass ends
-            nearest to a quarter and a half of the tokens, and after all of them.
+            nearest to a quarter and a half of the tokens, and after all of them. Where one pass
+            holds all tokens, it is taken in two halves.
 
     Returns:
-        layer -> ``(d_in, d_in)`` float32, and the number of tokens used.
+        layer -> ``(d_in, d_in)`` float64, and the number of tokens used.
     """
     sums: dict[int, Tensor] = {}
     seen, milestones = 0, [n_tokens / 4, n_tokens / 2] if on_doubling else []
@@ -108,15 +147,16 @@ def collect_covariance(
     ):
         for batch in _batches(sequences, n_tokens, batch_tokens):
             keys = read_keys(model, projections, batch)
-            count = sum(map(len, batch))
-            for layer in projections:
-                _add_product(sums, layer, keys.pop(layer))
-            seen += count
-            bar.update(count)
-            reached = seen + count / 2
-            if on_doubling and milestones and milestones[0] < reached and seen < n_tokens:
-                milestones = [each for each in milestones if each > reached]
-                on_doubling(seen, _means(sums, seen))
+            for piece in _pieces(sum(map(len, batch)), n_tokens):
+                for layer, rows in keys.items():
+                    _add_product(sums, layer, rows[piece])
+                count = piece.stop - piece.start
+                seen += count
+                bar.update(count)
+                reached = seen + count / 2
+                if on_doubling and milestones and milestones[0] < reached and seen < n_tokens:
+                    milestones = [each for each in milestones if each > reached]
+                    on_doubling(seen, _means(sums, seen))
     means = _means(sums, seen)
     if on_doubling:
         on_doubling(seen, means)
@@ -133,23 +173,26 @@ def read_keys(
     return {layer: states[str(layer)].flatten(0, 1).float() for layer in projections}
 
 
+def _pieces(count: int, n_tokens: int) -> list[slice]:
+    """Divide the tokens of a pass: in two where it holds all, so that half of them can be seen."""
+    middle = count // 2 if count >= n_tokens > 1 else 0
+    return [slice(0, middle), slice(middle, count)] if middle else [slice(0, count)]
+
+
 def _add_product(sums: dict[int, Tensor], layer: int, keys: Tensor) -> None:
     """Add K^T K of keys (n_tokens, d_in); it is symmetric, so that its upper triangle is enough."""
     d_in = keys.shape[1]
-    where = float64_device(keys.device)
-    if layer not in sums:
-        sums[layer] = torch.zeros(d_in, d_in, dtype=torch.float64, device=where)
-    total = sums[layer]
+    keys = keys.to(float64_device(keys.device)).double()
+    total = sums.setdefault(layer, keys.new_zeros(d_in, d_in))
     edges = [d_in * block // _BLOCKS for block in range(_BLOCKS + 1)]
     with torch.autocast(keys.device.type, enabled=False):
         for first, last in pairwise(edges):
-            total[first:last, first:] += (keys[:, first:last].T @ keys[:, first:]).to(where)
+            total[first:last, first:] += keys[:, first:last].T @ keys[:, first:]
 
 
 def _means(sums: Mapping[int, Tensor], seen: int) -> dict[int, Tensor]:
-    """Divide, and mirror the upper triangles; layer -> ``(d_in, d_in)`` float32."""
-    upper = {layer: (total / seen).float() for layer, total in sums.items()}
-    return {layer: mean.triu() + mean.triu(1).T for layer, mean in upper.items()}
+    """Divide, and mirror the upper triangles; layer -> ``(d_in, d_in)``."""
+    return {layer: mirrored(total / seen) for layer, total in sums.items()}
 
 
 def _batches(
@@ -174,121 +217,53 @@ def _batches(
 
 
 def pack(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    length: int,
+    starts: list[int] | None = None,
 ) -> Iterator[list[int]]:
-    """Join the token ids of texts and cut them into sequences of ``length``, the last shorter."""
+    """Join the token ids of documents and cut them into sequences of ``length``, the last shorter.
+
+    Args:
+        tokenizer: a document is tokenised by itself, with what the tokenizer puts before a text.
+        documents: see :func:`lightning_blue.data.corpus.corpus_texts`.
+        length: tokens in a sequence.
+        starts: takes up at which token each document begins that was read so far.
+    """
     joined: list[int] = []
-    texts = iter(texts)
-    while chunk := list(islice(texts, 64)):
+    read, documents = 0, iter(documents)
+    while chunk := list(islice(documents, 64)):
         for ids in encode_prompts(tokenizer, chunk):
+            if starts is not None:
+                starts.append(read)
             joined += ids
-        while len(joined) >= length:
-            yield joined[:length]
-            joined = joined[length:]
+            read += len(ids)
+        for first in range(0, len(joined) - length + 1, length):
+            yield joined[first : first + length]
+        joined = joined[len(joined) // length * length :]
     if joined:
         yield joined
 
 
-class CovarianceFile:
-    """A safetensors file of covariances that names what they were computed from.
+def covariance_file(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: CovarianceSource,
+    layers: Sequence[int] = (),
+) -> CovarianceFile:
+    """Return the file in which the covariances of a model belong, existing or not.
 
     Args:
-        path: the file.
-        identity: what the covariances depend on; a file with another identity is refused.
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        source: the text, and the file.
+        layers: those that are wanted, where statistics from elsewhere may be in a file for each.
+
+    Raises:
+        InputError: if a local text or statistics from elsewhere are missing.
     """
-
-    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
-        self.path = path
-        self.identity = {key: str(value) for key, value in identity.items()}
-
-    def read(self, layers: Sequence[int]) -> dict[int, Tensor]:
-        """Return those of the layers that the file holds; nothing if there is no file.
-
-        Raises:
-            InputError: if the file was computed from something else, is no such file, or holds NaN
-                or infinity.
-        """
-        with self._opened() as file:
-            names = set(file.keys()) if file else set()
-            kept = {n: file.get_tensor(f"layer{n}") for n in layers if f"layer{n}" in names}
-            _require_finite(kept, str(self.path), "delete the file; it will be computed again")
-            return kept
-
-    def holds(self, layers: Sequence[int]) -> bool:
-        """Return whether the file is there and holds all of the layers.
-
-        Raises:
-            InputError: as `read` does.
-        """
-        with self._opened() as file:
-            return file is not None and {f"layer{n}" for n in layers} <= set(file.keys())
-
-    def changes(self, layers: Sequence[int]) -> dict[int, list[Change]]:
-        """Return how far the update still moved, for those of the layers of which it is known.
-
-        Raises:
-            InputError: as `read` does.
-        """
-        with self._opened() as file:
-            notes = (file.metadata() or {}) if file else {}
-        stored = {layer: json.loads(notes.get(_CHANGE.format(layer), "[]")) for layer in layers}
-        known = {layer: changes for layer, changes in stored.items() if changes}
-        return {layer: [Change(*each) for each in changes] for layer, changes in known.items()}
-
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        """Open and verify the file; None if there is none."""
-        if not self.path.exists():
-            yield None
-            return
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                self._verify(file.metadata() or {})
-                yield file
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the covariance file cannot be read: {error}",
-                where=str(self.path),
-                hint="delete it; it will be computed again",
-            ) from error
-
-    def _verify(self, metadata: Mapping[str, str]) -> None:
-        for key, value in self.identity.items():
-            if metadata.get(key) != value:
-                raise InputError(
-                    f"this covariance file was computed from another {key}: "
-                    f"{metadata.get(key, 'unknown')}, now {value}",
-                    where=str(self.path),
-                    hint="give the file that belongs to this model and corpus, or leave "
-                    "covariance.path empty to have it computed",
-                )
-
-    def write(
-        self,
-        covariances: Mapping[int, Tensor],
-        changes: Mapping[int, Sequence[Change]] = MappingProxyType({}),
-    ) -> None:
-        """Write the file atomically.
-
-        Args:
-            covariances: layer -> ``(d_in, d_in)``.
-            changes: layer -> how far the update moved as the tokens doubled.
-
-        Raises:
-            InputError: if the disk is full or the folder cannot be written.
-        """
-        tensors = {f"layer{layer}": c.cpu().contiguous() for layer, c in covariances.items()}
-        notes = {_CHANGE.format(layer): json.dumps(change) for layer, change in changes.items()}
-        with writing(self.path), whole_file(self.path) as partial:
-            save_file(tensors, partial, metadata={**self.identity, **notes})
-
-
-def covariance_file(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: CovarianceSource
-) -> CovarianceFile:
-    """Return the file in which the covariances of a model belong, existing or not."""
+    if source.path and source.trust:
+        return BroughtStatistics(source.path, layers)
     identity = {
         "model": model_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -296,7 +271,10 @@ def covariance_file(
         "tokens_per_dim": f"{source.tokens_per_dim:g}",
         "max_length": _sequence_length(model, source),
     }
-    return CovarianceFile(_path_of(source, model, identity), identity)
+    if is_local(source.corpus) and marks_documents(tokenizer):
+        identity["documents"] = "end at blank lines"  # and not at each line, as they once did
+    hint = _BRING_BACK if source.path else COMPUTE_AGAIN
+    return CovarianceFile(_path_of(source, model, identity), identity, hint)
 
 
 def load_or_collect(
@@ -305,8 +283,8 @@ def load_or_collect(
     projections: Mapping[int, nn.Module],
     source: CovarianceSource,
     weight: float = 15_000,
-) -> dict[int, Tensor]:
-    """Return layer -> covariance ``(d_in, d_in)``, computing what no file holds.
+) -> Statistics:
+    """Return the covariances of layers, computing what no file holds.
 
     Args:
         model: a causal language model.
@@ -320,8 +298,11 @@ def load_or_collect(
             missing would not fit into the cache. Where it cannot be written once it is collected,
             that is a warning.
     """
-    file = covariance_file(model, tokenizer, source)
-    covariances = file.read(list(projections))
+    if source.path and not source.trust and not Path(source.path).is_file():
+        raise missing_path(source.path, where=f"model.covariance.path = {source.path}")
+    file = covariance_file(model, tokenizer, source, list(projections))
+    covariances = file.read({n: weight_view(p).shape[1] for n, p in projections.items()})
+    collected = file.collected(list(projections))
     missing = {layer: module for layer, module in projections.items() if layer not in covariances}
     if missing and source.path:
         raise InputError(
@@ -331,20 +312,40 @@ def load_or_collect(
         )
     if missing:
         _check_room(file.path, missing)
-        new, change = _collect(model, tokenizer, missing, source, weight)
-        covariances |= new
-        every = range(n_layers(model))
+        new, how = _collect(model, tokenizer, missing, source, weight)
+        covariances, collected = covariances | new, collected | how
         with unless_full("it will be collected again by the next run"):
-            file.write({**file.read(every), **new}, {**file.changes(every), **change})
+            file.add(new, how)
             log.info("covariance of layers %s: %s", list(new), file.path)
-    return {layer: covariances[layer] for layer in projections}
+    covariances = {layer: covariances[layer] for layer in projections}
+    return Statistics(covariances, _about(file, source, collected), collected)
+
+
+def _about(
+    file: CovarianceFile, source: CovarianceSource, collected: Mapping[int, Collected]
+) -> dict[str, Any]:
+    """Say what covariances are from; what an older file does not say is left out."""
+    if isinstance(file, BroughtStatistics):
+        said = "brought from elsewhere; what model and text they are of was not checked"
+        return {
+            "covariance_file": str(file.path),
+            "covariance_trusted": said,
+            "covariance_sha256": file.identity[MARK],
+        }
+    layers = list(collected.values())
+    counts = {
+        "covariance_tokens": max((each.tokens or 0 for each in layers), default=0),
+        "covariance_documents": max((each.documents or 0 for each in layers), default=0),
+    }
+    known = {name: count for name, count in counts.items() if count}
+    return {"covariance_text": source.corpus, **known, "covariance_file": str(file.path)}
 
 
 def _check_room(path: Path, missing: Mapping[int, nn.Module]) -> None:
     """Refuse to collect what cannot be kept, and clear away what was left by others that died."""
     folder = path.parent
     d_in = weight_view(next(iter(missing.values()))).shape[1]
-    needed = 4 * d_in**2 * len(missing)
+    needed = 8 * d_in * (d_in + 1) // 2 * len(missing)
     check_writable(folder)
     sweep(folder)
     hint = "make room there, or choose another --model.covariance.cache"
@@ -358,13 +359,14 @@ def _collect(
     projections: Mapping[int, nn.Module],
     source: CovarianceSource,
     weight: float,
-) -> tuple[dict[int, Tensor], dict[int, list[Change]]]:
-    """Collect covariances, and how far the update still moved as the tokens doubled."""
+) -> tuple[dict[int, Tensor], dict[int, Collected]]:
+    """Collect covariances, and say from what, and how far the update moved as tokens doubled."""
     d_in = weight_view(next(iter(projections.values()))).shape[1]
     wanted = round(source.tokens_per_dim * d_in)
     length = _sequence_length(model, source)
     needed = -(-wanted // length)
-    packed = pack(tokenizer, corpus_texts(source.corpus, source.split), length)
+    starts: list[int] = []
+    packed = pack(tokenizer, corpus_texts(source.corpus, source.split), length, starts)
     sequences = list(islice(packed, needed + _PROBE_SEQUENCES))
     check_vocabulary(model, tokenizer, [source.corpus] * len(sequences), sequences)
     sequences, after = sequences[:needed], sequences[needed:]
@@ -382,13 +384,12 @@ def _collect(
             hint="give a longer text, or lower --covariance.tokens_per_dim",
         )
     _require_finite(new, source.corpus, "the keys overflow: try --model.dtype=bfloat16 or float32")
-    if change is None:
-        return new, {}
-    known = {layer: changes for layer, changes in change.changes.items() if changes}
-    for layer, changes in known.items():
-        moved = ", ".join(f"{fraction:.1%} up to {tokens:,}" for tokens, fraction in changes)
+    changes = {} if change is None else change.changes
+    for layer, each in changes.items():
+        moved = ", ".join(f"{fraction:.1%} up to {tokens:,}" for tokens, fraction in each)
         log.info("layer %d: as the tokens doubled, the update moved by %s", layer, moved)
-    return new, known
+    documents = bisect_left(starts, seen)
+    return new, {n: Collected(seen, documents, tuple(changes.get(n, ()))) for n in new}
 
 
 def _require_finite(covariances: Mapping[int, Tensor], where: str, hint: str) -> None:
@@ -406,23 +407,6 @@ def _probe_keys(
     with inference(model):
         keys = read_keys(model, projections, whole)
     return {layer: rows[:: max(1, len(rows) // _PROBE_KEYS)].T for layer, rows in keys.items()}
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """Hash the names, shapes and an even sample of the values of all weights."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        stride = max(1, weight.numel() // _SAMPLED_VALUES)
-        sample = weight.detach().flatten()[::stride].float().cpu()
-        digest.update(sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash a tokenizer's vocabulary and special tokens."""
-    described = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer("a b")["input_ids"]])
-    return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
 def _path_of(

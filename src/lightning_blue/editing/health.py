@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_blue.data.corpus import corpus_texts
+from lightning_blue.data.corpus import corpus_texts, require_own_text
 from lightning_blue.data.requests import Probe
 from lightning_blue.language_model.scoring import perplexity, score_targets
 from lightning_blue.language_model.tokens import plain_ids
@@ -35,8 +35,10 @@ def first_texts(
     """
     read = ""
     try:
-        for text in corpus_texts(corpus, split):
-            read += text
+        require_own_text(corpus, tokenizer)
+        lines = (line for text in corpus_texts(corpus, split) for line in text.splitlines(True))
+        for line in lines:
+            read += line
             if len(plain_ids(tokenizer, [read])[0]) >= n_tokens:
                 break
     except InputError as error:

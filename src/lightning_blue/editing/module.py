@@ -22,9 +22,11 @@ from blue_callbacks import (
 )
 from blue_callbacks.precision import float64_device
 from blue_callbacks.protocol import edit_names
+from lightning_blue.data.corpus import require_own_text
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.covariance import CovarianceSource, load_or_collect, model_fingerprint
+from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
+from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.editing.health import first_texts, percent_known, text_loss
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization
@@ -125,6 +127,7 @@ class EditModule(LightningModule):
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
         self.preparation_seconds = 0.0
+        self.statistics: dict[str, Any] = {}  # what the covariances are from, for the report
         self._covariances: dict[int, Tensor] = {}
         self._edited: list[WeightId] = []  # by the run, as far as is known
         self._unedited: dict[WeightId, Tensor] = {}  # of what is rounded at the end, on the CPU
@@ -138,16 +141,19 @@ class EditModule(LightningModule):
     # Lightning
 
     def setup(self, stage: str) -> None:
-        """Refuse a loss layer that cannot be, before any work.
+        """Refuse a loss layer that cannot be and a text of another model, before any work.
 
         Raises:
-            InputError: if the model has no such layer, or a target layer lies above it.
+            InputError: if the model has no such layer, a target layer lies above it, or the
+                covariance's text belongs to another model.
         """
         if stage == "fit":
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             updates = [each for each in callbacks if isinstance(each, ClosedFormUpdate)]
             for part in [part for update in updates for part in update.layer_updates]:
                 self._check_loss_layer(part.target_layer)
+            if not self._covariances:
+                self._require_own_text()
 
     def configure_callbacks(self) -> list[Callback]:
         """Leave the model as it was found, also where a run fails."""
@@ -323,7 +329,8 @@ class EditModule(LightningModule):
 
         Raises:
             InputError: if the model has no such layer, the weights do not move the target site's
-                output in proportion, or a covariance file is another model's.
+                output in proportion, or a covariance file or a text of the package is another
+                model's.
         """
         started = time.perf_counter()
         self.check_layers(critical)
@@ -334,20 +341,24 @@ class EditModule(LightningModule):
             self._measure_site(self._written, data.requests[:PROMPTS])
         missing = sorted(set(self._written) - set(self._covariances))
         if missing:
+            self._require_own_text()
             projections = {layer: self._projection(WeightId(layer)) for layer in missing}
-            self._covariances |= load_or_collect(
+            found = load_or_collect(
                 self.model, self.tokenizer, projections, self.covariance, weight
             )
+            self._covariances |= found.covariances
+            self.statistics = found.about
         self._edited = list(dict.fromkeys([*self._edited, *written]))
         self._keep_unedited()
         self.preparation_seconds = time.perf_counter() - started
 
     @property
-    def found_settings(self) -> dict[str, str]:
+    def found_settings(self) -> dict[str, Any]:
         """Settings that were measured, under the names that a report shows them by."""
+        found = dict(self.statistics)
         if not self.site.multiples:
-            return {}
-        found = {"site": self.site.name}
+            return found
+        found["site"] = self.site.name
         if self.site.note is not None:
             found["site_note"] = self.site.note
         loader = auto_class(self.model.config).__name__
@@ -401,6 +412,10 @@ class EditModule(LightningModule):
     def embeddings(self) -> int:
         """How many tokens the model has an embedding of."""
         return vocabulary(self.model, self.tokenizer).embeddings
+
+    def _require_own_text(self) -> None:
+        if not self.covariance.trust:
+            require_own_text(self.covariance.corpus, self.tokenizer)
 
     def _projection(self, weight: WeightId) -> nn.Module:
         self.check_layers([weight.layer])

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
-from lightning_blue.data.corpus import corpus_texts
+from lightning_blue.data.corpus import corpus_texts, require_own_text
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
 from lightning_blue.language_model.chat import markers
@@ -25,6 +26,7 @@ from lightning_blue.metrics.evaluation import (
     flatten,
 )
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.seeds import run_seed
 
 CONTINUATION_TOKENS = 12  # of each request's continuation before and after
@@ -91,6 +93,10 @@ class MeasureEdits(Callback):
             joints=[joint(r.text, r.target_prefix, known) for r in data.requests],
         )
         if self.text is not None:
+            try:
+                require_own_text(self.text, pl_module.tokenizer)
+            except InputError as error:
+                rank_zero_warn(f"perplexity says little here: {first_line(error)}")
             self._text = "".join(corpus_texts(self.text, self.text_split))
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:

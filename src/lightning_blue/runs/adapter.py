@@ -18,7 +18,7 @@ from blue_callbacks import WeightId
 from lightning_blue.runs.base import UneditedModel
 from lightning_blue.runs.journal import Journal, JournalHeader
 from lightning_blue.runs.undo import transformed
-from lightning_blue.runs.weights import with_changes
+from lightning_blue.runs.weights import solvable, with_changes
 from lightning_blue.support.storage import whole_folder, write_atomic, writing
 
 
@@ -130,8 +130,9 @@ def _from_weights(
     """Decompose the actual difference of a weight that RECT or PRUNE has a hand in."""
     original = base.weights.read(weight)
     edited = with_changes(original, journal.changes(weight), {})
-    difference = transformed(journal.header, original, edited) - original
-    low = _best(difference.double(), rank)
+    with solvable(f"the change of {weight}"):
+        difference = transformed(journal.header, original, edited) - original
+        low = _best(difference.double(), rank)
     return LowRank(low.up.float(), low.down.float(), low.error)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks import EditableWeights, WeightId
-from lightning_blue.editing.covariance import model_fingerprint
+from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.language_model.architectures import weight_view
 from lightning_blue.language_model.loading import DTYPES, load_language_model
 from lightning_blue.language_model.saving import save_language_model

@@ -331,7 +331,8 @@ def describe(module: EditModule, update: ClosedFormUpdate) -> JournalHeader:
     """
     model = module.model
     module.check_layers(update.layers)
-    statistics = covariance_file(model, module.tokenizer, module.covariance)
+    layers = update.written_layers
+    statistics = covariance_file(model, module.tokenizer, module.covariance, layers)
     return JournalHeader(
         run=uuid.uuid4().hex[:16],
         model=BaseModel(

@@ -7,19 +7,18 @@ digest of its tensors, because safetensors does not notice a flipped bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from blue_callbacks import EditRecord, WeightChange, WeightId
+from lightning_blue.support.digests import digest
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import whole_file, writing
 
@@ -127,16 +126,6 @@ class RecordFile:
             change_norm=plain["change_norm"],
             residual_norm=plain["residual_norm"],
         )
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hash the names, types, shapes and bits of tensors."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        bits = tensor.contiguous().flatten().view(torch.uint8)
-        hashed.update(bits.numpy().tobytes())
-    return hashed.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

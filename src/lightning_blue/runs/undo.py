@@ -11,10 +11,17 @@ from torch import Tensor
 from blue_callbacks import KeyMemory, WeightId
 from blue_callbacks.solvers import Solver
 from blue_callbacks.transforms import POST_EDIT_TRANSFORMS
-from lightning_blue.editing.covariance import CovarianceFile
+from lightning_blue.editing.brought import MARK, BroughtStatistics
+from lightning_blue.editing.covariance_file import CovarianceFile
 from lightning_blue.runs.base import UneditedModel
 from lightning_blue.runs.journal import Journal, JournalHeader
-from lightning_blue.runs.weights import Removed, relative_distance, replayed, with_changes
+from lightning_blue.runs.weights import (
+    Removed,
+    relative_distance,
+    replayed,
+    solvable,
+    with_changes,
+)
 from lightning_blue.support.errors import InputError
 
 
@@ -94,16 +101,18 @@ def write_without(
 
     Raises:
         InputError: if the covariance is missing, or a record is damaged.
+        UnsolvableError: if a system has no solution in float64.
     """
     header, distances = journal.header, {}
     for weight in dict.fromkeys(header.weights):
         original = base.weights.read(weight).clone()
-        plain = with_changes(original, journal.changes(weight), removed)
-        result = plain
-        if covariance is not None:
-            result = _solved_again(journal, weight, original, removed, covariance)
-            distances[weight] = relative_distance(plain, result, original)
-        base.weights.write(weight, transformed(header, original, result))
+        with solvable(f"the changes of {weight}"):
+            plain = with_changes(original, journal.changes(weight), removed)
+            result = plain
+            if covariance is not None:
+                result = _solved_again(journal, weight, original, removed, covariance)
+                distances[weight] = relative_distance(plain, result, original)
+            base.weights.write(weight, transformed(header, original, result))
     return distances
 
 
@@ -123,14 +132,31 @@ def statistics(header: JournalHeader, path: str | None = None) -> CovarianceFile
     Raises:
         InputError: if it is not there.
     """
-    file = CovarianceFile(Path(path or header.covariance["path"]), header.covariance["identity"])
+    where, identity = path or header.covariance["path"], header.covariance["identity"]
+    if MARK in identity:
+        return _brought_again(header, where)
+    file = CovarianceFile(Path(where), identity, _COMPUTE_AGAIN)
     if not file.path.is_file():
-        raise InputError(
-            "solving again needs the covariance that the run was made with",
-            where=str(file.path),
-            hint="say where the file is: --covariance FILE; or `lightning-blue stats` with the "
-            "run's config.yaml computes it again",
-        )
+        raise InputError(_NEEDED, where=str(file.path), hint=_COMPUTE_AGAIN)
+    return file
+
+
+_NEEDED = "solving again needs the covariance that the run was made with"
+_COMPUTE_AGAIN = (
+    "say where the file is: --covariance FILE; or `lightning-blue stats` with the run's "
+    "config.yaml computes it again"
+)
+
+
+def _brought_again(header: JournalHeader, where: str) -> BroughtStatistics:
+    """Return statistics that were brought from elsewhere, if they are still the same."""
+    hint = "say where they are now: --covariance FILE"
+    try:
+        file = BroughtStatistics(where, sorted({weight.layer for weight in header.weights}))
+    except InputError as error:
+        raise InputError(_NEEDED, where=where, hint=hint) from error
+    if file.identity != header.covariance["identity"]:
+        raise InputError("these are not the statistics of the run", where=where, hint=hint)
     return file
 
 
@@ -147,7 +173,8 @@ def _solved_again(
 ) -> Tensor:
     """Replay one weight; what was whitened for it is freed with the memory."""
     update = journal.header.update
-    found = covariance.read([weight.layer])
+    d_in = journal.header.weights[weight].shape[1]
+    found = covariance.read({weight.layer: d_in})
     if weight.layer not in found:
         raise InputError(
             f"the covariance file has no layer {weight.layer}", where=str(covariance.path)

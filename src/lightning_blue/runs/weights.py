@@ -6,14 +6,16 @@ is written to one does not depend on another.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from blue_callbacks import KeyMemory, WeightChange
+from blue_callbacks import KeyMemory, UnsolvableError, WeightChange
 from blue_callbacks.transforms import rect_kept
+from lightning_blue.support.errors import first_line
 
 Removed = Mapping[int, Sequence[int]]  # batch -> columns of the edits that are left out
 Changes = Iterable[tuple[int, WeightChange]]  # batch number, change; in order
@@ -103,6 +105,19 @@ def leave_out(change: WeightChange, columns: Sequence[int]) -> WeightChange:
     return _columns(
         replace(change, left=change.residual.to(change.left), right=rows.to(change.right)), columns
     )
+
+
+@contextmanager
+def solvable(what: str) -> Iterator[None]:
+    """Say of which matrix a system has no solution, or a decomposition does not converge.
+
+    Raises:
+        UnsolvableError: in place of LinAlgError.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise UnsolvableError(f"{what} cannot be computed: {first_line(error)}") from error
 
 
 def relative_distance(one: Tensor, other: Tensor, original: Tensor) -> float:

@@ -1,0 +1,170 @@
+"""A model of one's own: what belongs to the model in the package is refused, one command works."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from conftest import ROOT
+from lightning_blue.__main__ import main
+from lightning_blue.cli.own_model import require_model
+from lightning_blue.language_model.loading import PACKAGED
+from test_conf import flags, small_run  # noqa: F401  (a fixture)
+
+QUICKSTART = f"--config={ROOT / 'conf' / 'quickstart.yaml'}"
+OWN = f"--config={ROOT / 'conf' / 'own_model.yaml'}"
+
+
+@pytest.fixture
+def run(small_run, capsys):  # noqa: F811
+    """Run a command on a random model and two facts; return exit code, output and error."""
+
+    def go(command: str, config: str, *more: str) -> tuple[int, str, str]:
+        code = main([command, config, *flags(small_run, "gptj"), *more])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return go
+
+
+@pytest.mark.parametrize("command", ["fit", "stats"])
+def test_the_quick_starts_settings_are_refused_for_another_model(
+    run,
+    small_run,  # noqa: F811
+    monkeypatch,
+    command,
+):
+    monkeypatch.setattr("lightning_blue.editing.module.load_language_model", None)
+    code, out, err = run(command, QUICKSTART)
+    assert code == 2
+    assert not out
+    assert err.startswith("error: the settings of this run file")
+    assert f"model.name_or_path = {small_run / 'gptj'}" in err
+    given = f"--model.name_or_path={small_run / 'gptj'} --data.path={small_run / 'facts.json'}"
+    assert f"lightning-blue fit --config conf/own_model.yaml {given} --update.layers=[" in err
+
+
+def test_its_text_is_refused_where_its_settings_are_insisted_on(run, small_run):  # noqa: F811
+    insisting = ["--for_model=null", "--model.covariance.corpus=almanac"]
+    for command in ("fit", "stats"):
+        code, _, err = run(command, QUICKSTART, *insisting)
+        assert code == 2
+        assert "the text 'almanac' belongs to the small model in the package" in err
+        assert "Traceback" not in err
+
+
+def test_a_model_of_the_same_build_is_taken(tmp_path):
+    """As an edited copy is, or one that was trained anew."""
+    config = AutoConfig.from_pretrained(str(PACKAGED["almanac"]))
+    config.save_pretrained(tmp_path)
+    require_model("almanac", str(tmp_path), None, "facts.csv")
+    require_model("almanac", "almanac", None, "facts.csv")
+    config.num_hidden_layers -= 1
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"--data\.path=facts\.csv"):
+        require_model("almanac", str(tmp_path), None, "facts.csv")
+
+
+def test_a_model_that_is_not_there_is_not_one_of_another_build(run, tmp_path):
+    code, _, err = run("fit", QUICKSTART, f"--model.name_or_path={tmp_path / 'nothing'}")
+    assert code == 2
+    assert "no such file or folder" in err
+
+
+def test_measuring_another_model_is_allowed(run):
+    code, out, err = run("evaluate", QUICKSTART, "--update.layers=[0,1]")
+    assert code == 0, err
+    assert "covariance text" not in Path(out.rpartition("report: ")[2].strip()).read_text()
+
+
+def test_one_command_edits_a_model_of_ones_own(run, small_run):  # noqa: F811
+    code, out, err = run("fit", OWN, "--update.layers=[2,4]")
+    assert code == 0, err
+    folder = Path(out.rpartition("report: ")[2].strip()).parent
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["edits/applied"] == 2
+    text = str(small_run / "text.txt")
+    assert summary["settings/covariance_text"] == text
+    assert (summary["settings/covariance_tokens"], summary["settings/covariance_documents"]) == (
+        192,
+        1,
+    )
+    for page in ("report.md", "model/README.md"):
+        text = unpadded(folder / page)
+        assert "| covariance tokens | 192 |" in text
+        assert "| covariance text | text.txt |" in text
+
+
+def unpadded(page: Path) -> str:
+    """Return a page with the cells of its tables as they are, not as wide as their column."""
+    return re.sub(" +", " ", page.read_text())
+
+
+def test_layers_must_be_given(run):
+    code, _, err = run("fit", OWN)
+    assert code == 2
+    assert "update.layers" in err
+    assert "hint:  give the critical layers" in err
+
+
+def test_stats_says_what_it_collected(run, tmp_path, small_run):  # noqa: F811
+    args = ["--update.layers=[2,4]", f"--model.covariance.cache={tmp_path}"]
+    code, out, err = run("stats", OWN, *args)
+    assert code == 0, err
+    (file,) = tmp_path.glob("*.safetensors")
+    assert out.splitlines()[:4] == [
+        f"covariance of layers 2, 4: {file}",
+        f"text: {small_run / 'text.txt'}",
+        "tokens: 192",
+        "documents: 1",
+    ]
+    for layer, line in zip((2, 4), out.splitlines()[4:], strict=True):
+        assert line.startswith(f"layer {layer}: from about half to 192 tokens, an update moved by ")
+
+
+def test_statistics_from_elsewhere_edit_and_are_named(run, tmp_path):
+    torch.manual_seed(0)
+    keys = torch.randn(48, 200)
+    save_file({f"layer{n}": keys @ keys.T / 200 for n in (2, 4)}, tmp_path / "mine.safetensors")
+    brought = [f"--model.covariance.path={tmp_path / 'mine.safetensors'}"]
+    args = ["--update.layers=[2,4]", "--data.batch_size=1", *brought]
+    code, _, err = run("fit", OWN, *args)
+    assert code == 2
+    assert "--model.covariance.trust=true" in err
+    code, out, err = run("fit", OWN, *args, "--model.covariance.trust=true")
+    assert code == 0, err
+    folder = Path(out.rpartition("report: ")[2].strip()).parent
+    for page in ("report.md", "model/README.md"):
+        assert "| covariance trusted | brought from elsewhere" in unpadded(folder / page)
+    header = json.loads((folder / "records" / "journal.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    digest = header["covariance"]["identity"]["brought"]
+    assert summary["settings/covariance_sha256"] == digest
+    replay = ["undo", str(folder), "--batch=0", "--replay"]
+    assert main(replay) == 0
+    save_file({f"layer{n}": torch.eye(48) for n in (2, 4)}, tmp_path / "mine.safetensors")
+    assert main([*replay, "--force"]) == 2
+
+
+def test_statistics_of_another_size_stop_the_run_before_any_edit(run, tmp_path):
+    save_file({f"layer{n}": torch.eye(47) for n in (2, 4)}, tmp_path / "mine.safetensors")
+    brought = f"--model.covariance.path={tmp_path / 'mine.safetensors'}"
+    code, _, err = run(
+        "fit", OWN, "--update.layers=[2,4]", brought, "--model.covariance.trust=true"
+    )
+    assert code == 2
+    assert "layer 2 cannot be used: its shape is (47, 47); the model needs (48, 48)" in err
+
+
+def test_an_empty_null_space_names_its_layer_and_key(run):
+    methods = f"--config={ROOT / 'conf' / 'methods' / 'alphaedit.yaml'}"
+    code, _, err = run("fit", OWN, methods, "--update.layers=[2,4]", "--update.threshold=1e-30")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: layer2: the null space is empty")
+    assert "update.threshold keeps what is below 1e-30; raise it, or give update.energy" in err
