@@ -141,17 +141,19 @@ class EditModule(LightningModule):
     # Lightning
 
     def setup(self, stage: str) -> None:
-        """Refuse a loss layer that cannot be and a text of another model, before any work.
+        """Refuse layers that cannot be and a text of another model, before any work.
 
         Raises:
-            InputError: if the model has no such layer, a target layer lies above it, or the
-                covariance's text belongs to another model.
+            InputError: if a critical layer cannot be edited, the model has no such loss layer, a
+                target layer lies above it, or the covariance's text belongs to another model.
         """
         if stage == "fit":
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             updates = [each for each in callbacks if isinstance(each, ClosedFormUpdate)]
-            for part in [part for update in updates for part in update.layer_updates]:
-                self._check_loss_layer(part.target_layer)
+            for update in updates:
+                self.check_layers(update.layers)
+                for part in update.layer_updates:
+                    self._check_loss_layer(part.target_layer)
             if not self._covariances:
                 self._require_own_text()
 
