@@ -18,6 +18,7 @@ from blue_callbacks import (
     WeightId,
 )
 from blue_callbacks.protocol import NAMED, edit_names
+from blue_callbacks.transforms import POST_EDIT_TRANSFORMS
 from conftest import LanguageModel
 from helpers import fit
 from lightning_blue.data.requests import EditRequest
@@ -26,6 +27,7 @@ from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.covariance_file import CovarianceFile
 from lightning_blue.language_model.loading import load_language_model
 from lightning_blue.support.errors import InputError
+from test_transforms import twins
 from test_update_callback import Chain, batches
 
 PLACES = ["Rome", "Oslo", "Bern", "Lima", "Kyiv", "Riga"]
@@ -202,3 +204,23 @@ def test_units_that_never_fire_are_noted():
     fit(chain, update, batches(2))
     (note,) = update.notes
     assert note.startswith("layer0: ordinary text never used 2 key dimensions (2, 7); ")
+
+
+def test_a_transform_that_cannot_be_computed_leaves_the_weights(monkeypatch):
+    """Those too that were transformed before."""
+    (chain, twin), data = twins(), batches(1)
+    fit(twin, ClosedFormUpdate([0, 1, 2], "even", 0.5), data)
+    calls: list[int] = []
+
+    def fails_second(original, edited):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("it did not converge")
+        return 0 * edited
+
+    monkeypatch.setitem(POST_EDIT_TRANSFORMS, "prune", fails_second)
+    update = ClosedFormUpdate([0, 1, 2], "even", 0.5, post_edit_transform="prune")
+    with pytest.raises(UnsolvableError, match=r"prune of layer1 cannot be computed: it did not"):
+        fit(chain, update, data)
+    for weight, expected in zip(chain.weights, twin.weights, strict=True):
+        assert torch.equal(weight, expected)
