@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from blue_callbacks import WeightId
 from conftest import LanguageModel
 from helpers import fit
 from lightning_blue.__main__ import main
@@ -104,7 +105,7 @@ def test_the_loss_is_that_of_the_update_alone() -> None:
 def run(base: Path, folder: Path) -> tuple[EditModule, dict[str, Tensor]]:
     """Edit in three batches; return the module, and its edited weights at the end."""
     module = small_module(base)
-    module.rounded_at_end = True
+    module.rounding.active = True
     fit(module, small_update("memit"), BATCHES, callbacks=[EditJournal(folder)])
     names = (DOWN.format(0), DOWN.format(2))
     return module, {name: module.model.get_parameter(name).data.clone() for name in names}
@@ -118,8 +119,8 @@ def test_a_bfloat16_checkpoint_is_edited_in_float32_and_saved_as_it_was(
     module, measured = run(base, tmp_path / "run")
     assert module.model.dtype == torch.float32
     assert module.edited_names == [DOWN.format(0), DOWN.format(2)]
-    assert set(module.rounding_losses) == {"layer0", "layer2"}
-    assert all(0 < loss < 0.5 for loss in module.rounding_losses.values())
+    assert set(module.rounding.losses) == {"layer0", "layer2"}
+    assert all(0 < loss < 0.5 for loss in module.rounding.losses.values())
     assert Journal(tmp_path / "run").header.model.export_dtype == "bfloat16"
     for command in (
         ["export", str(tmp_path / "run"), "--as", "model"],
@@ -137,6 +138,19 @@ def test_a_bfloat16_checkpoint_is_edited_in_float32_and_saved_as_it_was(
     undone, _ = saved(tmp_path / "run" / "undo-to-0")
     assert all(torch.equal(undone[name], weight) for name, weight in unedited.items())
     assert not torch.equal(unedited[DOWN.format(0)].float(), measured[DOWN.format(0)])
+
+
+def test_a_rounding_that_costs_much_is_warned_of(llama: LanguageModel, tmp_path: Path) -> None:
+    """An update a thousand times smaller than the weight is mostly rounded away."""
+    module = small_module(checkpoint(llama, tmp_path / "base", torch.bfloat16))
+    module.rounding.active = True
+    weight = WeightId(2)
+    module.rounding.keep([weight])
+    original = module.editable_weights.read(weight).clone()
+    module.editable_weights.write(weight, original * (1 + 2**-11))  # a quarter of half a last place
+    with pytest.warns(UserWarning, match="saved, loses much of the update: layer2 100%; --model"):
+        module.on_train_epoch_end()
+    assert torch.equal(module.editable_weights.read(weight), original)
 
 
 def test_a_run_says_what_it_saved_in_and_what_that_cost(

@@ -36,6 +36,7 @@ from lightning_blue.editing.prompts import (
     edit_prompts,
     written_contexts,
 )
+from lightning_blue.editing.rounding import FinalRounding
 from lightning_blue.editing.target_site import PROMPTS
 from lightning_blue.editing.targets import TargetFinder, losses_not_finite
 from lightning_blue.language_model.architectures import (
@@ -57,7 +58,6 @@ from lightning_blue.language_model.loading import (
 )
 from lightning_blue.language_model.multimodal import LOADER, auto_class
 from lightning_blue.language_model.quantized import require_unquantized_model
-from lightning_blue.language_model.saving import rounded, rounding_loss
 from lightning_blue.language_model.tokens import plain_ids
 from lightning_blue.language_model.vocabulary import check_vocabulary, vocabulary
 from lightning_blue.support.errors import InputError
@@ -117,12 +117,11 @@ class EditModule(LightningModule):
         self.export_dtype = checkpoint_dtype(model)
         if export_dtype is not None:
             self.export_dtype = dtype_named(export_dtype, "model.export_dtype")
-        self.rounded_at_end = False  # set by who saves the model: what is measured is then saved
-        self.rounding_losses: dict[str, float] = {}  # of what was rounded, by weight
         self.target_finder = TargetFinder(model, self.architecture, target)
         self.site = self.target_finder.site
         self.blocks = self.target_finder.blocks  # a plain list: already in self.model
         self.editable_weights = EditableWeights(self._weight_view)
+        self.rounding = FinalRounding(self.editable_weights, self.export_dtype)
         self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
@@ -130,7 +129,6 @@ class EditModule(LightningModule):
         self.statistics: dict[str, Any] = {}  # what the covariances are from, for the report
         self._covariances: dict[int, Tensor] = {}
         self._edited: list[WeightId] = []  # by the run, as far as is known
-        self._unedited: dict[WeightId, Tensor] = {}  # of what is rounded at the end, on the CPU
         self._identity: str | None = None
         self._templates: list[str] | None = None
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
@@ -216,12 +214,7 @@ class EditModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Round the edited weights to what is saved of them; after the callbacks' own last step."""
-        if not self.rounded_at_end:
-            return
-        for weight, original in self._unedited.items():
-            edited = self.editable_weights.read(weight)
-            self.rounding_losses[str(weight)] = rounding_loss(original, edited, self.export_dtype)
-            self.editable_weights.write(weight, rounded(edited, self.export_dtype))
+        self.rounding.apply()
 
     # What the callbacks ask for
 
@@ -351,7 +344,8 @@ class EditModule(LightningModule):
             self._covariances |= found.covariances
             self.statistics = found.about
         self._edited = list(dict.fromkeys([*self._edited, *written]))
-        self._keep_unedited()
+        if self.export_dtype != self.model.dtype:
+            self.rounding.keep(written)
         self.preparation_seconds = time.perf_counter() - started
 
     @property
@@ -378,16 +372,6 @@ class EditModule(LightningModule):
         """Full names of the weights that :meth:`prepare` was told of."""
         names = {id(weight): name for name, weight in self.model.named_parameters()}
         return [names[id(self._projection(weight).weight)] for weight in self._edited]
-
-    def _keep_unedited(self) -> None:
-        """Keep copies of what is rounded at the end, in its dtype where that holds all of them."""
-        if self.export_dtype == self.model.dtype:
-            return
-        for weight in set(self._edited) - set(self._unedited):
-            original = self.editable_weights.read(weight)
-            small = original.to(self.export_dtype)
-            exact = torch.equal(small.to(original), original)
-            self._unedited[weight] = (small if exact else original.clone()).cpu()
 
     @property
     def contexts_length(self) -> int:

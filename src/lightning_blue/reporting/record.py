@@ -127,7 +127,7 @@ class RunRecord(Callback):
             InputError: if the folder cannot be written, or has no room for the run.
         """
         self._started = time.perf_counter()
-        pl_module.rounded_at_end = self.export
+        pl_module.rounding.active = self.export
         if trainer.is_global_zero:
             sweep(Path(self.root), levels=3)  # runs, and the folders of each
             sweep(self.folder, levels=2)
@@ -207,7 +207,7 @@ class RunRecord(Callback):
             history.settings["site"] = module.site.name  # as it was measured
         if export and module.export_dtype != module.model.dtype:
             history.export_dtype = str(module.export_dtype).removeprefix("torch.")
-            history.rounding_losses = module.rounding_losses
+            history.rounding_losses = module.rounding.losses
         history.seconds["prepare"] = module.preparation_seconds
         history.seconds["total"] = time.perf_counter() - self._started
         if not trainer.is_global_zero:
