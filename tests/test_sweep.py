@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,8 @@ import yaml
 from lightning_blue.__main__ import main
 from lightning_blue.cli.experiment_commands import parse
 from lightning_blue.comparison.labels import labels
+from lightning_blue.metrics.evaluation import Evaluation, RequestOutcome
+from lightning_blue.metrics.unedited import UneditedMeasurements
 from lightning_blue.support.errors import InputError
 from lightning_blue.sweeps.launch import run_here, slot_environments
 from lightning_blue.sweeps.planned import plan_runs
@@ -381,6 +384,66 @@ def test_slurm_jobs_are_submitted_as_one_array(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tools))
     with pytest.raises(InputError, match="srun"):
         slurm.run_on_slurm(tasks, 2, {}, tmp_path / "jobs", outcomes.append)
+
+
+class Alone:
+    """The strategy of a run of one process."""
+
+    is_global_zero = True
+
+    def broadcast(self, value):
+        return json.loads(json.dumps(value))  # as far as another process
+
+
+def measured_as(value: float) -> Evaluation:
+    outcome = RequestOutcome("7", {"efficacy": 1 / 3}, value, None, 0.1, None, (True, False), "no")
+    return Evaluation(
+        {"efficacy": {"value": value, "count": 1}, "perplexity": {"count": 1}}, [outcome]
+    )
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1e-320, math.inf])
+def test_measurements_of_the_unedited_model_come_back_to_the_last_bit(tmp_path, value):
+    cache = UneditedMeasurements(tmp_path / "unedited")
+    identity = {"model": "a", "seed": 1}
+    assert cache.shared(identity, Alone(), lambda: measured_as(value)) == measured_as(value)
+    kept = cache.shared(identity, Alone(), lambda: pytest.fail("measured again"))
+    assert kept == measured_as(value)
+    assert cache.shared({"model": "a", "seed": 2}, Alone(), lambda: measured_as(3)) == measured_as(
+        3
+    )
+    assert len(list(cache.folder.glob("*.json"))) == 2
+
+
+def test_damaged_measurements_are_made_again(tmp_path):
+    cache = UneditedMeasurements(tmp_path)
+    cache.shared({"model": "a"}, Alone(), lambda: measured_as(1))
+    (file,) = tmp_path.glob("*.json")
+    for content in ("{", "[]", file.read_text().replace('"a"', '"b"')):
+        file.write_text(content)
+        assert cache.shared({"model": "a"}, Alone(), lambda: measured_as(2)) == measured_as(2)
+
+
+def test_of_several_runs_one_measures(tmp_path):
+    cache = UneditedMeasurements(tmp_path)
+    made: list[int] = []
+
+    def measure() -> Evaluation:
+        time.sleep(0.2)
+        made.append(1)
+        return measured_as(len(made))
+
+    found: list[Evaluation] = []
+    runs = [
+        threading.Thread(target=lambda: found.append(cache.shared({}, Alone(), measure)))
+        for _ in range(3)
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(LIMIT)
+    assert made == [1]
+    assert found == [measured_as(1)] * 3
 
 
 # from end to end

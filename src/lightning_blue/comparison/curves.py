@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from itertools import cycle
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_blue.comparison.labels import BLUE, plan_title
-from lightning_blue.comparison.scores import Row, ScoreTable
+from lightning_blue.comparison.scores import Row, ScoreTable, error_of_mean
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import PERCENT
 from lightning_blue.reporting.plots import GREY, INK, SUCCESS_STYLES
@@ -63,7 +63,7 @@ def _point(edits: int, measured: Sequence[Sequence[float]]) -> Point:
     values = [value for value, _ in measured]
     error = fmean(error for _, error in measured)
     if len(values) > 1:
-        error = stdev(values) / math.sqrt(len(values))
+        error = error_of_mean(values)
     return Point(edits, fmean(values), error, len(values))
 
 

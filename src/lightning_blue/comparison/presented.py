@@ -88,12 +88,17 @@ def difference_grid(name: str, title: str, found: Sequence[Difference]) -> Grid 
         return None
     seeds = any(each.seed_p is not None for each in found)
     header = ["model", "method", "data", "metric", "difference", "requests", "better", "worse"]
-    header += ["test", "p", "adjusted p", *(["seeds", "over seeds", "p"] if seeds else [])]
+    header += [
+        "test",
+        "p",
+        "adjusted p",
+        *(["seeds", "over seeds", "p over seeds"] if seeds else []),
+    ]
     rows = []
     for each in found:
         method = each.second.method
         if each.first.method != method or each.first.plan == each.second.plan:
-            method = f"{_name(each.second)} less {_name(each.first)}"
+            method = _less(each.second, each.first)
         texts = [each.second.model, method, each.data, table.by_name(each.metric).label]
         texts += [_signed(each.value, each.standard_error), f"{each.requests}"]
         texts += [f"{each.better}", f"{each.worse}", each.test, _p(each.p), _p(each.adjusted)]
@@ -321,8 +326,14 @@ def _titles(columns: Sequence[Column]) -> list[str]:
     ]
 
 
-def _name(row: Row) -> str:
-    return f"{row.method}, {plan_title(row.plan)}"
+def _less(second: Row, first: Row) -> str:
+    """Name a difference of rows; a plan that both have is said once."""
+    plans = [plan_title(row.plan) for row in (second, first)]
+    if second.method == first.method:
+        return f"{second.method}, {plans[0]} less {plans[1]}"
+    if plans[0] == plans[1]:
+        return f"{second.method} less {first.method}, {plans[0]}"
+    return f"{second.method}, {plans[0]} less {first.method}, {plans[1]}"
 
 
 def _signed(value: float, error: float | None) -> str:

@@ -93,7 +93,7 @@ class FinishedRun:
                 row.get(f"cumulative/{metric}"),
                 row.get(f"cumulative/{metric}/standard_error"),
             )
-            if value:
+            if value and math.isfinite(float(value)):
                 points.append((int(float(row["edits/applied"])), float(value), float(error or 0)))
         return points
 

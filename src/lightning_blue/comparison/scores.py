@@ -196,10 +196,17 @@ def _estimate(runs: Sequence[FinishedRun], stage: str, metric: str) -> Estimate 
     return Estimate(
         value=fmean(known),
         standard_error=fmean(math.nan if error is None else error for error in errors),
-        seed_error=stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None,
+        seed_error=error_of_mean(known) if len(known) > 1 else None,
         runs=len(known),
         requests=int(min(count or 0 for count in counts)),
     )
+
+
+def error_of_mean(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of two or more values; NaN unless all are finite."""
+    if not all(map(math.isfinite, values)):
+        return math.nan
+    return stdev(values) / math.sqrt(len(values))
 
 
 def _data_names(runs: Sequence[FinishedRun]) -> dict[Path, str]:
