@@ -530,9 +530,12 @@ def test_tables_are_logged_to_wandb(folder, tmp_path, capsys):
     assert len(content["data"]) == 5
 
 
-def test_a_damaged_run_is_one_message(folder, capsys):
-    (folder / "rect-even" / "edits.jsonl").write_text("{")
-    assert main(["compare", str(folder)]) == 2
-    assert "edits of a run cannot be read" in capsys.readouterr().err
-    with pytest.raises(InputError, match="cannot be read"):
-        _ = next(run for run in read_runs([folder / "rect-even"])[0]).requests
+@pytest.mark.parametrize("file", ["edits.jsonl", "summary.json", "config.yaml"])
+def test_a_damaged_run_is_left_out_by_name(folder, file):
+    (folder / "rect-even" / file).write_text("{")
+    runs, left_out = read_runs([folder])
+    assert len(runs) == 3
+    assert [left.folder.name for left in left_out] == ["rect-even"]
+    assert "cannot be read" in left_out[0].reason
+    with pytest.raises(InputError, match="none of 1 runs can be compared"):
+        read_runs([folder / "rect-even"])

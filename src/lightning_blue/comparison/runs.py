@@ -17,7 +17,7 @@ import yaml
 from lightning_blue.comparison.labels import Labels, labels
 from lightning_blue.reporting.files import flat
 from lightning_blue.reporting.record import STATUS, read_status
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
 
 # Keys that do not make another run of what is compared: where and how it was made and measured.
 NOT_COMPARED = ("run/", "trainer/", "ckpt_path", "base", "measure/", "guard/")
@@ -172,6 +172,8 @@ def _read(folder: Path) -> FinishedRun | LeftOut:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        return FinishedRun(folder, config, summary, labels(config))
+        run = FinishedRun(folder, config, summary, labels(config))
+        _ = run.requests
+        return run
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
-        return LeftOut(folder, f"its files cannot be read: {error}")
+        return LeftOut(folder, f"its files cannot be read: {first_line(error)}")

@@ -198,7 +198,7 @@ def _estimate(runs: Sequence[FinishedRun], stage: str, metric: str) -> Estimate 
         standard_error=fmean(math.nan if error is None else error for error in errors),
         seed_error=error_of_mean(known) if len(known) > 1 else None,
         runs=len(known),
-        requests=int(min(count or 0 for count in counts)),
+        requests=int(min(count if count and math.isfinite(count) else 0 for count in counts)),
     )
 
 

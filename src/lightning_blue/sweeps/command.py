@@ -46,7 +46,7 @@ def sweep(args: Namespace, passed_on: Sequence[str]) -> int:
     check_writable(folder)
     states = [run.state for run in runs]
     to_do = [task for task, state in zip(tasks, states, strict=True) if not _has_result(state)]
-    launch, jobs = _launcher(args, [task.planned for task in to_do], folder)
+    launch, jobs = _launcher(args, runs, folder)
     _say(_plan(runs, states, jobs if to_do else 0, args.cluster))
     outcomes = _run(to_do, len(runs), launch, jobs)
     return _close(folder, outcomes)

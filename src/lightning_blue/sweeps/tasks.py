@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from lightning_blue.reporting.record import read_status
+from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.storage import make_folder, write_atomic
 from lightning_blue.sweeps.planned import PlannedRun
 
@@ -97,6 +98,8 @@ class Task:
                 code = self._start(environment, processes, lock)
         except StoppedWaiting:
             return Outcome(self.name, "stopped")
+        except (OSError, InputError) as error:  # a full disk, for instance
+            return Outcome(self.name, "failed", first_line(error), 0.0, self.log)
         return self._outcome(code, time.monotonic() - began, processes.ending.is_set())
 
     def _start(self, environment: Mapping[str, str], processes: Processes, lock: IO[str]) -> int:
