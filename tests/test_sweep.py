@@ -314,6 +314,18 @@ def test_tasks_that_fail_do_not_stop_the_others(tmp_path):
     assert "lightning-blue" in (tmp_path / "logs" / "first.log").read_text()
 
 
+def test_a_reason_is_the_newest_attempts(tmp_path):
+    """Not what an earlier one has left in the same log."""
+    task = Task("bad", ("--version",), tmp_path)
+    task.log.parent.mkdir()
+    task.log.write_text("error: of yesterday\n")
+    outcome = task.run(environment())
+    assert outcome.state == "failed"
+    assert "does not hold the run" in outcome.said
+    again = Task("bad", ("evaluat",), tmp_path).run(environment())
+    assert again.said.startswith("there is no command 'evaluat'")
+
+
 def test_a_task_that_another_process_works_on_is_waited_for(tmp_path):
     """The lock is held by the process that works, even if the one that started it died."""
     task = _Said("once", ("--version",), tmp_path)

@@ -18,7 +18,7 @@ from typing import IO
 from lightning_blue.reporting.record import read_status
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.storage import make_folder, write_atomic
-from lightning_blue.sweeps.planned import PlannedRun
+from lightning_blue.sweeps.planned import DIGITS, PlannedRun
 
 SHOWN = ("efficacy", "generalization", "specificity")  # on the line of a run
 NO_RESULT = "its folder does not hold the run that the sweep asks for; move it away"
@@ -82,6 +82,11 @@ class Task:
         """What the process has printed."""
         return self.root / "logs" / f"{self.name}.log"
 
+    @property
+    def lock(self) -> Path:
+        """What a process holds while it works on the task."""
+        return self.root / "locks" / f"{self.name}.lock"
+
     def result(self) -> Outcome | None:
         """Return what is there already; None if there is nothing."""
         return None
@@ -90,6 +95,7 @@ class Task:
         """Run the task, unless it is done or another process has done it meanwhile."""
         processes = processes or Processes()
         began = time.monotonic()
+        said = self.log.stat().st_size if self.log.exists() else 0  # by earlier attempts
         try:
             with self._locked(processes.ending) as lock:
                 found = self.result()
@@ -100,7 +106,8 @@ class Task:
             return Outcome(self.name, "stopped")
         except (OSError, InputError) as error:  # a full disk, for instance
             return Outcome(self.name, "failed", first_line(error), 0.0, self.log)
-        return self._outcome(code, time.monotonic() - began, processes.ending.is_set())
+        stopped = processes.ending.is_set()
+        return self._outcome(code, time.monotonic() - began, stopped, said)
 
     def _start(self, environment: Mapping[str, str], processes: Processes, lock: IO[str]) -> int:
         """Run the process to its end; it holds the lock too, should this one die."""
@@ -129,9 +136,8 @@ class Task:
     @contextmanager
     def _locked(self, ending: threading.Event) -> Iterator[IO[str]]:
         """Hold the task's lock, once no other process does; the system frees it with its holder."""
-        path = self.root / "locks" / f"{self.name}.lock"
-        make_folder(path.parent)
-        with path.open("a+") as lock:
+        make_folder(self.lock.parent)
+        with self.lock.open("a+") as lock:
             while True:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,16 +147,16 @@ class Task:
                         raise StoppedWaiting from None
             yield lock
 
-    def _outcome(self, code: int, seconds: float, stopped: bool) -> Outcome:
+    def _outcome(self, code: int, seconds: float, stopped: bool, said: int) -> Outcome:
         if code == 0:
             return self.result() or Outcome(self.name, "failed", NO_RESULT, seconds, self.log)
         state = "stopped" if stopped else "failed"
-        return Outcome(self.name, state, self._reason(code), seconds, self.log)
+        return Outcome(self.name, state, self._reason(code, said), seconds, self.log)
 
-    def _reason(self, code: int) -> str:
+    def _reason(self, code: int, said: int) -> str:
         """Say why the process failed: its last error message, or how it ended."""
         with suppress(OSError):
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = self.log.read_bytes()[said:].decode(errors="replace").splitlines()
             for line in reversed(lines[-40:]):
                 if line.startswith("error: "):
                     return line.removeprefix("error: ")
@@ -162,6 +168,11 @@ class RunTask(Task):
     """A run of the sweep."""
 
     planned: PlannedRun
+
+    @property
+    def lock(self) -> Path:
+        """A lock for what the run is, whatever the axes are called."""
+        return self.root / "locks" / f"{self.planned.identity[:DIGITS]}.lock"
 
     def result(self) -> Outcome | None:
         """Return the run's outcome where it is finished."""
@@ -195,10 +206,10 @@ class StatsTask(Task):
         """Return that they were collected for this sweep."""
         return Outcome(self.name, "finished", "", 0.0, self.log) if self.done.exists() else None
 
-    def _outcome(self, code: int, seconds: float, stopped: bool) -> Outcome:
+    def _outcome(self, code: int, seconds: float, stopped: bool, said: int) -> Outcome:
         if code == 0:
             write_atomic(self.done, "")
-        outcome = super()._outcome(code, seconds, stopped)
+        outcome = super()._outcome(code, seconds, stopped, said)
         return Outcome(outcome.name, outcome.state, outcome.said, seconds, self.log)
 
 
