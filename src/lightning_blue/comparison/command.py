@@ -135,7 +135,7 @@ def _add_curves(made: Comparison, scores: Sequence[ScoreTable]) -> None:
             {"edits_in_all": each.setting.edits, "batch_size": each.setting.batch_size, **line}
             for line in presented.curve_records(found)
         ]
-        for name, picture in figures(found).items():
+        for name, picture in figures(found, each).items():
             made.pictures[f"curves-{each.setting.edits}-{each.setting.batch_size}-{name}"] = picture
     made.records["curves"] = records
 

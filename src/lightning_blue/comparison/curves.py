@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from statistics import fmean
 from typing import NamedTuple
@@ -13,14 +13,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_blue.comparison.labels import BLUE, plan_title
+from lightning_blue.comparison.labels import BLUE, UNEDITED, plan_title
 from lightning_blue.comparison.scores import Row, ScoreTable, error_of_mean
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import PERCENT
 from lightning_blue.reporting.plots import GREY, INK, SUCCESS_STYLES
 
+Line = str | tuple[int, tuple[int, ...]]  # of matplotlib
+Style = tuple[str, Line]  # colour and line
+
 PER_ROW = 3  # panels
-STYLES = {BLUE: "-"}  # of a plan's line; others are dashed
+STYLES: dict[str, Line] = {BLUE: "-"}  # of a plan's line; others are dashed
 
 
 class Point(NamedTuple):
@@ -41,7 +44,8 @@ def curves(scores: ScoreTable) -> Curves:
     The band is one standard error: over seeds where there are several, else over requests.
     """
     found: Curves = {}
-    for (row, data), runs in scores.runs.items():
+    in_order = sorted(scores.runs.items(), key=lambda item: scores.rows.index(item[0][0]))
+    for (row, data), runs in in_order:
         for spec in table.METRICS:
             courses = [{edits: point for edits, *point in run.curve(spec.name)} for run in runs]
             points = [
@@ -53,10 +57,19 @@ def curves(scores: ScoreTable) -> Curves:
     return found
 
 
-def figures(found: Curves) -> dict[str, bytes]:
+def figures(found: Curves, scores: ScoreTable) -> dict[str, bytes]:
     """Draw a picture for each data set and model; PNG by name."""
-    subjects = sorted({(data, row.model) for data, _, row in found})
-    return {f"{data}-{model}": _png(_figure(found, data, model)) for data, model in subjects}
+    shown = {spec.name for spec in table.of_group("scores")}
+    subjects = sorted({(data, row.model) for data, metric, row in found if metric in shown})
+    pictures = {}
+    for data, model in subjects:
+        unedited = {
+            column.metric: estimate.value
+            for (row, column), estimate in scores.cells.items()
+            if (row.model, row.plan, column.data) == (model, UNEDITED, data)
+        }
+        pictures[f"{data}-{model}"] = _png(_figure(found, data, model, unedited))
+    return pictures
 
 
 def _point(edits: int, measured: Sequence[Sequence[float]]) -> Point:
@@ -67,7 +80,7 @@ def _point(edits: int, measured: Sequence[Sequence[float]]) -> Point:
     return Point(edits, fmean(values), error, len(values))
 
 
-def _figure(found: Curves, data: str, model: str) -> Figure:
+def _figure(found: Curves, data: str, model: str, unedited: Mapping[str, float]) -> Figure:
     ours = {
         (metric, row): points
         for (name, metric, row), points in found.items()
@@ -86,6 +99,8 @@ def _figure(found: Curves, data: str, model: str) -> Figure:
         for row in rows:
             if (spec.name, row) in ours:
                 _draw(axis, ours[spec.name, row], styles[row])
+        if math.isfinite(unedited.get(spec.name, math.nan)):
+            axis.axhline(unedited[spec.name], color=INK, linestyle=":", linewidth=1.2)
         axis.set_ylabel(spec.label, color=INK)
         axis.set_xlabel("edits applied", color=INK)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -93,24 +108,34 @@ def _figure(found: Curves, data: str, model: str) -> Figure:
             axis.set_ylim(-2, 104)
     for unused in axes[len(metrics) :]:
         unused.remove()
-    labels = [f"{row.method}, {plan_title(row.plan)}" for row in rows]
-    lines = [axes[0].plot([], [], color=c, linestyle=line)[0] for c, line in map(styles.get, rows)]  # type: ignore[misc]
-    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _legend(figure, axes[0], rows, styles)
     figure.suptitle(f"{model}, {data}: all edits so far (a sample)", fontsize=11, color=INK)
     return figure
 
 
-def _styles(rows: Sequence[Row]) -> dict[Row, tuple[str, str]]:
+def _legend(figure: Figure, axis: Axes, rows: Sequence[Row], styles: Mapping[Row, Style]) -> None:
+    """Name the lines below the panels."""
+    lines = [
+        axis.plot([], [], color=colour, linestyle=line)[0]
+        for colour, line in (styles[row] for row in rows)
+    ]
+    lines.append(axis.plot([], [], color=INK, linestyle=":", linewidth=1.2)[0])
+    labels = [f"{row.method}, {plan_title(row.plan)}" for row in rows]
+    labels.append("unedited model, all requests")
+    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+
+def _styles(rows: Sequence[Row]) -> dict[Row, Style]:
     """Give each method a colour, and BLUE the full line."""
     colours = cycle(colour for colour, _ in SUCCESS_STYLES)
     methods = {method: next(colours) for method in dict.fromkeys(row.method for row in rows)}
-    others = cycle(("--", ":", "-.", (0, (1, 1, 5, 1))))
+    others: cycle[Line] = cycle(("--", "-.", (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2))))
     plans = dict.fromkeys(row.plan for row in rows)
-    lines = {plan: STYLES.get(plan) or next(others) for plan in plans}
-    return {row: (methods[row.method], lines[row.plan]) for row in rows}  # type: ignore[misc]
+    lines: dict[str, Line] = {plan: STYLES.get(plan) or next(others) for plan in plans}
+    return {row: (methods[row.method], lines[row.plan]) for row in rows}
 
 
-def _draw(axis: Axes, points: Sequence[Point], style: tuple[str, str]) -> None:
+def _draw(axis: Axes, points: Sequence[Point], style: Style) -> None:
     colour, line = style
     edits = [point.edits for point in points]
     low = [point.value - point.error for point in points]
