@@ -95,7 +95,7 @@ def make_run(
     (folder / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     points = [
         "step,edits/applied,cumulative/efficacy,cumulative/efficacy/standard_error",
-        *(f"{n},{n},{100 - n - config['seed_everything']},2.0" for n in (4, 8, 12)),
+        *(f"{n},{n},{100 - n - config['seed_everything']},3.0" for n in (4, 8, 12)),
         "12,12,,",
     ]
     (folder / "metrics.csv").write_text("\n".join(points) + "\n")
@@ -155,6 +155,8 @@ def test_methods_are_known_by_their_rows():
             config = {**defaults, "model/target/site": "block", **row, "update/ridge": 95}
             assert method_of(config) == shown[stem]
     plain = {**defaults, "model/target/site": "block"}
+    weaker = {**plain, **method_rows()["rect"], "update/rect_keep": 0.2}
+    assert method_of(weaker) == "RECT"  # another number is a setting, not another method
     assert method_of({**plain, "update/past_keys": False}) == "MEMIT, past_keys=False"
     assert method_of({**plain, "model/target/keep_norm": True}) == "MEMIT, keep_norm=True"
     rows = {**method_rows(), "capped": {"update/post_edit_transform": "capped"}}
@@ -422,6 +424,20 @@ def test_two_runs_show_which_requests_changed(folder, capsys):
     assert "B: memit-boundary" in said
 
 
+def test_requests_that_did_not_change_are_not_listed(tmp_path, capsys):
+    before = values(1, 0.5)
+    after = {metric: list(each) for metric, each in before.items()}
+    after["generalization"][3] = (before["generalization"][3] + 0.5) % 1.5
+    after["specificity"][7] = (before["specificity"][7] + 0.3) % 1
+    pair = [make_run(tmp_path, name, each) for name, each in (("a", before), ("b", after))]
+    (pair[1] / "config.yaml").write_text(
+        (pair[1] / "config.yaml").read_text().replace("plan: even", "plan: last")
+    )
+    assert main(["compare", *map(str, pair)]) == 0
+    with (tmp_path / "comparison" / "changed.csv").open() as file:
+        assert {row["case_id"] for row in csv.DictReader(file)} == {"3", "7"}
+
+
 def test_runs_without_a_common_request_are_refused(folder, capsys):
     other = make_run(folder, "other", values(7, 0.5))
     lines = (other / "edits.jsonl").read_text().replace('"case_id": "', '"case_id": "x')
@@ -481,7 +497,9 @@ def test_texts_are_no_markup_in_any_format():
     latex = grid.latex()
     assert r"50\% of <script>alert(1)</script> \& a\_b \{c\} \textbackslash{}x" in latex
     assert r"A\_title. 100\%" in latex
-    assert r"\| x" in grid.markdown()
+    markdown = grid.markdown()
+    assert r"\| x" in markdown
+    assert r"\<script\>alert(1)\</script\> & a_b {c} \\x \~ ^ \# \$" in markdown
 
 
 def test_curves_are_means_with_bands(tmp_path, capsys):

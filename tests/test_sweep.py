@@ -179,6 +179,10 @@ def test_identity_is_what_a_run_is_and_not_where_or_under_which_name(planned, tm
         (tmp_path / "a" / f"{plan}.yaml").write_text(f"update: {{plan: {plan}}}")
     assert [run.identity for run in planned(named, tmp_path)] == [even.identity, boundary.identity]
     assert planned(path, tmp_path, "--update.ridge=3")[0].identity != even.identity
+    narrowed = plan_runs(
+        read_sweep(path).narrowed(["update.plan=even"]), tmp_path, flags(small_run, "llama3")
+    )
+    assert [run.name for run in narrowed] == [even.name]
 
 
 def test_identity_knows_the_content_of_local_files(planned, tmp_path):

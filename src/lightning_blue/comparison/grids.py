@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_blue.reporting.tables import markdown_table
+from lightning_blue.reporting.text import inline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +28,7 @@ class Cell(NamedTuple):
     @property
     def marked(self) -> str:
         """The text with its mark."""
-        return f"{self.text} {IMPROVED}" if self.improved else self.text
+        return _marked(self.text, self)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,13 @@ class Grid:
         """Return heading, table and caption."""
         rows = [
             [
-                f"**{cell.text}**{cell.marked[len(cell.text) :]}" if cell.best else cell.marked
+                _marked(f"**{_md(cell.text)}**" if cell.best else _md(cell.text), cell)
                 for cell in row
             ]
             for row in self.rows
         ]
-        return f"## {self.title}\n\n{markdown_table(rows, self.header)}\n\n{self.caption}"
+        table = markdown_table(rows, [_md(name) for name in self.header])
+        return f"## {self.title}\n\n{table}\n\n{self.caption}"
 
     def latex(self) -> str:
         """Return a ``table`` that needs booktabs and graphicx."""
@@ -112,6 +115,15 @@ _TEX = {
     "^": r"\textasciicircum{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
+
+
+def _marked(text: str, cell: Cell) -> str:
+    return f"{text} {IMPROVED}" if cell.improved else text
+
+
+def _md(text: str) -> str:
+    """Take nothing as markup; underscores inside words are none."""
+    return re.sub(r"(?<=\w)\\_(?=\w)", "_", inline(text))
 
 
 def _tex(text: str) -> str:

@@ -99,12 +99,11 @@ def plan_runs(sweep: Sweep, root: Path, more: Sequence[str] = ()) -> list[Planne
         InputError: for a combination that `fit` would refuse to parse, or two that are the same.
     """
     runs: dict[str, PlannedRun] = {}
-    varied = [axis for axis, values in sweep.axes.items() if len(values) > 1] or list(sweep.axes)
     for values in sweep.combinations():
         args = [*sweep.args(values), *more]
         config = content(resolved(args))
         identity = identity_of(config)
-        parts = [short(axis, values[axis]) for axis in varied]
+        parts = [short(axis, values[axis]) for axis in sweep.named]
         label = re.sub(r"[^\w.=+-]+", "-", "-".join(parts))[:LONGEST].strip("-")
         name = f"{label}-{identity[:DIGITS]}"
         if identity in runs:

@@ -39,6 +39,7 @@ class Sweep:
         axes: the values of each axis, in the file's order.
         fixed: parameters with one ``value``.
         order: names of all parameters as the file has them; of run files, later ones count more.
+        named: axes that runs are named by: those with several values in the file.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Sweep:
     axes: Mapping[str, Sequence[Any]]
     fixed: Values
     order: tuple[str, ...]
+    named: tuple[str, ...]
 
     def combinations(self) -> Iterator[Values]:
         """Yield the product of the axes; the last one changes fastest."""
@@ -135,7 +137,10 @@ def read_sweep(path: Path) -> Sweep:
             axes[key] = parameter["values"]
         else:
             fixed[key] = parameter["value"]
-    return Sweep(path, str(content.get("name", path.stem)), axes, fixed, (*content["parameters"],))
+    named = tuple(axis for axis, values in axes.items() if len(values) > 1) or tuple(axes)
+    return Sweep(
+        path, str(content.get("name", path.stem)), axes, fixed, (*content["parameters"],), named
+    )
 
 
 def is_run_files(value: Any) -> bool:
