@@ -42,8 +42,10 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
         ". Bold: best of the model's edited rows; ↑: better with BLUE than the same method with "
         "its classic plan. "
     )
-    lower = [spec.title for spec in table.METRICS if spec.direction == "lower"]
-    caption += f"Lower is better for {', '.join(lower)}; higher for all others."
+    specs = {column.metric: column.spec for column in columns}.values()
+    lower = [spec.title for spec in specs if spec.direction == "lower"]
+    caption += f"Lower is better for {', '.join(lower)}; " if lower else "Higher is better."
+    caption += "higher for all others." if lower else ""
     suffix = "" if group == "scores" else f", {group}"
     return Grid(
         f"scores-{scores.setting.edits}-{scores.setting.batch_size}{suffix.replace(', ', '-')}",

@@ -94,7 +94,7 @@ class ScoreTable:
     runs: Mapping[tuple[Row, str], list[FinishedRun]]  # by row and data set
 
     def best(self, row: Row, column: Column) -> bool:
-        """Say whether no edited row of the model is better; the unedited one does not count."""
+        """Say whether no other edited row of the model is better; alone, none is the best."""
         mine = self.cells.get((row, column))
         if mine is None or row.plan == UNEDITED or column.spec.direction == "neither":
             return False
@@ -105,7 +105,7 @@ class ScoreTable:
         ]
         finite = [value for value in others if math.isfinite(value)]
         best = max if column.spec.direction == "higher" else min
-        return bool(finite) and mine.value == best(finite)
+        return len(finite) > 1 and mine.value == best(finite)
 
     def improved(self, row: Row, column: Column) -> bool:
         """Say whether a row with BLUE is better than the same method with its classic plan."""
