@@ -24,6 +24,9 @@ bench: setup  ## time the package against a textbook implementation
 kill: setup  ## kill 50 small runs at random moments, resume each, compare to the last bit
 	KILLS=50 $(BIN)/python -m pytest tests/test_kill.py -k killed
 
+sweepkill: setup  ## kill a sweep of six small runs three times, compare its table
+	SWEEP_KILLS=3 $(BIN)/python -m pytest tests/test_sweep.py -k killed
+
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,5 +37,5 @@ types: setup  ## mypy
 clean:  ## remove the environment, runs and caches
 	rm -rf .venv runs stats .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup quickstart test bench kill lint types clean
+.PHONY: help setup quickstart test bench kill sweepkill lint types clean
 .DEFAULT_GOAL := help

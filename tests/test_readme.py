@@ -11,12 +11,14 @@ import pytest
 
 from blue_callbacks import WeightId
 from conftest import ROOT
-from lightning_blue.__main__ import RUN_COMMANDS, main
+from lightning_blue.__main__ import EXPERIMENT_COMMANDS, RUN_COMMANDS, main
+from lightning_blue.cli.experiment_commands import parse
 from lightning_blue.cli.run_commands import run_parser
 from lightning_blue.metrics.table import METRICS, PERCENT
 
 README = (ROOT / "README.md").read_text()
 RUNS = (ROOT / "docs" / "runs.md").read_text()
+SWEEPS = (ROOT / "docs" / "sweeps.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -25,7 +27,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in [*blocks("bash"), *blocks("bash", RUNS)]
+    for block in [*blocks("bash"), *blocks("bash", RUNS), *blocks("bash", SWEEPS)]
     for line in block.splitlines()
     if line.startswith("python -m lightning_blue")
 ]
@@ -37,6 +39,9 @@ def test_commands_parse(command, monkeypatch, capsys):
     _, _, _, *args = shlex.split(command)
     if args[0] in RUN_COMMANDS:
         assert run_parser(args[0]).parse_args(args[1:])
+        return
+    if args[0] in EXPERIMENT_COMMANDS:
+        assert parse(args[0], args[1:])
         return
     with pytest.raises(SystemExit) as stopped:
         main([*args, "--print_config"])

@@ -25,6 +25,9 @@ commands:
   export    write a run as a model, a LoRA adapter or a patch
   apply     make the edited model of a patch and the unedited one
 
+  sweep     run the product of methods, plans, models, seeds; go on where it stopped
+  compare   make tables and curves of runs, with paired tests
+
   lightning-blue COMMAND --help            every key with its meaning, a line each
   lightning-blue COMMAND --help.SECTION    all about a section: data, model, ..., trainer
   lightning-blue COMMAND --print_config    every key with its value
@@ -35,7 +38,8 @@ start here:
 """
 
 RUN_COMMANDS = ("show", "undo", "export", "apply")
-COMMANDS = ("fit", "evaluate", "stats", "pretrain", *RUN_COMMANDS)
+EXPERIMENT_COMMANDS = ("sweep", "compare")
+COMMANDS = ("fit", "evaluate", "stats", "pretrain", *RUN_COMMANDS, *EXPERIMENT_COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stoppable():
             if args[0] in RUN_COMMANDS:
                 from lightning_blue.cli.run_commands import run_command
+            elif args[0] in EXPERIMENT_COMMANDS:
+                from lightning_blue.cli.experiment_commands import run_command
             else:
                 from lightning_blue.cli.commands import run_command
 

@@ -43,7 +43,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
 
     Of several processes one reports: the first that is still there.
     """
-    _quiet()
+    quiet()
     try:
         {"fit": fit, "evaluate": evaluate, "stats": stats, "pretrain": pretrain}[command](args)
     except InputError as error:
@@ -153,7 +153,7 @@ def _only(trainer: Trainer, kind: type) -> Any:
     return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Silence what Lightning and transformers say of things that are meant here."""
     torch.set_float32_matmul_precision("highest")
     transformers_logging.set_verbosity_error()

@@ -9,7 +9,9 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from lightning_blue.cli.arguments import Parser, UsageError
 
 if TYPE_CHECKING:
     from lightning_blue.runs.base import UneditedModel
@@ -33,23 +35,11 @@ _APPLY = """Apply a patch to the unedited model it was made for, and write the e
 model."""
 
 
-class _UsageError(Exception):
-    """Arguments that the parser refuses."""
-
-
-class _Parser(ArgumentParser):
-    """A parser whose errors are one message, like all others of the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        raise _UsageError(f"{message}\n  hint:  {self.prog} --help")
-
-
 def run_command(command: str, args: Sequence[str]) -> int:
     """Run a command; return 0, or 2 for input that cannot be used."""
     try:
         chosen = run_parser(command).parse_args(args)
-    except _UsageError as error:
+    except UsageError as error:
         return _complain(error)
     from blue_callbacks import NonFiniteError, SingularCovarianceError, UnsolvableError
     from lightning_blue.support.errors import InputError
@@ -178,7 +168,7 @@ def _base(journal: Journal, args: Namespace) -> UneditedModel:
 def run_parser(command: str) -> ArgumentParser:
     """Return the parser of a command's arguments."""
     described = {"show": _SHOW, "undo": _UNDO, "export": _EXPORT, "apply": _APPLY}[command]
-    parser = _Parser(
+    parser = Parser(
         prog=f"lightning-blue {command}",
         description=described,
         formatter_class=RawDescriptionHelpFormatter,

@@ -36,14 +36,14 @@ def with_bases(args: Sequence[str]) -> list[str]:
         if arg in ("--config", "-c"):
             arg = f"--config={next(rest, '')}"
         if arg.startswith("--config="):
-            chain = _chain(_located(Path(arg.removeprefix("--config="))), [])
+            chain = _chain(located(Path(arg.removeprefix("--config="))), [])
             expanded += [f"--config={path}" for path in chain]
         else:
             expanded.append(arg)
     return [*expanded, "--base=null"]  # resolved here: what is printed stands on its own
 
 
-def _located(path: Path) -> Path:
+def located(path: Path) -> Path:
     """Return ``conf/...`` of the installed package where there is no such file here."""
     parts = path.parts
     if path.exists() or PACKAGED.name not in parts[:-1]:
@@ -60,7 +60,7 @@ def _chain(path: Path, above: list[Path]) -> list[Path]:
         raise InputError(f"run files name each other as base: {circle}", where=str(path))
     chain: list[Path] = []
     for base in _bases(path):
-        chain += _chain(_located(path.parent / base), [*above, path])
+        chain += _chain(located(path.parent / base), [*above, path])
     return [*chain, path]
 
 

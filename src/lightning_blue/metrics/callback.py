@@ -6,6 +6,9 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -14,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
 from lightning_blue.data.corpus import corpus_texts, require_own_text
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.editing.fingerprints import tokenizer_fingerprint
 from lightning_blue.editing.module import EditModule
 from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.joining import joint
@@ -26,6 +30,7 @@ from lightning_blue.metrics.evaluation import (
     flatten,
 )
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.metrics.unedited import UneditedMeasurements
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.seeds import run_seed
 
@@ -57,6 +62,8 @@ class MeasureEdits(Callback):
         tokens_per_batch: tokens in one forward pass.
         seed: seed of the sampling of texts and of the sample of edits; None: the one of
             ``seed_everything``.
+        unedited_cache: folder that keeps what was measured of unedited models, for other runs on
+            the same model, requests and settings; None keeps nothing.
     """
 
     def __init__(
@@ -68,12 +75,14 @@ class MeasureEdits(Callback):
         generate: bool = True,
         tokens_per_batch: int = 4096,
         seed: int | None = None,
+        unedited_cache: str | None = None,
     ) -> None:
         self.text, self.text_split, self.text_tokens = text, text_split, text_tokens
         self.cumulative = cumulative
         self.generate = generate
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
+        self.unedited_cache = unedited_cache
         self.history = RunHistory()
         self._text: str | None = None
         self._started = 0.0
@@ -103,9 +112,16 @@ class MeasureEdits(Callback):
         """Measure the unedited model; a resumed run has done so before."""
         if self.history.before:
             return
-        before = self._evaluate(pl_module, self.history.requests, whole=True)
+        if self.unedited_cache is None:
+            before = self._unedited(trainer, pl_module)
+        else:
+            cache = UneditedMeasurements(Path(self.unedited_cache))
+            identity = self._unedited_identity(trainer, pl_module)
+            before = cache.shared(
+                identity, trainer.strategy, lambda: self._unedited(trainer, pl_module)
+            )
         self.history.before = before.outcomes
-        self._keep(trainer, "pre", {**before.metrics, **self._side_effects(trainer, pl_module)})
+        self._keep(trainer, "pre", before.metrics)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
@@ -209,6 +225,29 @@ class MeasureEdits(Callback):
         )
         self._count_seconds("evaluate", time.perf_counter() - started)
         return evaluation
+
+    def _unedited(self, trainer: Trainer, module: EditModule) -> Evaluation:
+        """Measure the model as it is on all requests, and what stands beside them."""
+        before = self._evaluate(module, self.history.requests, whole=True)
+        return replace(before, metrics={**before.metrics, **self._side_effects(trainer, module)})
+
+    def _unedited_identity(self, trainer: Trainer, module: EditModule) -> dict[str, Any]:
+        """Return everything that the measurement of the unedited model depends on."""
+        return {
+            "model": module.identity,
+            "tokenizer": tokenizer_fingerprint(module.tokenizer),
+            "data": trainer.datamodule.state_dict()["requests"],  # type: ignore[attr-defined]
+            "protocol": self.history.protocol,
+            "text": None if self._text is None else sha256(self._text.encode()).hexdigest(),
+            "text_tokens": self.text_tokens,
+            "generate": self.generate,
+            "continuation_tokens": CONTINUATION_TOKENS,
+            "tokens_per_batch": self.tokens_per_batch,
+            "seed": run_seed(self.seed),
+            "device": module.device.type,
+            "dtype": str(module.model.dtype),
+            "precision": trainer.precision,
+        }
 
     def _side_effects(self, trainer: Trainer, module: EditModule) -> Metrics:
         """Perplexity on ordinary text and retained knowledge of control facts."""

@@ -1,0 +1,65 @@
+"""Which requests changed their outcome between two runs, with what the models say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_blue.comparison.runs import FinishedRun, Request
+from lightning_blue.metrics import table
+
+
+@dataclass(frozen=True)
+class Change:
+    """A request whose outcome differs.
+
+    Attributes:
+        request: case id, prompt, new object.
+        metrics: value in the first and in the second run, by metric, where they differ.
+        probability: of the new object, in both.
+        text: the greedy continuation, in both.
+    """
+
+    request: Request
+    metrics: Mapping[str, tuple[float, float]]
+    probability: tuple[float, float]
+    text: tuple[str, str]
+
+    @property
+    def gain(self) -> float:
+        """How much the metrics rose in sum; negative where they fell."""
+        return sum(second - first for first, second in self.metrics.values())
+
+
+def changes(first: FinishedRun, second: FinishedRun) -> list[Change]:
+    """Return the shared requests that changed in a metric, what was lost first."""
+    shared = [key for key in first.requests if key in second.requests]
+    found = []
+    for key in shared:
+        outcomes = [run.requests[key].get("after") for run in (first, second)]
+        if outcomes[0] and outcomes[1]:
+            change = _change(key, outcomes[0], outcomes[1])
+            if change.metrics:
+                found.append(change)
+    return sorted(found, key=lambda change: change.gain)
+
+
+def shared_requests(first: FinishedRun, second: FinishedRun) -> int:
+    """Return how many requests both runs have."""
+    return len(set(first.requests) & set(second.requests))
+
+
+def _change(request: Request, first: Mapping[str, Any], second: Mapping[str, Any]) -> Change:
+    names: Iterable[str] = (spec.name for spec in table.of_group("scores") if spec.per_request)
+    values = {
+        name: (float(first[name]), float(second[name]))
+        for name in names
+        if first.get(name) is not None and second.get(name) is not None
+    }
+    return Change(
+        request,
+        {name: pair for name, pair in values.items() if pair[0] != pair[1]},
+        (float(first["probability_new"]), float(second["probability_new"])),
+        (str(first["continuation"]), str(second["continuation"])),
+    )

@@ -1,0 +1,156 @@
+"""The command ``compare``: read runs, make tables and curves, write them into a folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_blue.comparison import presented
+from lightning_blue.comparison.changes import changes, shared_requests
+from lightning_blue.comparison.curves import curves, figures
+from lightning_blue.comparison.differences import between_runs, differences
+from lightning_blue.comparison.grids import Grid
+from lightning_blue.comparison.improvement import Improvement, improvements
+from lightning_blue.comparison.runs import FinishedRun, LeftOut, read_runs
+from lightning_blue.comparison.scores import ScoreTable, score_tables
+from lightning_blue.comparison.written import log_to_wandb, write_comparison
+from lightning_blue.reporting.record import STATUS
+from lightning_blue.support.errors import InputError
+from lightning_blue.support.space import check_writable
+
+FOLDER = "comparison"
+
+
+@dataclass
+class Comparison:
+    """What is written of a comparison.
+
+    Attributes:
+        grids: tables to read, in order.
+        records: lines of CSV files, by name.
+        pictures: PNG by name.
+        left_out: runs that are in no table.
+    """
+
+    grids: list[Grid] = field(default_factory=list)
+    records: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+
+    def add(self, grid: Grid | None) -> None:
+        """Add a table, if there is one."""
+        if grid is not None:
+            self.grids.append(grid)
+
+
+def compare(args: Namespace) -> None:
+    """Compare runs, print the tables, and write them in all formats.
+
+    Raises:
+        InputError: if there is nothing to compare, or the folder cannot be written.
+    """
+    folder = args.output or _common(args.runs) / FOLDER
+    check_writable(folder)
+    runs, left_out = read_runs(args.runs)
+    made = Comparison(left_out=left_out)
+    scores = score_tables(runs)
+    _add_scores(made, scores)
+    if len(args.runs) == len(runs) == 2 and all((path / STATUS).is_file() for path in args.runs):
+        _add_changes(made, runs[0], runs[1])
+    else:
+        _add_differences(made, scores)
+    if args.paper:
+        _add_paper(made, args.paper, scores)
+    _add_curves(made, scores)
+    write_comparison(folder, made.grids, made.records, made.pictures, made.left_out)
+    if args.wandb != "off":
+        log_to_wandb(folder, made.grids, made.pictures, args.wandb)
+    _say(made, folder)
+
+
+def _add_scores(made: Comparison, scores: Sequence[ScoreTable]) -> None:
+    improved: list[Improvement] = []
+    for each in scores:
+        made.add(presented.score_grid(each))
+        found = improvements(each)
+        made.add(presented.improvement_grid(each, found))
+        improved += found
+    for each in scores:
+        made.add(presented.score_grid(each, "top-1"))
+    made.records["scores"] = presented.score_records(scores)
+    made.records["improvement"] = presented.improvement_records(improved)
+
+
+def _add_differences(made: Comparison, scores: Sequence[ScoreTable]) -> None:
+    """Test BLUE against the classic plan, and each method against the first one, plan by plan."""
+    records = []
+    for each in scores:
+        parts = {
+            "BLUE against the classic plan": each.pairs(),
+            "Methods against the first one": each.against_first(),
+        }
+        for number, (title, pairs) in enumerate(parts.items()):
+            found = differences(each, pairs)
+            name = f"differences-{each.setting.edits}-{each.setting.batch_size}-{number}"
+            made.add(presented.difference_grid(name, f"{title}, {each.setting.title}", found))
+            records += presented.difference_records(found)
+    made.records["differences"] = records
+
+
+def _add_changes(made: Comparison, first: FinishedRun, second: FinishedRun) -> None:
+    """Show what became of single requests from one run to another."""
+    shared = shared_requests(first, second)
+    if not shared:
+        raise InputError(
+            "the two runs have no request in common",
+            where=f"{first.folder}, {second.folder}",
+            hint="compare runs on the same data; `lightning-blue show RUN` lists a run's edits",
+        )
+    tested = between_runs(first, second)
+    found = changes(first, second)
+    names = first.folder.name, second.folder.name
+    made.add(presented.difference_grid("differences", f"{names[1]} less {names[0]}", tested))
+    made.add(presented.changes_grid(found, shared, names))
+    made.records["differences"] = presented.difference_records(tested)
+    made.records["changed"] = presented.change_records(found)
+
+
+def _add_paper(made: Comparison, name: str, scores: Sequence[ScoreTable]) -> None:
+    if name == "table3":
+        made.add(presented.table3_grid([found for each in scores for found in improvements(each)]))
+    for grid in presented.paper_grids(name, scores) if name != "table3" else ():
+        made.add(grid)
+
+
+def _add_curves(made: Comparison, scores: Sequence[ScoreTable]) -> None:
+    records = []
+    for each in scores:
+        found = curves(each)
+        records += [
+            {"edits_in_all": each.setting.edits, "batch_size": each.setting.batch_size, **line}
+            for line in presented.curve_records(found)
+        ]
+        for name, picture in figures(found, each).items():
+            made.pictures[f"curves-{each.setting.edits}-{each.setting.batch_size}-{name}"] = picture
+    made.records["curves"] = records
+
+
+def _common(paths: Sequence[Path]) -> Path:
+    """Return the folder that holds all runs: a single sweep's own, else the nearest above all."""
+    folders = [path.parent if (path / STATUS).is_file() else path for path in paths]
+    return Path(os.path.commonpath([folder.absolute() for folder in folders]))
+
+
+def _say(made: Comparison, folder: Path) -> None:
+    for grid in made.grids:
+        sys.stdout.write(f"{grid.markdown()}\n\n")
+    for left in made.left_out:
+        sys.stdout.write(f"left out: {left.folder.name}: {left.reason}\n")
+    here = folder.absolute()
+    shown = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here
+    sys.stdout.write(f"comparison: {shown / 'comparison.md'}\n")

@@ -1,0 +1,356 @@
+"""From numbers to tables that are read: scores, improvement, differences, the paper beside ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_blue.comparison import paper
+from lightning_blue.comparison.changes import Change
+from lightning_blue.comparison.curves import Curves
+from lightning_blue.comparison.differences import Difference
+from lightning_blue.comparison.grids import Cell, Grid
+from lightning_blue.comparison.improvement import Improvement
+from lightning_blue.comparison.labels import plan_title
+from lightning_blue.comparison.scores import Column, Estimate, Row, ScoreTable
+from lightning_blue.metrics import table
+from lightning_blue.reporting.tables import NOT_FINITE, value_and_error
+
+SHOWN = 20  # changed requests in a table; all are in the CSV file
+TEXT = 60  # characters of a continuation in a table
+
+
+def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
+    """Return Table 2, 4 or 5: rows of methods and plans, columns of data sets and metrics."""
+    shown = {spec.name for spec in table.of_group(group)}
+    columns = [column for column in scores.columns if column.metric in shown]
+    if not columns:
+        return None
+    rows = [
+        [*map(Cell, (row.model, row.method, plan_title(row.plan)))]
+        + [_score(scores, row, column) for column in columns]
+        for row in scores.rows
+    ]
+    several = any(cell.seed_error is not None for cell in scores.cells.values())
+    counts = sorted({cell.runs for cell in scores.cells.values()})
+    caption = "Value ± standard error over requests"
+    if several:
+        spelled = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        caption += f", means over {spelled} seeds; in brackets the standard error over seeds"
+    caption += (
+        ". Bold: best of the model's edited rows; ↑: better with BLUE than the same method with "
+        "its classic plan. "
+    )
+    specs = {column.metric: column.spec for column in columns}.values()
+    lower = [spec.title for spec in specs if spec.direction == "lower"]
+    caption += f"Lower is better for {', '.join(lower)}; " if lower else "Higher is better."
+    caption += "higher for all others." if lower else ""
+    suffix = "" if group == "scores" else f", {group}"
+    return Grid(
+        f"scores-{scores.setting.edits}-{scores.setting.batch_size}{suffix.replace(', ', '-')}",
+        f"{scores.setting.title}{suffix}",
+        caption,
+        ["model", "method", "plan", *_titles(columns)],
+        rows,
+        texts=3,
+    )
+
+
+def improvement_grid(scores: ScoreTable, found: Sequence[Improvement]) -> Grid | None:
+    """Return Table 3 for runs."""
+    if not found:
+        return None
+    rows = [
+        [
+            Cell(each.row.model),
+            Cell(each.row.method),
+            Cell("-" if each.percent is None else f"{each.percent:.2f}"),
+            Cell(f"{each.improved} of {each.columns + len(each.undefined)}"),
+            Cell(", ".join(_titles(each.undefined)) or "-"),
+        ]
+        for each in found
+    ]
+    return Grid(
+        f"improvement-{scores.setting.edits}-{scores.setting.batch_size}",
+        f"Average improvement by BLUE, {scores.setting.title}",
+        "Mean over efficacy, generalization, specificity, fluency and consistency (those that were "
+        "measured; the first three on data without true objects) of 100 (with BLUE - without) / "
+        "without, in percent. A column that is zero without BLUE has no relative change and is "
+        "left out.",
+        ["model", "method", "improvement (%)", "columns improved", "left out"],
+        rows,
+        texts=2,
+    )
+
+
+def difference_grid(name: str, title: str, found: Sequence[Difference]) -> Grid | None:
+    """Return paired tests as a table."""
+    if not found:
+        return None
+    seeds = any(each.seed_p is not None for each in found)
+    header = ["model", "method", "data", "metric", "difference", "requests", "better", "worse"]
+    header += [
+        "test",
+        "p",
+        "adjusted p",
+        *(["seeds", "over seeds", "p over seeds"] if seeds else []),
+    ]
+    rows = []
+    for each in found:
+        method = each.second.method
+        if each.first.method != method or each.first.plan == each.second.plan:
+            method = _less(each.second, each.first)
+        texts = [each.second.model, method, each.data, table.by_name(each.metric).label]
+        texts += [_signed(each.value, each.standard_error), f"{each.requests}"]
+        texts += [f"{each.better}", f"{each.worse}", each.test, _p(each.p), _p(each.adjusted)]
+        if seeds:
+            over = each.seed_error is not None
+            texts += [f"{each.seeds}", _signed(each.value, each.seed_error) if over else "-"]
+            texts += ["-" if each.seed_p is None else _p(each.seed_p)]
+        rows.append([*map(Cell, texts)])
+    caption = (
+        "Difference ± standard error over the requests that both have edited, paired; better and "
+        "worse count them. McNemar: exact test of a metric that is 0 or 1; permutation: flipped "
+        "signs of the differences, of the mean over seeds where there are several. Adjusted: "
+        "Benjamini and Hochberg, over this table."
+    )
+    if seeds:
+        caption += " Over seeds: ± standard error of the seeds' differences, paired t-test."
+    return Grid(name, title, caption, header, rows, texts=4)
+
+
+def paper_grids(name: str, scores: Sequence[ScoreTable]) -> list[Grid]:
+    """Put ours and the paper's side by side: a table for each metric and data set."""
+    if name == "table3":
+        return []
+    numbers = paper.of_table(name)
+    grids = []
+    for part in paper.TABLES[name]:
+        published = [number for number in numbers if number.table == part]
+        for data in (paper.COUNTERFACT, paper.ZSRE):
+            for metric in dict.fromkeys(n.metric for n in published if n.data == data):
+                cells = {
+                    (n.row.method, n.row.plan, n.row.model): n
+                    for n in published
+                    if (n.data, n.metric) == (data, metric)
+                }
+                grids.append(_paper_grid(part, data, metric, cells, scores))
+    return grids
+
+
+def table3_grid(ours: Sequence[Improvement]) -> Grid:
+    """Put our average improvements beside the paper's, recomputed from its Table 2."""
+    theirs = paper.table3()
+    models = list(dict.fromkeys(model for model, _ in theirs))
+    mine = list(dict.fromkeys(each.row.model for each in ours))
+    found = {(each.row.model, each.row.method): each.percent for each in ours}
+    methods = list(dict.fromkeys([*(method for _, method in theirs), *(m for _, m in found)]))
+    rows = [
+        [Cell(method)]
+        + [_percent(found.get((model, method))) for model in mine]
+        + [_percent(theirs.get((model, method))) for model in models]
+        for method in methods
+    ]
+    return Grid(
+        "paper-table3",
+        "Average improvement by BLUE in percent, and the paper's Table 3",
+        "The paper's numbers are recomputed from its Table 2, with PRUNE on GPT-J without zsRE, "
+        "and agree with its Table 3 to the second decimal.",
+        ["method", *(f"{model} (here)" for model in mine), *(f"{m} (paper)" for m in models)],
+        rows,
+    )
+
+
+def changes_grid(found: Sequence[Change], shared: int, names: tuple[str, str]) -> Grid:
+    """Return the requests that changed most, with texts."""
+    half = SHOWN // 2
+    shown = found if len(found) <= SHOWN else [*found[:half], *found[-half:]]
+    rows = [
+        [
+            Cell(change.request[0]),
+            Cell(_cut(change.request[1])),
+            Cell(_cut(change.request[2])),
+            Cell(", ".join(f"{n} {a:.2g} → {b:.2g}" for n, (a, b) in change.metrics.items())),
+            Cell(f"{change.probability[0]:.3f} → {change.probability[1]:.3f}"),
+            *(Cell(_cut(text)) for text in change.text),
+        ]
+        for change in shown
+    ]
+    caption = (
+        f"{len(found)} of {shared} shared requests changed in efficacy, generalization or "
+        "specificity; what was lost comes first."
+    )
+    if len(shown) < len(found):
+        caption += f" Shown are the {half} greatest losses and gains; all are in changed.csv."
+    first, second = names
+    header = ["request", "prompt", "new object", "metrics", "p(new)", f"A: {first}", f"B: {second}"]
+    return Grid("changed", f"Requests that changed from {first} to {second}", caption, header, rows)
+
+
+def score_records(scores: Sequence[ScoreTable]) -> list[dict[str, Any]]:
+    """Return every estimate as one line of a CSV file."""
+    return [
+        {
+            "edits": each.setting.edits,
+            "batch_size": each.setting.batch_size,
+            **row._asdict(),
+            **column._asdict(),
+            **vars(each.cells[row, column]),
+            "best": each.best(row, column),
+            "improved_by_blue": each.improved(row, column) if each.classic(row) else None,
+        }
+        for each in scores
+        for row in each.rows
+        for column in each.columns
+        if (row, column) in each.cells
+    ]
+
+
+def difference_records(found: Sequence[Difference]) -> list[dict[str, Any]]:
+    """Return every test as one line of a CSV file."""
+    return [
+        {
+            **{f"first_{key}": value for key, value in each.first._asdict().items()},
+            **{f"second_{key}": value for key, value in each.second._asdict().items()},
+            **{k: v for k, v in vars(each).items() if k not in ("first", "second")},
+        }
+        for each in found
+    ]
+
+
+def improvement_records(found: Sequence[Improvement]) -> list[dict[str, Any]]:
+    """Return every average improvement as one line of a CSV file."""
+    return [
+        {
+            **each.row._asdict(),
+            "percent": each.percent,
+            "columns": each.columns,
+            "improved": each.improved,
+            "undefined": "; ".join(_titles(each.undefined)),
+        }
+        for each in found
+    ]
+
+
+def curve_records(found: Curves) -> list[dict[str, Any]]:
+    """Return every point of the curves as one line of a CSV file."""
+    return [
+        {**row._asdict(), "data": data, "metric": metric, **point._asdict()}
+        for (data, metric, row), points in found.items()
+        for point in points
+    ]
+
+
+def change_records(found: Sequence[Change]) -> list[dict[str, Any]]:
+    """Return every request that changed as one line of a CSV file."""
+    return [
+        {
+            **dict(zip(("case_id", "prompt", "target_new"), change.request, strict=True)),
+            **{
+                f"{name}_{run}": value
+                for name, pair in change.metrics.items()
+                for run, value in zip("ab", pair, strict=True)
+            },
+            **dict(zip(("probability_a", "probability_b"), change.probability, strict=True)),
+            **dict(zip(("text_a", "text_b"), change.text, strict=True)),
+        }
+        for change in found
+    ]
+
+
+def _paper_grid(
+    part: str,
+    data: str,
+    metric: str,
+    published: dict[tuple[str, str, str], paper.Published],
+    scores: Sequence[ScoreTable],
+) -> Grid:
+    """Ours and theirs for one metric: a row for each method and plan, a column for each model."""
+    protocol = {paper.COUNTERFACT: "counterfact", paper.ZSRE: "zsre"}[data]
+    ours: dict[tuple[str, str, str], Estimate] = {}
+    for each in scores:
+        for (row, column), estimate in each.cells.items():
+            if column.metric == metric and _protocol(each, column.data) == protocol:
+                where = row.model if len(scores) == 1 else f"{row.model}, {each.setting.title}"
+                ours[row.method, row.plan, where] = estimate
+    models = list(dict.fromkeys(model for *_, model in ours))
+    theirs = list(dict.fromkeys(model for *_, model in published))
+    rows = []
+    for method, plan in dict.fromkeys((m, p) for m, p, _ in [*published, *ours]):
+        cells = [Cell(method), Cell(plan_title(plan))]
+        cells += [Cell(_text(ours.get((method, plan, model)))) for model in models]
+        for model in theirs:
+            number = published.get((method, plan, model))
+            text = "-" if number is None else f"{number.value:.2f} ± {number.error:.2f}"
+            cells.append(Cell(text))
+        rows.append(cells)
+    label = table.by_name(metric).label
+    return Grid(
+        f"paper-{part}-{data.lower()}-{metric}",
+        f"{label}, {data}: here, and in the paper's Table {part.replace('-', ', ')}",
+        f"{paper.REMARKS[part]} Models and data here need not be the paper's.".strip(),
+        ["method", "plan", *(f"{m} (here)" for m in models), *(f"{m} (paper)" for m in theirs)],
+        rows,
+        texts=2,
+    )
+
+
+def _protocol(scores: ScoreTable, data: str) -> str:
+    return next(
+        (runs[0].protocol for (_, name), runs in scores.runs.items() if name == data), "counterfact"
+    )
+
+
+def _score(scores: ScoreTable, row: Row, column: Column) -> Cell:
+    estimate = scores.cells.get((row, column))
+    return Cell(_text(estimate), scores.best(row, column), scores.improved(row, column))
+
+
+def _text(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    if not math.isfinite(estimate.value):
+        return NOT_FINITE
+    error = estimate.standard_error
+    text = value_and_error(estimate.value, error if math.isfinite(error) else None)
+    if estimate.seed_error is not None:
+        text += f" ({estimate.seed_error:.2g})"
+    return text
+
+
+def _titles(columns: Sequence[Column]) -> list[str]:
+    """Name columns; by data set too where there are several."""
+    several = len({column.data for column in columns}) > 1
+    return [
+        f"{column.data}: {column.spec.label}" if several else column.spec.label
+        for column in columns
+    ]
+
+
+def _less(second: Row, first: Row) -> str:
+    """Name a difference of rows; a plan that both have is said once."""
+    plans = [plan_title(row.plan) for row in (second, first)]
+    if second.method == first.method:
+        return f"{second.method}, {plans[0]} less {plans[1]}"
+    if plans[0] == plans[1]:
+        return f"{second.method} less {first.method}, {plans[0]}"
+    return f"{second.method}, {plans[0]} less {first.method}, {plans[1]}"
+
+
+def _signed(value: float, error: float | None) -> str:
+    text = value_and_error(value, error if error is not None and math.isfinite(error) else None)
+    return text if value < 0 else f"+{text}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _percent(value: float | None) -> Cell:
+    return Cell("-" if value is None else f"{value:.2f}")
+
+
+def _cut(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= TEXT else flat[: TEXT - 1] + "…"

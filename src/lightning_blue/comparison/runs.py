@@ -1,0 +1,179 @@
+"""Read finished runs from their folders; name those that cannot be compared, and why."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lightning_blue.comparison.labels import Labels, labels
+from lightning_blue.reporting.files import flat
+from lightning_blue.reporting.record import STATUS, read_status
+from lightning_blue.support.errors import InputError, first_line
+
+# Keys that do not make another run of what is compared: where and how it was made and measured.
+NOT_COMPARED = ("run/", "trainer/", "ckpt_path", "base", "measure/", "guard/")
+DEPTH = 3  # folders below a given one in which runs are looked for
+
+Request = tuple[str, str, str]  # case id, prompt, new object
+
+
+class LeftOut(NamedTuple):
+    """A run that is in no table, and why."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has applied and measured all of its requests.
+
+    Attributes:
+        folder: of the run.
+        config: the resolved configuration under flat keys.
+        summary: the numbers of ``summary.json``.
+        labels: what it is in a table.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    labels: Labels
+
+    @cached_property
+    def requests(self) -> dict[Request, dict[str, Any]]:
+        """The lines of ``edits.jsonl``, by what was asked for.
+
+        Raises:
+            InputError: if the file is missing or damaged.
+        """
+        path = self.folder / "edits.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return {(row["case_id"], row["prompt"], row["target_new"]): row for row in rows}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"the edits of a run cannot be read: {error}",
+                where=str(path),
+                hint="leave the run out, or make it again",
+            ) from error
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the requests, in any order."""
+        return hashlib.sha256(repr(sorted(self.requests)).encode()).hexdigest()[:8]
+
+    @property
+    def protocol(self) -> str:
+        """``counterfact`` or ``zsre``."""
+        return str(self.summary.get("protocol", "counterfact"))
+
+    def value(self, stage: str, metric: str, field: str = "") -> float | None:
+        """Return a number of a stage, NaN if it was not finite, None if it was not measured."""
+        key = f"{stage}/{metric}"
+        if f"{key}/count" not in self.summary and key not in self.summary:
+            return None
+        number = self.summary.get(f"{key}/{field}" if field else key)
+        return math.nan if number is None else float(number)
+
+    def curve(self, metric: str) -> list[tuple[int, float, float]]:
+        """Return the cumulative measurement over edits applied: edits, value, standard error."""
+        points = []
+        for row in self._metrics:
+            value, error = (
+                row.get(f"cumulative/{metric}"),
+                row.get(f"cumulative/{metric}/standard_error"),
+            )
+            if value and math.isfinite(float(value)):
+                points.append((int(float(row["edits/applied"])), float(value), float(error or 0)))
+        return points
+
+    @cached_property
+    def _metrics(self) -> list[dict[str, str]]:
+        path = self.folder / "metrics.csv"
+        if not path.is_file():
+            return []
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]:
+    """Read the runs in folders.
+
+    Args:
+        paths: of runs, or of folders that hold runs.
+
+    Raises:
+        InputError: if a path holds no run, or no run is finished.
+    """
+    runs: list[FinishedRun] = []
+    left_out: list[LeftOut] = []
+    seen: dict[str, Path] = {}
+    for folder in dict.fromkeys(folder for path in paths for folder in _folders(path)):
+        found = _read(folder)
+        if isinstance(found, LeftOut):
+            left_out.append(found)
+            continue
+        first = seen.setdefault(_described(found), folder)
+        if first == folder:
+            runs.append(found)
+        else:
+            left_out.append(LeftOut(folder, f"it repeats {first.name}"))
+    if not runs:
+        reasons = "; ".join(f"{left.folder.name}: {left.reason}" for left in left_out[:5])
+        raise InputError(
+            f"none of {len(left_out)} runs can be compared: {reasons}",
+            where=", ".join(map(str, paths)),
+            hint="let them finish: the command of each with --ckpt_path=last",
+        )
+    return runs, left_out
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """Yield the run folders at or below a path."""
+    if not path.is_dir():
+        raise InputError(
+            "there is no such folder of runs", where=str(path), hint="give a folder under runs/"
+        )
+    levels = ["*/" * level + STATUS for level in range(DEPTH + 1)]
+    found = sorted(file.parent for level in levels for file in path.glob(level))
+    if not found:
+        raise InputError(
+            "the folder holds no runs",
+            where=str(path),
+            hint="give the folder of a run, which holds run.json, or one with such folders in it",
+        )
+    yield from found
+
+
+def _described(run: FinishedRun) -> str:
+    """Spell what a run is; two runs of which it is the same are no two seeds."""
+    kept = {key: value for key, value in run.config.items() if not key.startswith(NOT_COMPARED)}
+    return json.dumps([kept, run.digest], sort_keys=True, default=str)
+
+
+def _read(folder: Path) -> FinishedRun | LeftOut:
+    status = read_status(folder)
+    if status.get("command", "fit") != "fit":
+        return LeftOut(folder, "it measured a model without editing it")
+    if status.get("status") != "finished":
+        said = str(status.get("status", "unknown"))
+        reason = str(status.get("reason") or "")
+        return LeftOut(folder, f"{said}: {reason}" if reason else said)
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        run = FinishedRun(folder, config, summary, labels(config))
+        _ = run.requests
+        return run
+    except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
+        return LeftOut(folder, f"its files cannot be read: {first_line(error)}")

@@ -1,0 +1,59 @@
+"""What runs of a sweep have in common, and who computes it.
+
+Covariances are collected by a process of their own before the runs that need them start, because
+several runs would otherwise collect the same ones at the same time. What was measured of the
+unedited model is kept by the first run that gets there, behind a lock
+(:class:`lightning_blue.metrics.unedited.UneditedMeasurements`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blue_callbacks.plans import layer_updates
+from lightning_blue.sweeps.planned import PlannedRun
+from lightning_blue.sweeps.tasks import StatsTask
+
+MODEL = ("model/name_or_path", "model/dtype", "model/revision")
+SOURCE = "model/covariance/"
+GIVEN = "model/covariance/path"  # a file of the user's, from which nothing is collected
+
+
+def covariance_tasks(runs: Sequence[PlannedRun]) -> list[StatsTask]:
+    """Return what collects the covariances that two or more of the runs need.
+
+    Of runs on the same model and text, one task for each set of layers that no other holds, in
+    that order: layers that a file lacks are added to it.
+    """
+    by_source: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        if not run.config.get(GIVEN):
+            by_source.setdefault(_source_key(run.config), []).append(run)
+    tasks = []
+    for key, group in by_source.items():
+        if len(group) < 2:
+            continue
+        covered: set[int] = set()
+        for run in sorted(group, key=lambda run: -len(_written(run))):
+            layers = _written(run)
+            if not layers <= covered:
+                covered |= layers
+                named = "-".join(map(str, sorted(layers)))
+                name = f"stats-{key}-layers-{named}"
+                tasks.append(StatsTask(name, ("stats", *run.args), run.root))
+    return tasks
+
+
+def _written(run: PlannedRun) -> set[int]:
+    """Return the layers that a run writes."""
+    updates = layer_updates(run.config["update/plan"], run.config["update/layers"])
+    return {update.layer for update in updates}
+
+
+def _source_key(config: Mapping[str, Any]) -> str:
+    """Hash what a covariance depends on, but for the layer."""
+    kept = {key: value for key, value in config.items() if key in MODEL or key.startswith(SOURCE)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]

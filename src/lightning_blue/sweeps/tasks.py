@@ -1,0 +1,237 @@
+"""One process of a sweep: started once, whoever asks, and told what became of it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from lightning_blue.reporting.record import read_status
+from lightning_blue.support.errors import InputError, first_line
+from lightning_blue.support.storage import make_folder, write_atomic
+from lightning_blue.sweeps.planned import DIGITS, PlannedRun
+
+SHOWN = ("efficacy", "generalization", "specificity")  # on the line of a run
+NO_RESULT = "its folder does not hold the run that the sweep asks for; move it away"
+_PAUSE = 0.2  # seconds between two looks at a lock
+
+
+class StoppedWaiting(Exception):
+    """The sweep ends, and a task that waited for its turn is not started."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task: ``finished``, ``ended early``, ``failed``, or ``stopped``."""
+
+    name: str
+    state: str
+    said: str = ""
+    seconds: float = 0.0
+    log: Path | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is a result."""
+        return self.state in ("finished", "ended early")
+
+
+@dataclass
+class Processes:
+    """The processes that a sweep has started on this machine, so that it can end them."""
+
+    ending: threading.Event = field(default_factory=threading.Event)
+    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+
+    def end(self) -> None:
+        """Ask all processes to end, as SIGTERM does: each leaves a report of what it has done."""
+        self.ending.set()
+        for process in list(self.running):
+            with suppress(ProcessLookupError):
+                process.terminate()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command of this program that is run once, in a process of its own.
+
+    Two sweeps may ask for the same task, or one that was killed and is started again while its
+    processes go on: a lock, held by the process that works, makes the others wait for it.
+
+    Attributes:
+        name: of the task.
+        command: arguments of ``python -m lightning_blue``.
+        root: folder of the sweep, for its lock and its log.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    root: Path
+
+    @property
+    def log(self) -> Path:
+        """What the process has printed."""
+        return self.root / "logs" / f"{self.name}.log"
+
+    @property
+    def lock(self) -> Path:
+        """What a process holds while it works on the task."""
+        return self.root / "locks" / f"{self.name}.lock"
+
+    def result(self) -> Outcome | None:
+        """Return what is there already; None if there is nothing."""
+        return None
+
+    def run(self, environment: Mapping[str, str], processes: Processes | None = None) -> Outcome:
+        """Run the task, unless it is done or another process has done it meanwhile."""
+        processes = processes or Processes()
+        began = time.monotonic()
+        said = self.log.stat().st_size if self.log.exists() else 0  # by earlier attempts
+        try:
+            with self._locked(processes.ending) as lock:
+                found = self.result()
+                if found is not None:
+                    return found
+                code = self._start(environment, processes, lock)
+        except StoppedWaiting:
+            return Outcome(self.name, "stopped")
+        except (OSError, InputError) as error:  # a full disk, for instance
+            return Outcome(self.name, "failed", first_line(error), 0.0, self.log)
+        stopped = processes.ending.is_set()
+        return self._outcome(code, time.monotonic() - began, stopped, said)
+
+    def _start(self, environment: Mapping[str, str], processes: Processes, lock: IO[str]) -> int:
+        """Run the process to its end; it holds the lock too, should this one die."""
+        make_folder(self.log.parent)
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lightning_blue", *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                pass_fds=[lock.fileno()],
+                start_new_session=True,  # Ctrl-C reaches the sweep, which ends its runs
+            )
+        processes.running.add(process)
+        if processes.ending.is_set():
+            process.terminate()
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"{process.pid}\n")
+        lock.flush()
+        code = process.wait()
+        processes.running.discard(process)
+        return code
+
+    @contextmanager
+    def _locked(self, ending: threading.Event) -> Iterator[IO[str]]:
+        """Hold the task's lock, once no other process does; the system frees it with its holder."""
+        make_folder(self.lock.parent)
+        with self.lock.open("a+") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if ending.wait(_PAUSE):
+                        raise StoppedWaiting from None
+            yield lock
+
+    def _outcome(self, code: int, seconds: float, stopped: bool, said: int) -> Outcome:
+        if code == 0:
+            return self.result() or Outcome(self.name, "failed", NO_RESULT, seconds, self.log)
+        state = "stopped" if stopped else "failed"
+        return Outcome(self.name, state, self._reason(code, said), seconds, self.log)
+
+    def _reason(self, code: int, said: int) -> str:
+        """Say why the process failed: its last error message, or how it ended."""
+        with suppress(OSError):
+            lines = self.log.read_bytes()[said:].decode(errors="replace").splitlines()
+            for line in reversed(lines[-40:]):
+                if line.startswith("error: "):
+                    return line.removeprefix("error: ")
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+
+@dataclass(frozen=True)
+class RunTask(Task):
+    """A run of the sweep."""
+
+    planned: PlannedRun
+
+    @property
+    def lock(self) -> Path:
+        """A lock for what the run is, whatever the axes are called."""
+        return self.root / "locks" / f"{self.planned.identity[:DIGITS]}.lock"
+
+    def result(self) -> Outcome | None:
+        """Return the run's outcome where it is finished."""
+        state = self.planned.state
+        if state not in ("finished", "ended early"):
+            return None
+        folder = self.planned.folder
+        said = str(read_status(folder).get("reason", "")) if state == "ended early" else ""
+        summary = _summary(folder)
+        seconds = summary.get("seconds/total") or 0.0
+        scores = [
+            f"{name} {summary[f'post/{name}']:.1f}"
+            for name in SHOWN
+            if isinstance(summary.get(f"post/{name}"), float | int)
+        ]
+        return Outcome(
+            self.name, state, ", ".join([said, *scores] if said else scores), seconds, self.log
+        )
+
+
+@dataclass(frozen=True)
+class StatsTask(Task):
+    """Covariances that several runs need, collected before they start."""
+
+    @property
+    def done(self) -> Path:
+        """A file that says so."""
+        return self.root / "locks" / f"{self.name}.done"
+
+    def result(self) -> Outcome | None:
+        """Return that they were collected for this sweep."""
+        return Outcome(self.name, "finished", "", 0.0, self.log) if self.done.exists() else None
+
+    def _outcome(self, code: int, seconds: float, stopped: bool, said: int) -> Outcome:
+        if code == 0:
+            write_atomic(self.done, "")
+        outcome = super()._outcome(code, seconds, stopped, said)
+        return Outcome(outcome.name, outcome.state, outcome.said, seconds, self.log)
+
+
+def environment(threads: int | None = None, device: str | None = None) -> dict[str, str]:
+    """Return the environment of a process: its share of threads, and its own device.
+
+    Args:
+        threads: of the processor; None leaves them as they are.
+        device: value of ``CUDA_VISIBLE_DEVICES``; None leaves all of them visible.
+    """
+    own = dict(os.environ)
+    own.pop("PL_GLOBAL_SEED", None)
+    if threads is not None:
+        own |= {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    if device is not None:
+        own["CUDA_VISIBLE_DEVICES"] = device
+    return own
+
+
+def _summary(folder: Path) -> dict[str, float]:
+    try:
+        found: dict[str, float] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found

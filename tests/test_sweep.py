@@ -1,0 +1,620 @@
+"""Sweeps: the axes of a file, the identity of a run, what is shared, and going on after a kill.
+
+``make sweepkill`` kills a sweep of six runs three times instead of one run of two.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_blue.__main__ import main
+from lightning_blue.cli.experiment_commands import parse
+from lightning_blue.comparison.labels import labels
+from lightning_blue.metrics.evaluation import Evaluation, RequestOutcome
+from lightning_blue.metrics.unedited import UneditedMeasurements
+from lightning_blue.support.errors import InputError
+from lightning_blue.sweeps.launch import run_here, slot_environments
+from lightning_blue.sweeps.planned import plan_runs
+from lightning_blue.sweeps.shared import covariance_tasks
+from lightning_blue.sweeps.sweep_file import read_sweep
+from lightning_blue.sweeps.tasks import Outcome, StatsTask, Task, environment
+from test_conf import CONF, flags, small_run  # noqa: F401  (a fixture)
+
+PAPER = CONF / "paper"
+WHOLE = "SWEEP_KILLS" in os.environ
+KILLS = int(os.environ.get("SWEEP_KILLS", "1"))
+pytestmark = pytest.mark.filterwarnings("ignore:.*args parameter is intended")
+LIMIT = 600  # seconds; a machine may be busy
+
+
+def write(folder: Path, parameters: dict, name: str = "sweep.yaml", **more: object) -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump({"parameters": parameters, **more}, sort_keys=False))
+    return path
+
+
+# the file
+
+
+def test_combinations_are_the_product_with_run_files_before_keys(tmp_path):
+    path = write(
+        tmp_path,
+        {
+            "update.plan": {"values": ["even", "boundary"]},
+            "method": {"values": ["rows/rect.yaml", "rows/memit.yaml + more.yaml"]},
+            "guard.action": {"value": "off"},
+            "update.layers": {"value": [1, 2]},
+        },
+    )
+    sweep = read_sweep(path)
+    assert sweep.name == "sweep"
+    made = [sweep.args(values) for values in sweep.combinations()]
+    keys = ["--guard.action=off", "--update.layers=[1, 2]"]
+    rect = [f"--config={tmp_path / 'rows/rect.yaml'}"]
+    memit = [f"--config={tmp_path / 'rows/memit.yaml'}", f"--config={tmp_path / 'more.yaml'}"]
+    assert made == [
+        [*files, f"--update.plan={plan}", *keys]
+        for plan in ("even", "boundary")
+        for files in (rect, memit)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("parameters: {a.b: {values: [1]}}\nmethod: bayes", "method is 'bayes'"),
+        ("parametrs: {a.b: {values: [1]}}", "no key 'parametrs'"),
+        ("name: x", "no parameters"),
+        ("parameters: {update.plan: [even]}", "either values or value"),
+        ("parameters: {update.ridge: {min: 0, max: 1}}", "either values or value"),
+        ("parameters: {update: {parameters: {plan: {values: [even]}}}}", "either values or value"),
+        ("parameters: {update.plan: {values: []}}", "at least one value"),
+        ("parameters: {run.name: {values: [a, b]}}", "decided by the sweep"),
+        ("parameters: {a: [", "not valid YAML"),
+        ("- a", "no keys and values"),
+        (None, "no such sweep file"),
+    ],
+)
+def test_files_that_are_no_sweep(tmp_path, content, said):
+    path = tmp_path / "sweep.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=said) as refused:
+        read_sweep(path)
+    assert "where:" in str(refused.value)
+    assert "hint:" in str(refused.value)
+
+
+def test_axes_can_be_narrowed(tmp_path):
+    axes = {
+        "update.plan": {"values": ["even", "boundary", "first"]},
+        "update.rect_keep": {"values": [None, 0.4]},
+        "update.past_keys": {"values": [True, False]},
+    }
+    sweep = read_sweep(write(tmp_path, axes))
+    kept = sweep.narrowed(
+        ["update.plan=first", "update.plan=even", "update.rect_keep=null", "update.past_keys=True"]
+    )
+    assert dict(kept.axes) == {
+        "update.plan": ["first", "even"],
+        "update.rect_keep": [None],
+        "update.past_keys": [True],
+    }
+    for choice, said in (("plan=even", "no axis 'plan'"), ("update.plan=last", "no value 'last'")):
+        with pytest.raises(InputError, match=said):
+            sweep.narrowed([choice])
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("*table2.yaml")), ids=lambda path: path.stem)
+def test_a_wandb_agent_takes_the_same_file(path):
+    """W&B's own code makes the command of each combination; it asks for that combination alone."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    content = yaml.safe_load(path.read_text())
+    sweep = read_sweep(path)
+    combinations = list(sweep.combinations())
+    for values in (combinations[0], combinations[-1]):
+        given = {key: {"value": value} for key, value in {**sweep.fixed, **values}.items()}
+        macros = create_sweep_command_args({"args": given})
+        macros |= {"env": ["/usr/bin/env"], "interpreter": ["python"]}
+        command: list[str] = []
+        for part in create_sweep_command(content["command"]):
+            macro = part[2:-1] if part.startswith("${") else None
+            command += macros[macro] if macro else [part]
+        assert command[:6] == [
+            "/usr/bin/env",
+            "python",
+            "-m",
+            "lightning_blue",
+            "sweep",
+            f"conf/paper/{path.name}",
+        ]
+        chosen, for_fit = parse("sweep", command[5:])
+        assert not for_fit
+        assert list(sweep.narrowed(chosen.choices).combinations()) == [values]
+
+
+# identity
+
+
+@pytest.fixture(scope="module")
+def planned(small_run):  # noqa: F811
+    """Plan the runs of a sweep over plans with the small run's flags."""
+
+    def plan(path: Path, root: Path, *more: str):
+        return plan_runs(read_sweep(path), root, [*flags(small_run, "llama3"), *more])
+
+    return plan
+
+
+LLAMA = {"model": {"value": str(CONF / "llama3_memit_blue.yaml")}}
+
+
+def test_identity_is_what_a_run_is_and_not_where_or_under_which_name(planned, tmp_path, small_run):  # noqa: F811
+    path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even", "boundary"]}})
+    even, boundary = planned(path, tmp_path)
+    assert even.identity != boundary.identity
+    assert even.name == f"even-{even.identity[:10]}"
+    elsewhere = ["--run.wandb=offline", "--run.export=false", "--model.covariance.cache=other"]
+    assert planned(path, tmp_path / "x", *elsewhere)[0].identity == even.identity
+    named = write(
+        tmp_path, {**LLAMA, "which": {"values": ["a/even.yaml", "a/boundary.yaml"]}}, "other.yaml"
+    )
+    (tmp_path / "a").mkdir()
+    for plan in ("even", "boundary"):
+        (tmp_path / "a" / f"{plan}.yaml").write_text(f"update: {{plan: {plan}}}")
+    assert [run.identity for run in planned(named, tmp_path)] == [even.identity, boundary.identity]
+    assert planned(path, tmp_path, "--update.ridge=3")[0].identity != even.identity
+    narrowed = plan_runs(
+        read_sweep(path).narrowed(["update.plan=even"]), tmp_path, flags(small_run, "llama3")
+    )
+    assert [run.name for run in narrowed] == [even.name]
+
+
+def test_identity_knows_the_content_of_local_files(planned, tmp_path):
+    from lightning_blue.sweeps.planned import _fingerprint
+
+    facts = tmp_path / "facts.json"
+    facts.write_text('[{"subject": "Lyon", "prompt": "{} is near", "target_new": "Rome"}]')
+    path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even"]}})
+    (before,) = planned(path, tmp_path, f"--data.path={facts}")
+    facts.write_text(facts.read_text().replace("Rome", "Oslo"))
+    _fingerprint.cache_clear()
+    (after,) = planned(path, tmp_path, f"--data.path={facts}")
+    assert before.config == after.config
+    assert before.identity != after.identity
+
+
+def test_two_combinations_that_are_the_same_run_are_refused(planned, tmp_path):
+    path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even", "even"]}})
+    with pytest.raises(InputError, match="are the same run"):
+        planned(path, tmp_path)
+
+
+def test_a_folder_counts_by_its_content(planned, tmp_path):
+    path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even"]}})
+    (run,) = planned(path, tmp_path)
+    assert run.state == "new"
+    folder = tmp_path / "sweep" / f"called-otherwise-{run.identity[:10]}"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "finished"}))
+    nested: dict = {}
+    for key, value in {**run.config, "run/name": "called-otherwise"}.items():
+        *above, last = key.split("/")
+        place = nested
+        for part in above:
+            place = place.setdefault(part, {})
+        place[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(nested))
+    assert run.state == "finished"
+    assert run.folder == folder
+    nested["update"]["ridge"] = 3.0
+    (folder / "config.yaml").write_text(yaml.safe_dump(nested))
+    assert run.state == "new"
+
+
+# the committed sweeps
+
+
+COUNTS = {
+    "table2": (48, []),
+    "table4": (48, ["data=zsre.yaml", "run=../gpt2xl_memit_blue.yaml", "run=../gptj_rect.yaml"]),
+    "table5": (24, ["data=zsre.yaml", "run=../gptj_pmet.yaml", "run=../gptj_pmet_blue.yaml"]),
+    "fig6": (8, []),
+    "small_table2": (24, ["seed_everything=1"]),
+    "smollm_table2": (8, []),
+}
+SWEEPS = [path for path in sorted(PAPER.glob("*.yaml")) if "parameters" in path.read_text()]
+
+
+def test_every_committed_sweep_has_a_test():
+    assert {path.stem for path in SWEEPS} == set(COUNTS)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_committed_sweeps_resolve(path, tmp_path):
+    """Without a model, data or a GPU: each combination is parsed as `fit` would."""
+    count, choices = COUNTS[path.stem]
+    sweep = read_sweep(path)
+    assert sweep.name == path.stem
+    assert len(list(sweep.combinations())) == count
+    if path.stem == "table2":
+        choices = ["data=counterfact.yaml"]
+    runs = plan_runs(sweep.narrowed(choices), tmp_path)
+    shown = {labels(run.config) for run in runs}
+    assert len(shown) == (len(runs) if path.stem != "table5" else len(runs) // 2)
+    for run in runs:
+        assert run.config["guard/action"] == "warn"
+        assert "${" not in json.dumps(run.config)
+    if path.stem == "table2":
+        models = {label.model for label in shown}
+        assert models == {"Meta-Llama-3-8B-Instruct", "gpt-j-6b", "gpt2-xl"}
+        methods = {(label.method, label.plan) for label in shown}
+        named = ("MEMIT", "PRUNE", "RECT", "AlphaEdit")
+        assert methods == {(name, plan) for name in named for plan in ("even", "boundary")}
+        assert {run.config["data/edits"] for run in runs} == {2000}
+        ridges = {
+            run.config["model/name_or_path"].rpartition("/")[2]: run.config["update/ridge"]
+            for run in runs
+            if "alphaedit_blue" in run.name
+        }
+        assert ridges == {"Meta-Llama-3-8B-Instruct": 1, "gpt-j-6b": 95, "gpt2-xl": 80}
+    if path.stem == "table4":
+        assert {run.config["data/batch_size"] for run in runs} == {10_000}
+    if path.stem == "fig6":
+        assert {run.config["trainer/val_check_interval"] for run in runs} == {5}
+
+
+# what is shared, and how tasks run
+
+
+def test_covariances_are_collected_once_for_the_layers_that_runs_write(planned, tmp_path):
+    axes = {**LLAMA, "update.plan": {"values": ["boundary", "even", "first", "last"]}}
+    runs = planned(write(tmp_path, axes), tmp_path)
+    (task,) = covariance_tasks(runs)  # even writes all layers
+    assert task.command[0] == "stats"
+    assert "--update.plan=even" in task.command
+    assert task.name.endswith("layers-4-5-6-7-8")
+    ends = covariance_tasks(runs[2:])
+    assert [one.name.rpartition("layers-")[2] for one in ends] == ["4", "8"]
+    assert covariance_tasks(runs[:1]) == []
+    other = planned(write(tmp_path, axes), tmp_path, "--model.covariance.tokens_per_dim=5")
+    assert len(covariance_tasks([*runs[:2], *other[:2]])) == 2
+    given = planned(write(tmp_path, axes), tmp_path, "--model.covariance.path=f")
+    assert covariance_tasks(given) == []
+
+
+class _Said(StatsTask):
+    """A command that needs no model; done once."""
+
+
+def test_tasks_that_fail_do_not_stop_the_others(tmp_path):
+    tasks = [
+        _Said("first", ("--version",), tmp_path),
+        Task("bad", ("evaluat",), tmp_path),
+        _Said("last", ("--version",), tmp_path),
+    ]
+    outcomes: list[Outcome] = []
+    run_here(tasks, 2, outcomes.append)
+    ended = {outcome.name: outcome for outcome in outcomes}
+    assert ended["first"].ok
+    assert ended["last"].ok
+    assert ended["bad"].state == "failed"
+    assert "there is no command 'evaluat'" in ended["bad"].said
+    assert "lightning-blue" in (tmp_path / "logs" / "first.log").read_text()
+
+
+def test_a_reason_is_the_newest_attempts(tmp_path):
+    """Not what an earlier one has left in the same log."""
+    task = Task("bad", ("--version",), tmp_path)
+    task.log.parent.mkdir()
+    task.log.write_text("error: of yesterday\n")
+    outcome = task.run(environment())
+    assert outcome.state == "failed"
+    assert "does not hold the run" in outcome.said
+    again = Task("bad", ("evaluat",), tmp_path).run(environment())
+    assert again.said.startswith("there is no command 'evaluat'")
+
+
+def test_a_task_that_another_process_works_on_is_waited_for(tmp_path):
+    """The lock is held by the process that works, even if the one that started it died."""
+    task = _Said("once", ("--version",), tmp_path)
+    (tmp_path / "locks").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+    code += "print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "locks" / "once.lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    outcomes: list[Outcome] = []
+    worker = threading.Thread(target=lambda: outcomes.append(task.run(environment())))
+    worker.start()
+    worker.join(1)
+    assert worker.is_alive()
+    task.done.touch()  # what the other one did
+    holder.communicate("")
+    worker.join(LIMIT)
+    assert outcomes[0].ok
+    assert not task.log.exists()  # nothing was started again
+
+
+def test_each_slot_has_its_share_of_threads_or_its_own_gpu(monkeypatch):
+    monkeypatch.setattr("lightning_blue.sweeps.launch.cores", lambda: 8)
+    monkeypatch.setattr("lightning_blue.sweeps.launch.visible_devices", list)
+    assert [slot["OMP_NUM_THREADS"] for slot in slot_environments(3)] == ["2", "2", "2"]
+    monkeypatch.setattr("lightning_blue.sweeps.launch.visible_devices", lambda: ["4", "6"])
+    slots = slot_environments(2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["4", "6"]
+    assert all("PL_GLOBAL_SEED" not in slot for slot in slots)
+
+
+def test_slurm_jobs_are_submitted_as_one_array(tmp_path, monkeypatch):
+    """With an ``sbatch`` that keeps what it is given."""
+    pytest.importorskip("submitit")
+    from lightning_blue.sweeps import slurm
+
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {"srun": "", "sbatch": f'cp "$1" {tmp_path}/got; echo job 12'}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    tasks = [Task(str(number), ("--version",), tmp_path) for number in range(3)]
+
+    def at_once(jobs, poll_frequency):
+        for job, task in zip(jobs, tasks, strict=True):
+            job.exception = lambda: None
+            job.result = lambda task=task: Outcome(task.name, "finished")
+            yield job
+
+    import submitit.helpers
+
+    monkeypatch.setattr(submitit.helpers, "as_completed", at_once)
+    outcomes: list[Outcome] = []
+    slurm.run_on_slurm(tasks, 2, {"partition": "gpu"}, tmp_path / "jobs", outcomes.append)
+    assert [outcome.name for outcome in outcomes] == ["0", "1", "2"]
+    text = (tmp_path / "got").read_text()
+    for line in ("--array=0-2%2", "--partition=gpu", "--gpus-per-node=1", "--time=1440"):
+        assert f"#SBATCH {line}" in text
+    with pytest.raises(InputError, match="Unavailable parameter"):
+        slurm.run_on_slurm(tasks, 2, {"partion": "gpu"}, tmp_path / "jobs", outcomes.append)
+    (tools / "srun").unlink()
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(InputError, match="srun"):
+        slurm.run_on_slurm(tasks, 2, {}, tmp_path / "jobs", outcomes.append)
+
+
+class Alone:
+    """The strategy of a run of one process."""
+
+    is_global_zero = True
+
+    def broadcast(self, value):
+        return json.loads(json.dumps(value))  # as far as another process
+
+
+def measured_as(value: float) -> Evaluation:
+    outcome = RequestOutcome("7", {"efficacy": 1 / 3}, value, None, 0.1, None, (True, False), "no")
+    return Evaluation(
+        {"efficacy": {"value": value, "count": 1}, "perplexity": {"count": 1}}, [outcome]
+    )
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1e-320, math.inf])
+def test_measurements_of_the_unedited_model_come_back_to_the_last_bit(tmp_path, value):
+    cache = UneditedMeasurements(tmp_path / "unedited")
+    identity = {"model": "a", "seed": 1}
+    assert cache.shared(identity, Alone(), lambda: measured_as(value)) == measured_as(value)
+    kept = cache.shared(identity, Alone(), lambda: pytest.fail("measured again"))
+    assert kept == measured_as(value)
+    assert cache.shared({"model": "a", "seed": 2}, Alone(), lambda: measured_as(3)) == measured_as(
+        3
+    )
+    assert len(list(cache.folder.glob("*.json"))) == 2
+
+
+def test_damaged_measurements_are_made_again(tmp_path):
+    cache = UneditedMeasurements(tmp_path)
+    cache.shared({"model": "a"}, Alone(), lambda: measured_as(1))
+    (file,) = tmp_path.glob("*.json")
+    for content in ("{", "[]", file.read_text().replace('"a"', '"b"')):
+        file.write_text(content)
+        assert cache.shared({"model": "a"}, Alone(), lambda: measured_as(2)) == measured_as(2)
+
+
+def test_of_several_runs_one_measures(tmp_path):
+    cache = UneditedMeasurements(tmp_path)
+    made: list[int] = []
+
+    def measure() -> Evaluation:
+        time.sleep(0.2)
+        made.append(1)
+        return measured_as(len(made))
+
+    found: list[Evaluation] = []
+    runs = [
+        threading.Thread(target=lambda: found.append(cache.shared({}, Alone(), measure)))
+        for _ in range(3)
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(LIMIT)
+    assert made == [1]
+    assert found == [measured_as(1)] * 3
+
+
+# from end to end
+
+
+@pytest.fixture(scope="module")
+def small_sweep(small_run, tmp_path_factory):  # noqa: F811
+    """A sweep file of runs of two batches; six for the whole test, else two."""
+    folder = tmp_path_factory.mktemp("sweep")
+    facts = [
+        {
+            "subject": name,
+            "prompt": "{} was born in",
+            "target_new": new,
+            "target_true": "Lyon",
+            "paraphrases": [f"The town of {name} is"],
+            "neighborhood_prompts": ["Danielle was born in"],
+        }
+        for name, new in (("Zoë", "Rome"), ("José", "Oslo"), ("Basel", "Paris"), ("Apple", "Tokyo"))
+    ]
+    (folder / "facts.json").write_text(json.dumps(facts))
+    axes: dict = {**LLAMA, "update.plan": {"values": ["even", "boundary"]}}
+    if WHOLE:
+        axes["seed_everything"] = {"values": [0, 1, 2]}
+    path = write(folder, axes)
+    small = [*flags(small_run, "llama3"), f"--data.path={folder / 'facts.json'}"]
+    changed = ("--run.root", "--data.edits", "--run.export")
+    args = [flag for flag in small if not flag.startswith(changed)]
+    steps = ["--data.edits=4", "--data.batch_size=2", "--model.target.steps=8"]
+    return path, [*args, *steps, "--run.export=false"]
+
+
+def run_files(folder: Path, name: str) -> dict[str, object]:
+    """What a run has measured, without seconds and without where it is kept."""
+    summary = json.loads((folder / name / "summary.json").read_text())
+    edits = (folder / name / "edits.jsonl").read_text()
+    kept = {key: value for key, value in summary.items() if not key.startswith("seconds/")}
+    return {**kept, "edits": edits}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_sweep, tmp_path_factory):
+    """Every run of the sweep by `fit`, one after the other, nothing shared but the covariance."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    path, args = small_sweep
+    runs = plan_runs(read_sweep(path), root, args)
+    for run in runs:
+        alone = [arg for arg in run.command if not arg.startswith("--measure.unedited_cache")]
+        with redirect_stdout(io.StringIO()):
+            assert main(alone) == 0
+    return root / "sweep"
+
+
+def sweep_command(small_sweep, root: Path) -> list[str]:
+    path, args = small_sweep
+    return ["sweep", str(path), *args, f"--root={root}", "--jobs=2" if WHOLE else "--jobs=1"]
+
+
+def processes(root: Path) -> list[int]:
+    """The processes that hold the locks of a sweep, as they have noted."""
+    pids = [(root / "sweep").glob("locks/*.lock")]
+    noted = [file.read_text().strip() for files in pids for file in files]
+    return [int(pid) for pid in noted if pid]
+
+
+def wait_for(what, process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not what() and time.monotonic() < deadline:
+        if process is not None and process.poll() is not None:
+            return
+        time.sleep(0.05)
+
+
+def table(folder: Path, tmp_path: Path) -> list[dict[str, str]]:
+    output = tmp_path / f"comparison-{folder.parent.name}"
+    with redirect_stdout(io.StringIO()):
+        assert main(["compare", str(folder), f"--output={output}"]) == 0
+    with (output / "scores.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def check_same(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    names = [file.parent.name for file in uninterrupted.glob("*/summary.json")]
+    assert len(names) == (6 if WHOLE else 2)
+    for name in names:
+        assert run_files(root / "sweep", name) == run_files(uninterrupted, name), name
+    assert table(root / "sweep", tmp_path) == table(uninterrupted, tmp_path)
+
+
+@pytest.mark.skipif(WHOLE, reason="the whole test kills the sweep itself")
+def test_a_sweep_whose_run_was_killed_goes_on_to_the_same_table(
+    small_sweep, uninterrupted, tmp_path, capsys
+):
+    """One run is killed behind its first batch; the next sweep goes on with it, and is skipped
+    by the one after that."""
+    command = sweep_command(small_sweep, tmp_path)
+
+    def kill() -> None:
+        wait_for(lambda: list(tmp_path.glob("sweep/even-*/checkpoints/batch-00001.ckpt")))
+        for pid in processes(tmp_path):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    (tmp_path / "sweep").mkdir()
+    code = main([*command, "update.plan=even"])
+    killer.join()
+    said = capsys.readouterr().out
+    assert code == 1, said
+    assert "killed by signal 9" in said
+    assert "1 of 1 runs have no result" in said
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "2 runs: 1 stopped, 1 new; 1 at a time" in said
+    assert said.count("finished") == 2
+    check_same(tmp_path, uninterrupted, tmp_path)
+    assert len(list(tmp_path.glob("sweep/unedited/*.json"))) == 1
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "2 runs: 2 finished, 0 new" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not WHOLE, reason="make sweepkill; minutes")
+def test_a_sweep_that_is_killed_goes_on_to_the_same_table(small_sweep, uninterrupted, tmp_path):
+    """Killed three times with all its runs, once alone: then its runs go on, and are waited for."""
+    command = [sys.executable, "-m", "lightning_blue", *sweep_command(small_sweep, tmp_path)]
+    for number in range(KILLS):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        wanted = 2 * number + 1  # checkpoints of different runs, ever more of them
+        wait_for(
+            lambda wanted=wanted: (
+                len(list(tmp_path.glob("sweep/*/checkpoints/batch-00001.ckpt"))) >= wanted
+            ),
+            process,
+        )
+        process.kill()
+        process.communicate()
+        if number:  # the first time, the runs survive their sweep
+            for pid in processes(tmp_path):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_same(tmp_path, uninterrupted, tmp_path)
+
+
+def test_a_sweep_that_cannot_be_run_is_one_message(tmp_path, capsys):
+    assert main(["sweep", str(tmp_path / "none.yaml")]) == 2
+    assert "no such sweep file" in capsys.readouterr().err
+    path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["evn"]}})
+    assert main(["sweep", str(path), f"--root={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "boundary" in error
+    assert "Traceback" not in error
+    assert main(["sweep", str(path), "--slurm", "time=3", "--jobs=0"]) == 2
+    assert "hint" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
