@@ -18,6 +18,7 @@ commands:
   evaluate  measure a model, edited or not, without editing it
   stats     collect the covariance of keys that fit needs (fit does it by itself)
   pretrain  train a small language model that knows given facts
+  analyze   make a study of the paper on a run file's model: analyze STUDY, or analyze all
 
   show      say what a run edited, and what is in its folder
   undo      write the model of a run without some of its edits
@@ -33,7 +34,7 @@ start here:
 """
 
 RUN_COMMANDS = ("show", "undo", "export", "apply")
-COMMANDS = ("fit", "evaluate", "stats", "pretrain", *RUN_COMMANDS)
+COMMANDS = ("fit", "evaluate", "stats", "pretrain", "analyze", *RUN_COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from blue_callbacks import (
     SingularCovarianceError,
     UnsolvableError,
 )
+from lightning_blue.cli.analyze import analyze
 from lightning_blue.cli.parser import EditCLI, RunFileCLI
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
@@ -41,7 +42,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
     """
     _quiet()
     try:
-        {"fit": fit, "evaluate": evaluate, "stats": stats, "pretrain": pretrain}[command](args)
+        _COMMANDS[command](args)
     except InputError as error:
         return _complain(str(error), 2)
     except MisconfigurationException as error:
@@ -162,3 +163,12 @@ def _complain(message: str, code: int) -> int:
     if speaks():
         sys.stderr.write(f"error: {message}\n")
     return code
+
+
+_COMMANDS = {
+    "fit": fit,
+    "evaluate": evaluate,
+    "stats": stats,
+    "analyze": analyze,
+    "pretrain": pretrain,
+}

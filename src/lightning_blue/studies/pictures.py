@@ -1,0 +1,59 @@
+"""Pictures that several studies share, in the style of a run's report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_blue.reporting.plots import BELOW, BLUE, GREEN, INK, VERMILLION, new_figure
+from lightning_blue.studies.results import Estimate
+
+KINDS: dict[str, dict[str, Any]] = {  # how each way to get a layer's residual is drawn
+    "computed": {"color": BLUE, "marker": "o"},
+    "distributed": {"color": VERMILLION, "marker": "s"},
+    "literal": {"color": GREEN, "marker": "^", "linestyle": "--"},
+}
+
+
+def by_layer(
+    axis: Axes, layers: Sequence[int], estimates: Sequence[Estimate], **style: Any
+) -> None:
+    """Draw estimates with their standard errors over layers."""
+    axis.errorbar(
+        layers,
+        [each.mean for each in estimates],
+        yerr=[each.error for each in estimates],
+        linewidth=2,
+        markersize=5,
+        capsize=3,
+        **style,
+    )
+    axis.set_xticks(list(layers))
+    axis.set_xlabel("layer")
+
+
+def lines_over_layers(
+    lines: Mapping[str, Sequence[Estimate]],
+    layers: Sequence[int],
+    styles: Mapping[str, dict[str, Any]],
+    label: str,
+) -> Figure:
+    """Draw one line for each kind, named in a legend below.
+
+    Args:
+        lines: name -> estimates by layer.
+        layers: critical layers.
+        styles: of each line, by name.
+        label: of the vertical axis.
+    """
+    figure = new_figure(6.4, 4.2)
+    axis = figure.subplots()
+    axis.axhline(0, color=INK, linewidth=0.8)
+    for name, estimates in lines.items():
+        by_layer(axis, layers, estimates, label=name, **styles[name])
+    axis.set_ylabel(label)
+    figure.legend(**BELOW, ncols=len(lines))
+    return figure
