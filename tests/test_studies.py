@@ -122,8 +122,8 @@ def test_the_bound_is_reached_and_can_fail_for_a_residual_that_was_not_distribut
     assert shrunk.error > shrunk.bound
 
 
-def test_past_keys_shrink_q_in_the_norm_of_the_covariance_but_not_always_in_the_plain_one():
-    """The plain norm can grow, though C0 + Kp Kp^T is larger: inverses squared are not ordered."""
+def test_past_keys_shrink_what_q_does_to_its_keys_but_not_always_its_norm():
+    """``Q K1`` falls as Kp is added, since inverses are ordered; their squares are not."""
     covariance = torch.diag(torch.tensor([1.0, 0.01], dtype=torch.float64))
     keys = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     past = torch.tensor([[1.0], [-0.1]], dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_past_keys_shrink_q_in_the_norm_of_the_covariance_but_not_always_in_the_
     alone = update_operator(memory, keys)
     memory.remember(past)
     then = update_operator(memory, keys)
-    assert spectral_norm(then @ covariance.sqrt()) < spectral_norm(alone @ covariance.sqrt())
+    assert spectral_norm(then @ keys) < spectral_norm(alone @ keys)
     assert spectral_norm(then) > spectral_norm(alone)
 
 

@@ -15,7 +15,7 @@ from blue_callbacks.plans import PLANS, LayerUpdate
 from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.studies.bench import Bench
 from lightning_blue.studies.confound_figure import confound_figure
-from lightning_blue.studies.results import Result, Row, of_metric
+from lightning_blue.studies.results import Result, Row, measured_of, of_metric
 
 SHOWN = ("score", "efficacy", "generalization", "specificity")
 
@@ -79,9 +79,9 @@ def confound(bench: Bench) -> Result:
     blue = PLANS["boundary"](bench.layers)
     with bench.edited(blue):
         norm = bench.update_norm()
-    rows = [
-        _row("unedited", "", "", "", "own norm", 0.0, bench.measure()),
-    ]
+    before = bench.measure()
+    (shown, *_) = measured_of(SHOWN, before)
+    rows = [_row("unedited", "", "", "", "own norm", 0.0, before)]
     for each in combinations(bench.layers):
         names = (each.label, each.written, each.target, each.share)
         with bench.edited(each.updates):
@@ -90,7 +90,7 @@ def confound(bench: Bench) -> Result:
             if own and abs(own / norm - 1) > 1e-6:
                 bench.module.rescale(norm / own)
                 rows.append(_row(*names, "equal norm", bench.update_norm(), bench.measure()))
-    return Result(rows, _finding(rows), confound_figure(rows))
+    return Result(rows, _finding(rows, shown), confound_figure(rows, shown))
 
 
 def _row(
@@ -104,23 +104,28 @@ def _row(
     return row
 
 
-def _finding(rows: list[Row]) -> str:
+def _finding(rows: list[Row], shown: str) -> str:
+    """Compare the plans, and the best of what is none, by the first metric that was measured."""
     own = {row["combination"]: row for row in rows if row["control"] == "own norm"}
     equal = {row["combination"]: row for row in rows if row["control"] == "equal norm"}
 
     def said(name: str) -> str:
         row = own[name]
-        text = f"{name} {row['score']:.1f} ± {row['score_error']:.1f} (norm {row['norm']:.3g}"
+        text = f"{name} {_value(row, shown)} (norm {row['norm']:.3g}"
         if name in equal:
-            text += f"; {equal[name]['score']:.1f} ± {equal[name]['score_error']:.1f} at BLUE's"
+            text += f"; {_value(equal[name], shown)} at BLUE's"
         return f"{text})"
 
     named = [name for name in own if name in PLANS]
     others = sorted(
         (name for name in own if name not in PLANS and name != "unedited"),
-        key=lambda name: -own[name]["score"],
+        key=lambda name: -own[name][shown],
     )
-    text = f"score of {', '.join(map(said, named))}."
+    text = f"{shown} of {', '.join(map(said, named))}."
     if others:
         text += f" The best combination that is no plan: {said(others[0])}."
     return text
+
+
+def _value(row: Row, name: str) -> str:
+    return f"{row[name]:.1f} ± {row[f'{name}_error']:.1f}"

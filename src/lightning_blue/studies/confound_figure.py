@@ -16,36 +16,39 @@ COLOURS = {"first": "#CC79A7", "last": "#E69F00", "boundary": BLUE, "all": VERMI
 MARKERS = {"full": "o", "even": "s", "square_root": "D", "as even": "v"}  # share
 
 
-def confound_figure(rows: Sequence[Row]) -> Figure:
-    """Draw each combination at its own norm and, without a name, at BLUE's.
+def confound_figure(rows: Sequence[Row], shown: str) -> Figure:
+    """Draw each combination at its own norm, and once more at BLUE's.
 
     Colours tell which layers are written, markers the share, filling whose target.
+
+    Args:
+        rows: of the study.
+        shown: the metric on the vertical axis.
     """
     figure = new_figure(10.5, 5.6)
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, control in zip(axes, ("own norm", "equal norm"), strict=True):
-        for row in rows:
-            blue = row["combination"] == "boundary"
-            if row["written"] and (row["control"] == control or blue):
-                _draw(axis, row)
-        (unedited,) = [row for row in rows if row["combination"] == "unedited"]
-        axis.axhline(unedited["score"], color=INK, linestyle=":", linewidth=1)
-        axis.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    for row in rows:
+        if row["written"] and row["control"] == "own norm":
+            _draw(axes[0], row, shown)
+    axes[0].grid(axis="x", color="#E6E6E6", linewidth=0.8)
     axes[0].set_xscale("log")
     axes[0].set_xlabel("Frobenius norm of the whole update")
-    axes[0].set_ylabel("score (%)")
+    axes[0].set_ylabel(f"{shown} (%)")
     axes[0].set_ylim(-3, 104)
-    _one_column(axes[1], rows)
+    _in_order(axes[1], rows, shown)
+    (unedited,) = [row for row in rows if row["combination"] == "unedited"]
+    for axis in axes:
+        axis.axhline(unedited[shown], color=INK, linestyle=":", linewidth=1)
     figure.legend(handles=_legend(), **BELOW, ncols=5)
     return figure
 
 
-def _draw(axis: Any, row: Row) -> None:
+def _draw(axis: Any, row: Row, shown: str) -> None:
     colour = COLOURS[row["written"]]
     axis.errorbar(
         row["norm"],
-        row["score"],
-        yerr=row["score_error"],
+        row[shown],
+        yerr=row[f"{shown}_error"],
         color=colour,
         marker=MARKERS[row["share"]],
         markersize=8,
@@ -56,7 +59,7 @@ def _draw(axis: Any, row: Row) -> None:
     if row["combination"] in PLANS:
         axis.annotate(
             row["combination"],
-            (row["norm"], row["score"]),
+            (row["norm"], row[shown]),
             textcoords="offset points",
             xytext=(7, 4),
             fontsize=9,
@@ -64,19 +67,18 @@ def _draw(axis: Any, row: Row) -> None:
         )
 
 
-def _one_column(axis: Any, rows: Sequence[Row]) -> None:
+def _in_order(axis: Any, rows: Sequence[Row], shown: str) -> None:
     """Spread the points of equal norm, in the order of their scores."""
-    axis.clear()
-    shown = [
+    alike = [
         row for row in rows if row["control"] == "equal norm" or row["combination"] == "boundary"
     ]
-    shown.sort(key=lambda row: row["score"])
-    for place, row in enumerate(shown):
-        _draw(axis, {**row, "norm": place})
-    norm = next(row["norm"] for row in rows if row["combination"] == "boundary")
+    alike.sort(key=lambda row: row[shown])
+    for place, row in enumerate(alike):
+        _draw(axis, {**row, "norm": place}, shown)
+    norm = next(row["norm"] for row in alike if row["combination"] == "boundary")
     axis.set_xticks([])
-    axis.set_xlim(-0.8, len(shown) + 1.2)
-    axis.set_xlabel(f"all at BLUE's norm, {norm:.3g}; in order of score")
+    axis.set_xlim(-0.8, len(alike) + 1.2)
+    axis.set_xlabel(f"all at BLUE's norm, {norm:.3g}; in order of {shown}")
 
 
 def _legend() -> list[Line2D]:

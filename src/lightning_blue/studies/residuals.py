@@ -182,7 +182,7 @@ def _finding(
     in_place = violations(written, "bound_assumed")
     left = [row["residual_left"] for row in written if row["layer"] == last]
     text = (
-        f"|R^l* - R^L| by layer: {apart}. The bounds hold in "
+        f"`|R^l* - R^L|` by layer: {apart}. The bounds hold in "
         f"{len(theorem) + len(lemma) - len(violations([*theorem, *lemma]))} of "
         f"{len(theorem) + len(lemma)} cases on the unedited model"
     )
@@ -212,4 +212,4 @@ def _q_norms(theorem: list[Row], lemma: list[Row], first: int, last: int) -> str
             f"batches, and with the first batch's keys held fixed to "
             f"{batches[-1]['q_norm_first_batch']:.3g}"
         )
-    return f"|Q| goes {'; '.join(parts)}."
+    return f"`|Q|` goes {'; '.join(parts)}."

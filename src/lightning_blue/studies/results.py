@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.reporting.plots import png
+from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import write_atomic
 
 Row = dict[str, Any]
@@ -153,6 +154,22 @@ def of_metric(metrics: Metrics, name: str) -> Estimate:
     """Return a metric's estimate; NaN where it was not measured or is not finite."""
     found = metrics.get(name, {})
     return Estimate(found.get("value", math.nan), found.get("standard_error", math.nan))
+
+
+def measured_of(names: Sequence[str], metrics: Metrics) -> list[str]:
+    """Return those of the names that were measured.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found = [name for name in names if name in metrics]
+    if not found:
+        raise InputError(
+            f"the requests offer nothing that could be compared: none of {', '.join(names)}",
+            where="the data",
+            hint="give requests with target_true, paraphrases and neighborhood_prompts",
+        )
+    return found
 
 
 def metric_rows(metrics: Metrics, columns: Row) -> list[Row]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib.figure import Figure
 
 from blue_callbacks.plans import LayerUpdate
@@ -10,7 +12,14 @@ from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.reporting.plots import BELOW, INK, new_figure
 from lightning_blue.studies.bench import Bench
 from lightning_blue.studies.pictures import KINDS, by_layer
-from lightning_blue.studies.results import Estimate, Result, Row, metric_rows, of_metric
+from lightning_blue.studies.results import (
+    Estimate,
+    Result,
+    Row,
+    measured_of,
+    metric_rows,
+    of_metric,
+)
 
 SHOWN = ("efficacy", "generalization", "specificity", "fluency", "consistency")
 
@@ -25,6 +34,7 @@ def single_layer(bench: Bench) -> Result:
     """
     _ = bench.targets
     before = bench.measure(generate=True)
+    names = measured_of(SHOWN, before)
     measured: Measured = {}
     for layer in bench.layers:
         for kind, update in layer_update(bench, layer).items():
@@ -33,7 +43,8 @@ def single_layer(bench: Bench) -> Result:
     rows: list[Row] = metric_rows(before, {"layer": "", "kind": "unedited"})
     for (kind, layer), metrics in measured.items():
         rows += metric_rows(metrics, {"layer": layer, "kind": kind})
-    return Result(rows, _finding(bench, before, measured), _figure(bench, before, measured))
+    finding = _finding(bench, before, measured, names)
+    return Result(rows, finding, _figure(bench, before, measured, names))
 
 
 def layer_update(bench: Bench, layer: int) -> dict[str, LayerUpdate]:
@@ -49,10 +60,10 @@ def _mean(bench: Bench, measured: Measured, kind: str, name: str) -> float:
     return sum(values) / len(values)
 
 
-def _finding(bench: Bench, before: Metrics, measured: Measured) -> str:
+def _finding(bench: Bench, before: Metrics, measured: Measured, names: Sequence[str]) -> str:
     """Compare means over layers, as the paper does."""
     parts = []
-    for name in (name for name in SHOWN if name in before):
+    for name in names:
         share, own = (_mean(bench, measured, k, name) for k in ("distributed", "computed"))
         ratio = f", {own / share:.2f} times" if share > 0 else ""
         was = of_metric(before, name).mean
@@ -62,8 +73,7 @@ def _finding(bench: Bench, before: Metrics, measured: Measured) -> str:
     return f"mean over layers: {'; '.join(parts)}."
 
 
-def _figure(bench: Bench, before: Metrics, measured: Measured) -> Figure:
-    names = [name for name in SHOWN if name in before]
+def _figure(bench: Bench, before: Metrics, measured: Measured, names: Sequence[str]) -> Figure:
     figure = new_figure(3.1 * len(names), 3.8)
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False).flat, names, strict=True):
         spec = table.by_name(name)

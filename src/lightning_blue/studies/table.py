@@ -59,9 +59,9 @@ STUDIES: dict[str, Study] = {
     "residuals": Study(
         "Residuals and the bound of the weight shift",
         "Theorem 4.1, Lemma 4.2, Fig. 5",
-        "the shift of the weights is bounded by (|R^l* - R^L| + (L - l) |R^l|) |Q|; |R^l* - R^L| "
-        "grows the farther the layer is from the last, and |Q| with the batch and with sequential "
-        "edits.",
+        "the shift of the weights is bounded by `(|R^l* - R^L| + (L - l) |R^l|) |Q|`; "
+        "`|R^l* - R^L|` grows the farther the layer is from the last, and `|Q|` with the batch and "
+        "with sequential edits.",
         residuals,
     ),
     "steps": Study(
