@@ -144,6 +144,7 @@ def _quiet() -> None:
         ".*module\\(s\\) in eval mode.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
+        ".*You defined a `validation_step`.*",  # studies edit without measuring in between
         ".*sync_dist=True.*",  # all processes log the same
     ):
         warnings.filterwarnings("ignore", pattern)

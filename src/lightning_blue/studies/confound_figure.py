@@ -31,7 +31,7 @@ def confound_figure(rows: Sequence[Row], shown: str) -> Figure:
         if row["written"] and row["control"] == "own norm":
             _draw(axes[0], row, shown)
     axes[0].grid(axis="x", color="#E6E6E6", linewidth=0.8)
-    axes[0].set_xscale("log")
+    axes[0].set_xlim(0, 1.15 * max(row["norm"] for row in rows))
     axes[0].set_xlabel("Frobenius norm of the whole update")
     axes[0].set_ylabel(f"{shown} (%)")
     axes[0].set_ylim(-3, 104)

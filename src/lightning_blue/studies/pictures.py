@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lightning_blue.reporting.plots import BELOW, BLUE, GREEN, INK, VERMILLION, new_figure
 from lightning_blue.studies.results import Estimate
@@ -33,6 +34,15 @@ def by_layer(
     )
     axis.set_xticks(list(layers))
     axis.set_xlabel("layer")
+
+
+def logarithmic(axis: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten."""
+    getattr(axis, f"set_{which}scale")("log")
+    ticks = getattr(axis, f"{which}axis")
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def lines_over_layers(

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_blue.reporting.plots import BELOW, BLUE, INK, SUCCESS_STYLES, VERMILLION, new_figure
-from lightning_blue.studies.pictures import by_layer
+from lightning_blue.studies.pictures import by_layer, logarithmic
 from lightning_blue.studies.results import Estimate, Row
 
 
@@ -37,14 +37,14 @@ def residual_figure(
     apart.set_ylim(bottom=0)
     _draw_bounds(bound, theorem, layers)
     _draw_norms(sizes, theorem, layers, "batch_size", "q_norm", "-")
-    sizes.set_xscale("log")
+    logarithmic(sizes, "x")
     sizes.set_xlabel("batch size, no earlier batches")
     _draw_norms(batches, lemma, layers, "past_keys", "q_norm", "-")
     _draw_norms(batches, lemma, layers, "past_keys", "q_norm_first_batch", "--")
     batches.set_xlabel(f"earlier edits, in batches of {batch_size}")
     for axis in (sizes, batches):
         axis.set_ylabel("|Q|")
-        axis.set_yscale("log")
+        logarithmic(axis, "y")
     handles = [
         Line2D([], [], color=colour, marker=marker, label=f"|Q|, layer {layer}")
         for layer, (colour, marker) in zip(layers, SUCCESS_STYLES, strict=False)
