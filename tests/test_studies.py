@@ -150,8 +150,8 @@ def test_bounds_on_a_models_tensors_are_those_of_dense_inverses(bench):
         assert row["q_norm"] == pytest.approx(float(torch.linalg.svdvals(q)[0]), rel=1e-6)
     lemma = residuals._lemma(bench, layer)
     assert [row["past_keys"] for row in lemma] == [0, 1, 2, 3, 4, 5]
-    k1, first, past = keys[:, 5:6], keys[:, :1], keys[:, :5]
-    for name, now in (("q_norm", k1), ("q_norm_first_batch", first)):
+    cases = {"q_norm": (keys[:, 5:], keys[:, :5]), "q_norm_first_batch": (keys[:, :1], keys[:, 1:])}
+    for name, (now, past) in cases.items():
         q = torch.linalg.solve(c0 + past @ past.T + now @ now.T, now).T
         assert lemma[-1][name] == pytest.approx(float(torch.linalg.svdvals(q)[0]), rel=1e-6)
 

@@ -49,7 +49,9 @@ def residual_figure(
         Line2D([], [], color=colour, marker=marker, label=f"|Q|, layer {layer}")
         for layer, (colour, marker) in zip(layers, SUCCESS_STYLES, strict=False)
     ]
-    handles.append(Line2D([], [], color=INK, linestyle="--", label="first batch's keys held fixed"))
+    handles.append(
+        Line2D([], [], color=INK, linestyle="--", label="the first batch's, after as many others")
+    )
     figure.legend(handles=handles, **BELOW, ncols=min(6, len(handles)))
     return figure
 
