@@ -386,7 +386,7 @@ def flags(llama, tmp_path_factory) -> list[str]:
         f"--model.covariance.cache={folder / 'stats'}",
         f"--data.path={folder / 'facts.jsonl'}",
         "--data.batch_size=2",
-        "--update.layers=[0,1,2]",
+        "--update.layers=[0,2]",
         "--update.covariance_weight=0.1",
         f"--run.root={folder / 'runs'}",
         "--run.wandb=off",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ class StudyModule(EditModule):
     would find; on edited weights it is optimised anew.
 
     Args:
-        *args: model and tokenizer.
         **settings: of `EditModule`.
 
     Attributes:
@@ -30,8 +30,8 @@ class StudyModule(EditModule):
             ``(d_model, n)``; filled while ``watching``.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         self.keep_known = self.watching = False
         self.outputs_seen: dict[int, Tensor] = {}
         self._originals: dict[WeightId, Tensor] = {}
@@ -41,16 +41,8 @@ class StudyModule(EditModule):
     @classmethod
     def of(cls, module: EditModule) -> StudyModule:
         """Wrap the model of a module, with the module's settings."""
-        return cls(
-            module.model,
-            module.tokenizer,
-            target=module.target,
-            contexts=module.contexts,
-            context_tokens=module.context_tokens,
-            covariance=module.covariance,
-            architecture=module.architecture,
-            seed=module.seed,
-        )
+        names = list(signature(EditModule.__init__).parameters)[1:]
+        return cls(**{name: getattr(module, name) for name in names})
 
     def know(self, requests: Sequence[EditRequest], targets: Mapping[int, Targets]) -> None:
         """Take over targets of the unedited model, by layer."""
