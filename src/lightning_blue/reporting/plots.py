@@ -50,7 +50,7 @@ def plots(history: RunHistory) -> dict[str, bytes]:
         "losses": losses_figure(history),
         "before_after": before_after_figure(history),
     }
-    return {name: png(figure) for name, figure in figures.items() if figure is not None}
+    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
 
 
 def metrics_figure(history: RunHistory) -> Figure | None:
@@ -62,7 +62,7 @@ def metrics_figure(history: RunHistory) -> Figure | None:
         (spec, _course(history, spec)) for spec in table.METRICS if spec.panel == "side effects"
     ]
     shown = [(spec, course) for spec, course in courses if course]
-    figure = new_figure(11 if shown else 7.5, 4.9)
+    figure = _figure(11 if shown else 7.5, 4.9)
     columns = figure.add_gridspec(1, 2 if shown else 1, width_ratios=[1.7, 1][: 1 + bool(shown)])
     left = figure.add_subplot(columns[0])
     _draw_success(left, history, before)
@@ -86,7 +86,7 @@ def losses_figure(history: RunHistory) -> Figure | None:
         return None
     rows = math.ceil(len(panels) / LAYERS_PER_ROW)
     columns = math.ceil(len(panels) / rows)
-    figure = new_figure(max(6.0, 4.4 * columns), 3.4 * rows + 0.8)
+    figure = _figure(max(6.0, 4.4 * columns), 3.4 * rows + 0.8)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     axes: list[Axes] = list(grid.flat)
     for axis, (layer, part) in zip(axes, panels, strict=False):
@@ -109,7 +109,7 @@ def before_after_figure(history: RunHistory) -> Figure | None:
     others = [spec for spec in specs if spec.unit != PERCENT]
     if not specs:
         return None
-    figure = new_figure(1.0 + 1.25 * len(percent) + 1.7 * len(others), 4.2)
+    figure = _figure(1.0 + 1.25 * len(percent) + 1.7 * len(others), 4.2)
     widths = [1.25 * len(percent)] * bool(percent) + [1.1] * len(others)
     axes = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False).flat)
     if percent:
@@ -132,15 +132,13 @@ def before_after_figure(history: RunHistory) -> Figure | None:
     return figure
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, its size in inches."""
+def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08, wspace=0.03)
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """Give a figure the common look and return it as a PNG file."""
+def _png(figure: Figure) -> bytes:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GREY)

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from blue_callbacks.plans import PLANS
-from lightning_blue.reporting.plots import BELOW, BLUE, GREEN, GREY, INK, VERMILLION, new_figure
+from lightning_blue.reporting.plots import BELOW, BLUE, GREY, INK, VERMILLION
+from lightning_blue.studies.pictures import GREEN, new_figure
 from lightning_blue.studies.results import Row
 
-COLOURS = {"first": "#CC79A7", "last": "#E69F00", "boundary": BLUE, "all": VERMILLION}  # written
+WRITTEN = {"first": "#CC79A7", "last": "#E69F00", "boundary": BLUE, "all": VERMILLION}  # written
 MARKERS = {"full": "o", "even": "s", "square_root": "D", "as even": "v"}  # share
 
 
@@ -44,7 +45,7 @@ def confound_figure(rows: Sequence[Row], shown: str) -> Figure:
 
 
 def _draw(axis: Any, row: Row, shown: str) -> None:
-    colour = COLOURS[row["written"]]
+    colour = WRITTEN[row["written"]]
     axis.errorbar(
         row["norm"],
         row[shown],
@@ -85,7 +86,7 @@ def _legend() -> list[Line2D]:
     plain: dict[str, Any] = {"linestyle": "none", "markersize": 8}
     handles = [
         Line2D([], [], color=colour, marker="o", label=f"writes {written}", **plain)
-        for written, colour in COLOURS.items()
+        for written, colour in WRITTEN.items()
     ]
     handles += [
         Line2D([], [], color=GREY, marker=marker, label=f"share {share}", **plain)

@@ -9,9 +9,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lightning_blue.reporting.plots import BELOW, BLUE, GREEN, INK, VERMILLION, new_figure
+from lightning_blue.reporting.plots import BELOW, BLUE, INK, VERMILLION
+from lightning_blue.reporting.plots import _figure as new_figure
 from lightning_blue.studies.results import Estimate
 
+__all__ = [
+    "COLOURS",
+    "GREEN",
+    "KINDS",
+    "by_layer",
+    "lines_over_layers",
+    "logarithmic",
+    "new_figure",
+]
+
+GREEN = "#009E73"
+COLOURS = (  # colour and marker of each of several lines; Okabe and Ito's, as in a run's report
+    (BLUE, "o"),
+    (VERMILLION, "s"),
+    (GREEN, "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#56B4E9", "P"),
+)
 KINDS: dict[str, dict[str, Any]] = {  # how each way to get a layer's residual is drawn
     "computed": {"color": BLUE, "marker": "o"},
     "distributed": {"color": VERMILLION, "marker": "s"},

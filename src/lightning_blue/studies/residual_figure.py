@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lightning_blue.reporting.plots import BELOW, BLUE, INK, SUCCESS_STYLES, VERMILLION, new_figure
-from lightning_blue.studies.pictures import by_layer, logarithmic
+from lightning_blue.reporting.plots import BELOW, BLUE, INK, VERMILLION
+from lightning_blue.studies.pictures import COLOURS, by_layer, logarithmic, new_figure
 from lightning_blue.studies.results import Estimate, Row
 
 
@@ -47,7 +47,7 @@ def residual_figure(
         logarithmic(axis, "y")
     handles = [
         Line2D([], [], color=colour, marker=marker, label=f"|Q|, layer {layer}")
-        for layer, (colour, marker) in zip(layers, SUCCESS_STYLES, strict=False)
+        for layer, (colour, marker) in zip(layers, COLOURS, strict=False)
     ]
     handles.append(
         Line2D([], [], color=INK, linestyle="--", label="the first batch's, after as many others")
@@ -72,7 +72,7 @@ def _draw_bounds(axis: Axes, theorem: Sequence[Row], layers: Sequence[int]) -> N
 def _draw_norms(
     axis: Axes, rows: Sequence[Row], layers: Sequence[int], over: str, name: str, dash: str
 ) -> None:
-    for layer, (colour, marker) in zip(layers, SUCCESS_STYLES, strict=False):
+    for layer, (colour, marker) in zip(layers, COLOURS, strict=False):
         of_layer = [row for row in rows if row["layer"] == layer]
         x, y = [row[over] for row in of_layer], [row[name] for row in of_layer]
         axis.plot(x, y, color=colour, marker=marker, markersize=4, linestyle=dash, linewidth=1.4)

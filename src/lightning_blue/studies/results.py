@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_blue.metrics.evaluation import Metrics
-from lightning_blue.reporting.plots import png
+from lightning_blue.reporting.plots import _png as png
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import write_atomic
 

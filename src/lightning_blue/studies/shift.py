@@ -16,12 +16,13 @@ from lightning_blue.editing.lookups import states_at_lookups
 from lightning_blue.language_model.architectures import Architecture, blocks
 from lightning_blue.language_model.loading import load_language_model
 from lightning_blue.language_model.tokens import Encoded
-from lightning_blue.reporting.plots import BELOW, BLUE, GREY, VERMILLION, new_figure
+from lightning_blue.reporting.plots import BELOW, BLUE, GREY, VERMILLION
 from lightning_blue.runs.base import UneditedModel
 from lightning_blue.runs.journal import HEADER, RECORDS, Journal
 from lightning_blue.runs.undo import write_without
 from lightning_blue.studies.bench import Bench
 from lightning_blue.studies.distances import frechet_distance, linear_cka, relative_shift
+from lightning_blue.studies.pictures import new_figure
 from lightning_blue.studies.results import Result, Row, estimate
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed

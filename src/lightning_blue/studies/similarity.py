@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_blue.reporting.plots import BLUE, GREEN, VERMILLION
+from lightning_blue.reporting.plots import BLUE, VERMILLION
 from lightning_blue.studies.bench import Bench
 from lightning_blue.studies.contribution import simulated_changes
-from lightning_blue.studies.pictures import lines_over_layers
+from lightning_blue.studies.pictures import GREEN, lines_over_layers
 from lightning_blue.studies.results import Estimate, Result, Row, estimate
 
 STYLES = {

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from blue_callbacks.plans import LayerUpdate
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics
-from lightning_blue.reporting.plots import BELOW, INK, new_figure
+from lightning_blue.reporting.plots import BELOW, INK
 from lightning_blue.studies.bench import Bench
-from lightning_blue.studies.pictures import KINDS, by_layer
+from lightning_blue.studies.pictures import KINDS, by_layer, new_figure
 from lightning_blue.studies.results import (
     Estimate,
     Result,

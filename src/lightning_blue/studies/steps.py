@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from blue_callbacks.plans import PLANS
-from lightning_blue.reporting.plots import BLUE, INK, new_figure
+from lightning_blue.reporting.plots import BLUE, INK
 from lightning_blue.studies.bench import Bench
+from lightning_blue.studies.pictures import new_figure
 from lightning_blue.studies.results import Result, Row, estimate
 
 
