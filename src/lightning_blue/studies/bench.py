@@ -21,7 +21,7 @@ from lightning_blue.editing.lookups import outputs_at_lookups
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import Targets
 from lightning_blue.editing.prompts import EditPrompts, edit_prompts
-from lightning_blue.language_model.architectures import check_layers, down_projection
+from lightning_blue.language_model.architectures import down_projection
 from lightning_blue.metrics.evaluation import Metrics, evaluate
 from lightning_blue.studies.module import StudyModule
 from lightning_blue.studies.target_files import load_or_optimise
@@ -98,7 +98,7 @@ class Bench:
         self.protocol, self.generate = protocol, generate
         self.tokens_per_batch, self.seed = tokens_per_batch, seed
         self._trainer = trainer or {}
-        check_layers(self.layers, len(self.module.blocks))
+        self.module.check_layers(self.layers)
         self.module.remember_weights(self.weights)
         self._outputs: dict[int, Tensor] = {}
 
@@ -121,6 +121,7 @@ class Bench:
     def targets(self) -> dict[int, Targets]:
         """Layer -> targets optimised on the unedited model."""
         folder = Path(self.module.covariance.cache)
+        self._measure_site()
         found = load_or_optimise(self.module, self.requests, self.layers, folder)
         self.module.know(self.requests, found)
         return found
@@ -140,13 +141,24 @@ class Bench:
         return self.target(layer) - self.output(layer)
 
     def ffn_output(self, layer: int) -> Tensor:
-        """Return what the layer's FFN adds to the residual stream, ``(d_model, n)``."""
+        """Return what the layer's FFN adds at the target site, ``(d_model, n)``."""
         module = self.module
         projection = down_projection(module.blocks[layer], module.architecture)
-        return outputs_at_lookups(module.model, projection, self.prompts)
+        return self.multiple(layer) * outputs_at_lookups(module.model, projection, self.prompts)
+
+    def multiple(self, layer: int) -> float:
+        """Return what the target site moves by for a unit of the FFN's output; mostly 1."""
+        self._measure_site()
+        return self.module.output_multiple(WeightId(layer))
+
+    def _measure_site(self) -> None:
+        """Let the module find out about its target site while the weights are unedited."""
+        for layer in self.layers:
+            self.output(layer)
 
     def prepare(self) -> None:
         """Load or collect the covariances of all critical layers, on the unedited model."""
+        self._measure_site()
         self.module.prepare(self.layers, self.weights, self.update.solver.covariance_weight)
 
     @contextmanager

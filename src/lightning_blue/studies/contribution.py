@@ -63,6 +63,7 @@ def probabilities(bench: Bench, layer: int, change: Tensor) -> Tensor:
     bare = [prompt._replace(rewriting=prompt.rewriting[:1]) for prompt in bench.prompts]
     settings = replace(module.target, loss_layer=None)
     finder = TargetFinder(module.model, module.architecture, settings)
+    finder.site = module.site
     nll = []
     for begin in range(0, len(bare), RECORDS_AT_ONCE):
         predictor = finder.predictor(bare[begin : begin + RECORDS_AT_ONCE], layer)

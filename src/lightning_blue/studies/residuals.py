@@ -100,10 +100,15 @@ def _lemma(bench: Bench, layer: int) -> list[Row]:
 
 
 def _bound(bench: Bench, layer: int, columns: slice, q: Tensor) -> Bound:
-    own = bench.residual(layer)[:, columns]
-    last = bench.residual(bench.layers[-1])[:, columns]
+    places = (layer, bench.layers[-1])
+    own, last = (_written_residual(bench, each, layer)[:, columns] for each in places)
     after = len(bench.layers) - 1 - bench.layers.index(layer)
     return weight_shift(own, bench.shares[layer] * last, last, after, q)
+
+
+def _written_residual(bench: Bench, target_layer: int, layer: int) -> Tensor:
+    """Return a target layer's residual as the weight of a layer has to write it, ``(d, n)``."""
+    return bench.residual(target_layer) / bench.multiple(layer)
 
 
 def _row(
@@ -132,9 +137,9 @@ class _Watch(Callback):
     def _compare(self, batch: int, columns: slice, change: WeightChange) -> Row:
         bench, layer = self.bench, change.weight.layer
         seen = bench.module.outputs_seen[layer].cpu()
-        computed = bench.target(layer)[:, columns].cpu() - seen
+        computed = (bench.target(layer)[:, columns].cpu() - seen) / bench.multiple(layer)
         distributed, now = change.residual, change.residual / change.share
-        before = bench.residual(bench.layers[-1])[:, columns].cpu()
+        before = _written_residual(bench, bench.layers[-1], layer)[:, columns].cpu()
         after = len(bench.layers) - 1 - bench.layers.index(layer)
         q = written_operator(change)
         present = weight_shift(computed, distributed, now, after, q)
