@@ -34,6 +34,7 @@ from lightning_blue.studies.distances import frechet_distance, linear_cka, relat
 from lightning_blue.studies.results import csv_text, estimate
 from lightning_blue.studies.table import STUDIES
 from lightning_blue.support.errors import InputError
+from random_models import random_model, tokenizer
 from runs_made import FACTS, save
 
 LAYERS = [0, 1, 2]
@@ -270,6 +271,19 @@ def test_simulated_editing_is_a_changed_output_at_the_subject(language_model, tm
         literal = contribution.probabilities(bench, layer, changes["literal"]).tolist()
         share = memory / (3 - layer)  # m^L / (L - l + 1) in place of what the FFN gives out
         assert literal == pytest.approx(naive_probabilities(bench, layer, share, True), rel=1e-4)
+
+
+def test_what_an_ffn_writes_is_seen_as_it_arrives(tmp_path):
+    """Granite adds 0.22 of its FFN's output: replaced is what arrives."""
+    bench = bench_of(module_of(LanguageModel(random_model("granite"), tokenizer(True)), tmp_path))
+    assert bench.multiple(1) == pytest.approx(0.22)
+    change = contribution.simulated_changes(bench, 1)["literal"]
+    got = contribution.probabilities(bench, 1, change).tolist()
+    memory = bench.ffn_output(2) + bench.target(2) - bench.output(2)
+    wanted = naive_probabilities(bench, 1, memory / 2 / 0.22, True)
+    assert got == pytest.approx(wanted, rel=1e-4)
+    (row,) = (r for r in residuals._written(bench) if r["batch_size"] == 6 and r["layer"] == 2)
+    assert row["error"] <= 1e-4 * row["q_norm"] * spectral_norm(bench.residual(2) / 0.22)
 
 
 def test_contribution_and_similarity_by_hand(bench):
