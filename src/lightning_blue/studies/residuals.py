@@ -7,7 +7,7 @@ plan ``even``: there the last layer's residual shrinks as the layers below it ar
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
@@ -22,13 +22,6 @@ from lightning_blue.studies.results import Result, Row, estimate
 
 BATCH_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 ROUNDING = 1e-5  # of a bound, relative: the written factors are float32
-
-
-class _Batch(NamedTuple):
-    """Requests that are taken as one edit batch."""
-
-    number: int
-    columns: slice
 
 
 def residuals(bench: Bench) -> Result:
