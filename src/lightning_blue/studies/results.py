@@ -51,7 +51,7 @@ class Estimate(NamedTuple):
 def estimate(values: Tensor) -> Estimate:
     """Average over records, ``(n,)``.
 
-    >>> estimate(torch.tensor([1.0, 3.0]))
+    >>> estimate(Tensor([1.0, 3.0]))
     Estimate(mean=2.0, error=1.0)
     """
     exact = values.detach().double().cpu()

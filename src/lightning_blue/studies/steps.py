@@ -56,7 +56,7 @@ def steps_taken(total: Tensor, stop: float) -> Tensor:
         stop: the limit.
 
     >>> nan = float("nan")
-    >>> steps_taken(torch.tensor([[3.0, 0.01, nan], [0.02, nan, nan], [3.0, 2.0, 1.0]]), 0.05)
+    >>> steps_taken(Tensor([[3.0, 0.01, nan], [0.02, nan, nan], [3.0, 2.0, 1.0]]), 0.05)
     tensor([1, 0, 3])
     """
     passes = (~total.isnan()).sum(1)
