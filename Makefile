@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: .venv/ready  ## install into .venv with the tested versions
 
@@ -17,6 +17,9 @@ quickstart: setup  ## set up, then edit 200 facts of the model in the package
 
 test: setup  ## set up, then run the tests
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
+paper-small: setup  ## the paper's studies on 100 facts of the model in the package
+	$(BIN)/python -m lightning_blue analyze all --config conf/quickstart.yaml --study.records=100
 
 bench: setup  ## time the package against a textbook implementation
 	$(BIN)/python -m benchmarks
@@ -35,7 +38,7 @@ types: setup  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment, runs and caches
-	rm -rf .venv runs stats .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs analyses stats .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup quickstart test bench kill sweepkill lint types clean
+.PHONY: help setup quickstart test paper-small bench kill sweepkill lint types clean
 .DEFAULT_GOAL := help

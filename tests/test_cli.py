@@ -195,6 +195,10 @@ def test_help_gives_every_key_of_the_own_sections_a_line(command, capsys):
     assert sections[:2] == ["data:", "model:"]
 
 
+def test_help_of_the_studies_has_their_section(capsys):
+    assert "  --study.records" in helped(capsys, "analyze", "--help")
+
+
 @pytest.mark.parametrize("command", ["fit", "pretrain"])
 def test_help_knows_the_defaults_that_the_parser_has(command, capsys):
     expected = {k: v for k, v in defaults(capsys, command).items() if "." in k}

@@ -19,6 +19,7 @@ commands:
   evaluate  measure a model, edited or not, without editing it
   stats     collect the covariance of keys that fit needs (fit does it by itself)
   pretrain  train a small language model that knows given facts
+  analyze   make a study of the paper on a run file's model: analyze STUDY, or analyze all
 
   show      say what a run edited, and what is in its folder
   undo      write the model of a run without some of its edits
@@ -39,7 +40,7 @@ start here:
 
 RUN_COMMANDS = ("show", "undo", "export", "apply")
 EXPERIMENT_COMMANDS = ("sweep", "compare")
-COMMANDS = ("fit", "evaluate", "stats", "pretrain", *RUN_COMMANDS, *EXPERIMENT_COMMANDS)
+COMMANDS = ("fit", "evaluate", "stats", "pretrain", "analyze", *RUN_COMMANDS, *EXPERIMENT_COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
         return 2
-    section = None if args[0] in RUN_COMMANDS else asked_for(args[1:])
+    plain = args[0] in (*RUN_COMMANDS, *EXPERIMENT_COMMANDS)  # with a parser of their own
+    section = None if plain else asked_for(args[1:])
     if section is not None:
         return write_help(args[0], section)
     try:

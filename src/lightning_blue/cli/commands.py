@@ -23,6 +23,7 @@ from blue_callbacks import (
     SingularCovarianceError,
     UnsolvableError,
 )
+from lightning_blue.cli.analyze import analyze
 from lightning_blue.cli.parser import EditCLI, RunFileCLI
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.editing.covariance_file import Collected
@@ -45,7 +46,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
     """
     quiet()
     try:
-        {"fit": fit, "evaluate": evaluate, "stats": stats, "pretrain": pretrain}[command](args)
+        _COMMANDS[command](args)
     except InputError as error:
         return _complain(str(error), 2)
     except MisconfigurationException as error:
@@ -165,6 +166,7 @@ def quiet() -> None:
         ".*module\\(s\\) in eval mode.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*exists and is not empty.*",
+        ".*You defined a `validation_step`.*",  # studies edit without measuring in between
         ".*sync_dist=True.*",  # all processes log the same
     ):
         warnings.filterwarnings("ignore", pattern)
@@ -184,3 +186,12 @@ def _complain(message: str, code: int) -> int:
     if speaks():
         sys.stderr.write(f"error: {message}\n")
     return code
+
+
+_COMMANDS = {
+    "fit": fit,
+    "evaluate": evaluate,
+    "stats": stats,
+    "analyze": analyze,
+    "pretrain": pretrain,
+}

@@ -29,12 +29,14 @@ _PRETRAINING = {
     "data": ["lightning_blue.pretrain.data.FactCorpusModule"],
     "model": ["lightning_blue.pretrain.module.PretrainModule"],
 }
+_STUDY = {"study": ["lightning_blue.studies.bench.StudySettings"]}
 _LIGHTNING = {TRAINER: ["lightning.pytorch.trainer.trainer.Trainer"]}
 COMMANDS = {
     "fit": "Edit facts in sequential batches, measure what changed, and report on it.",
     "evaluate": "Measure a model, edited or not, without editing it.",
     "stats": "Collect the covariance of keys that fit needs (fit does it by itself).",
     "pretrain": "Train a small language model that knows given facts.",
+    "analyze": "Make a study of the paper on a run file's model and data: analyze STUDY, or all.",
 }
 _REST = (
     Key("config", "a run file, over which flags and later run files win"),
@@ -78,7 +80,9 @@ def write_help(command: str, section: str) -> int:
 
 def sections_of(command: str) -> dict[str, list[str]]:
     """Return what each section configures, by its dotted path; Lightning's section comes last."""
-    return (_PRETRAINING if command == "pretrain" else _EDITING) | _LIGHTNING
+    if command == "pretrain":
+        return _PRETRAINING | _LIGHTNING
+    return (_STUDY if command == "analyze" else {}) | _EDITING | _LIGHTNING
 
 
 def _section(command: str, section: str) -> list[Key]:

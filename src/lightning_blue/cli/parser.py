@@ -97,17 +97,19 @@ class RunFileCLI(LightningCLI):
 
 
 class EditCLI(RunFileCLI):
-    """What ``fit``, ``evaluate`` and ``stats`` are configured by.
+    """What ``fit``, ``evaluate``, ``stats`` and ``analyze`` are configured by.
 
     Args:
         args: of the command line.
-        command: that is configured; ``stats`` leaves no run folder.
+        command: that is configured; ``stats`` and ``analyze`` leave no run folder.
     """
 
     def __init__(
-        self, args: Sequence[str], command: Literal["fit", "evaluate", "stats"] = "fit"
+        self,
+        args: Sequence[str],
+        command: Literal["fit", "evaluate", "stats", "analyze"] = "fit",
     ) -> None:
-        self.recorded = command != "stats"
+        self.recorded = command in ("fit", "evaluate")
         self.resume_from: Path | None = None
         super().__init__(
             edit_module, EditDataModule, args, command, trainer_defaults=TRAINER_DEFAULTS

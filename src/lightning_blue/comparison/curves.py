@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
@@ -17,7 +16,7 @@ from lightning_blue.comparison.labels import BLUE, UNEDITED, plan_title
 from lightning_blue.comparison.scores import Row, ScoreTable, error_of_mean
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import PERCENT
-from lightning_blue.reporting.plots import GREY, INK, SUCCESS_STYLES
+from lightning_blue.reporting.plots import INK, PALETTE, png
 
 Line = str | tuple[int, tuple[int, ...]]  # of matplotlib
 Style = tuple[str, Line]  # colour and line
@@ -68,7 +67,7 @@ def figures(found: Curves, scores: ScoreTable) -> dict[str, bytes]:
             for (row, column), estimate in scores.cells.items()
             if (row.model, row.plan, column.data) == (model, UNEDITED, data)
         }
-        pictures[f"{data}-{model}"] = _png(_figure(found, data, model, unedited))
+        pictures[f"{data}-{model}"] = png(_figure(found, data, model, unedited))
     return pictures
 
 
@@ -127,7 +126,7 @@ def _legend(figure: Figure, axis: Axes, rows: Sequence[Row], styles: Mapping[Row
 
 def _styles(rows: Sequence[Row]) -> dict[Row, Style]:
     """Give each method a colour, and BLUE the full line."""
-    colours = cycle(colour for colour, _ in SUCCESS_STYLES)
+    colours = cycle(PALETTE)
     methods = {method: next(colours) for method in dict.fromkeys(row.method for row in rows)}
     others: cycle[Line] = cycle(("--", "-.", (0, (1, 1)), (0, (6, 2, 1, 2, 1, 2))))
     plans = dict.fromkeys(row.plan for row in rows)
@@ -142,14 +141,3 @@ def _draw(axis: Axes, points: Sequence[Point], style: Style) -> None:
     high = [point.value + point.error for point in points]
     axis.fill_between(edits, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.plot(edits, [point.value for point in points], color=colour, linestyle=line)
-
-
-def _png(figure: Figure) -> bytes:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(GREY)
-        axis.tick_params(colors=INK, labelsize=9)
-        axis.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()

@@ -76,6 +76,8 @@ class TargetFinder:
         self, prompts: Sequence[EditPrompts], layer: int
     ) -> FastPredictor | PlainPredictor:
         """Return what predicts for these edits, with a delta at the layer."""
+        if self.shortcuts is None:
+            self._try_parts(prompts, layer)
         return (self._fast if self.runs_in_parts else self._plain)(prompts, layer)
 
     def _plain(self, prompts: Sequence[EditPrompts], layer: int) -> PlainPredictor:

@@ -30,6 +30,7 @@ Style = dict[str, Any]
 
 # Okabe and Ito's colours, which people with any colour vision tell apart
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#9A9A9A"
+PALETTE = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of theirs too
 INK = "#333333"
 COLUMNS = 3  # of small multiples
 MARKERS_AT_MOST = 15  # on one line
@@ -64,7 +65,7 @@ def plots(history: RunHistory) -> dict[str, bytes]:
         "losses": losses_figure(history),
         "before_after": before_after_figure(history),
     }
-    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+    return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
 def metrics_figure(history: RunHistory) -> Figure | None:
@@ -133,7 +134,7 @@ def before_after_figure(history: RunHistory) -> Figure | None:
     others = [spec for spec in specs if spec.unit != PERCENT]
     if not specs:
         return None
-    figure = _figure(1.0 + 1.25 * len(percent) + 1.7 * len(others), 4.2)
+    figure = new_figure(1.0 + 1.25 * len(percent) + 1.7 * len(others), 4.2)
     widths = [1.25 * len(percent)] * bool(percent) + [1.1] * len(others)
     axes = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False).flat)
     if percent:
@@ -158,7 +159,8 @@ def before_after_figure(history: RunHistory) -> Figure | None:
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure, its size in inches."""
     figure = Figure(figsize=(width, height))
     figure.set_layout_engine("constrained", w_pad=0.08, h_pad=0.08, wspace=0.03)
     return figure
@@ -168,14 +170,15 @@ def _grid(n: int, width: float, height: float, **shared: Any) -> tuple[Figure, l
     """Return a figure with n panels of a size in inches, row by row."""
     rows = math.ceil(n / COLUMNS)
     columns = min(n, COLUMNS)
-    figure = _figure(max(6.0, width * columns), height * rows + 0.5)
+    figure = new_figure(max(6.0, width * columns), height * rows + 0.5)
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
     for unused in axes[n:]:
         unused.remove()
     return figure, axes[:n]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Draw a figure in the style that all pictures here share."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(GREY)
