@@ -30,6 +30,9 @@ kill: setup  ## kill 50 small runs at random moments, resume each, compare to th
 sweepkill: setup  ## kill a sweep of six small runs three times, compare its table
 	SWEEP_KILLS=3 $(BIN)/python -m pytest tests/test_sweep.py -k killed
 
+fuzz: setup  ## make up 1,000 records, files and configurations of each kind, and give them in
+	FUZZ=1000 $(BIN)/python -m pytest -n logical tests/test_fuzz.py
+
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,7 +41,7 @@ types: setup  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment, runs and caches
-	rm -rf .venv runs analyses stats .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv runs analyses stats .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup quickstart test paper-small bench kill sweepkill lint types clean
+.PHONY: help setup quickstart test paper-small bench kill sweepkill fuzz lint types clean
 .DEFAULT_GOAL := help

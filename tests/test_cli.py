@@ -124,7 +124,14 @@ def test_facts_that_cannot_be_used(run, tmp_path, text, said):
         ("--update.covarance_weight=3", "did you mean update.covariance_weight?"),
         ("--model.name_or_path=/nowhere/model", "there is no folder '/nowhere'"),
         ("--model.dtype=float8", "choose one of float32"),
-        ("--model.target.steps=0", "target.steps must be positive"),
+        ("--model.target.steps=0", "where: model.target.steps"),
+        ("--seed_everything=-1", "where: seed_everything"),
+        ("--update.plan=${nothing.there}", "Interpolation key 'nothing.there' not found"),
+        ("--update.plan=${update.plan}", "Recursive interpolation"),
+        ("--run.project=a\0b", "holds a NUL character"),
+        ("--run.project=\udce9", "holds the byte 0xe9, which is not UTF-8"),
+        ("--trainer.num_nodes=-3", "trainer.num_nodes"),
+        (f"--model.covariance.path={'x' * 300}", "File name too long"),
         ("--model.target.loss_layer=99", "no layer 99: its 10 layers are 0 to 9"),
         ("--model.target.loss_layer=7", "loss_layer 7 lies below the target layer 8"),
         ("--model.covariance.corpus=missing.txt", "no such file"),
@@ -137,6 +144,40 @@ def test_settings_that_cannot_be_used(run, flag, said):
     assert code == 2
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--guard.weight_ratio=.nan"], "where: guard.weight_ratio"),
+        (["--trainer.max_time=soon"], "where: trainer"),
+        (["--trainer.precision=7"], "precision"),
+        (["--trainer.max_epochs=2"], "where: trainer.max_epochs"),
+        (["--trainer.gradient_clip_val=.nan"], "where: trainer.gradient_clip_val"),
+        (["--trainer.accumulate_grad_batches=2"], "where: trainer.accumulate_grad_batches"),
+        (["--trainer.val_check_interval=0"], "where: trainer.val_check_interval"),
+        (["--trainer.check_val_every_n_epoch=0"], "where: trainer.check_val_every_n_epoch"),
+        (["--model.context_tokens=-1"], "where: model.context_tokens"),
+        (
+            ["--model.architecture.block=model.{}.{}", "--model.architecture.down_projection=x"],
+            "{}",
+        ),
+    ],
+)
+def test_settings_are_refused_before_the_model_is_loaded(run, flags, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_blue.editing.module.load_language_model", None)
+    code, _, err = run(*flags, f"--run.root={tmp_path}")
+    assert code == 2
+    assert said in err
+    assert err.count("error: ") == 1
+    assert not [*tmp_path.iterdir()]  # a run of the same name still gets it
+
+
+def test_a_norm_is_no_down_projection(run):
+    named = ["--model.architecture.block=model.layers.{}"]
+    code, _, err = run(*named, "--model.architecture.down_projection=input_layernorm")
+    assert code == 2
+    assert "'input_layernorm' is of type LlamaRMSNorm, which is no linear map" in err
 
 
 def test_a_covariance_of_another_model_is_refused(run, small_run, tmp_path):  # noqa: F811

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_letters
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -179,3 +180,14 @@ def test_every_record_of_the_reference_data(
     for request, one in zip(distinct, encoded, strict=True):
         text = request.prompt.partition("{}")[0] + request.subject
         assert one.lookup == lookup_by_bytes(real_tokenizer, one.ids, text), request
+
+
+def test_a_subject_without_tokens_is_rejected_with_its_line() -> None:
+    """By a tokenizer of single characters that knows small and capital Latin letters alone."""
+    letters = {letter: i for i, letter in enumerate(ascii_letters)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(letters, [])))
+    tokyo = replace(LYON, subject="東京", source="facts.csv:3")
+    usable, [rejected] = check_tokens([LYON, tokyo, LYON], tokenizer, 64)
+    assert usable == [LYON, LYON]
+    assert (rejected.source, rejected.kind) == ("facts.csv:3", "subject without tokens")
+    assert "does not encode the subject '東京'" in rejected.reason

@@ -137,7 +137,7 @@ def test_contradictions_in_a_batch_stop_the_run_or_keep_the_later(tmp_path: Path
     ],
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"--data.{next(iter(arguments))}"):
+    with pytest.raises(InputError, match=rf"data\.{next(iter(arguments))}"):
         EditDataModule("x.json", **arguments)
 
 

@@ -365,8 +365,8 @@ def test_ddp_on_one_device_edits(run, own_process_group, strategy):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--trainer.accumulate_grad_batches=2", "gradient accumulation"),
-        ("--trainer.gradient_clip_val=1.0", "gradient clipping"),
+        ("--trainer.accumulate_grad_batches=2", "nothing would be accumulated"),
+        ("--trainer.gradient_clip_val=1.0", "nothing would be clipped"),
         ("--trainer.max_epochs=2", "edited again"),
         ("--trainer.max_steps=0", "nothing would be edited"),
         ("--run.name=../elsewhere", "not the name of a run"),

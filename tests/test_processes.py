@@ -223,5 +223,5 @@ def test_processors_have_no_numbers(devices):
 
 
 def test_lost_after_is_positive():
-    with pytest.raises(ValueError, match="lost_after must be positive"):
+    with pytest.raises(ValueError, match="lost_after is 0"):
         EditStrategy(lost_after=0)

@@ -135,20 +135,98 @@ def test_broken_files(tmp_path: Path) -> None:
         ("a.jsonl", " \n", ["no records"]),
         ("b.json", "[]", ["no records"]),
         ("a.csv", head, ["no records"]),
-        ("c.json", '[{"subject": "a"},\n {"subject" "b"}]', ["Malformed", "c.json:2, column 13"]),
-        ("d.json", '{"a": 1}\n{"a": 2}', ["d.json:2, column 1", ".jsonl"]),
+        ("c.json", '[{"subject": "a"},\n {"subject" "b"}]', ["malformed", "c.json:2", "column 13"]),
+        ("d.json", '{"a": 1}\n{"a": 2}', ["d.json:2", "column 1", ".jsonl"]),
         ("e.json", '{"a": 1}', ["a list of records", "square brackets"]),
         ("f.json", "[" * 100_000, ["nested too deeply"]),
-        ("b.jsonl", '{"a": 1}\n\n{"a": }', ["Malformed", "b.jsonl:3, column 7"]),
-        ("b.csv", head + 'a,{} is,"b\nc,{} is,d\n', ["CSV cannot be read", "b.csv:2", "quotation"]),
+        ("b.jsonl", '[\n{"a": 1},\n{"a": 2}\n]', ["The whole file is JSON", ".json, and"]),
+        ("b.csv", 'subject,"prompt\n', ["CSV cannot be read", "b.csv:1", "quotation"]),
         ("c.csv", "subject,prompt,prompt\na,b,c", ["'prompt' comes twice", "c.csv:1"]),
-        ("d.csv", b"subject,prompt\na,\xff\n", ["not UTF-8", "0xff", "d.csv:2"]),
+        ("g.json", b'[{},\n"\xff"]', ["not UTF-8", "0xff", "g.json:2"]),
+        ("h.json", json.dumps([FACT]).encode("utf-16"), ["UTF-16", "save it as UTF-8"]),
+        ("d.jsonl", json.dumps(FACT).encode("utf-16-le"), ["UTF-16", "d.jsonl"]),
         ("a.txt", "x", ["'.txt' cannot be read", ".jsonl"]),
     ]
     for name, content, parts in cases:
         text = message(save(tmp_path, name, content))
         for part in parts:
             assert part in text, (name, text)
+
+
+BROKEN: list[tuple[str, bytes, str]] = [
+    (".jsonl", b'{"subject": "a" "b"}', "malformed JSON in column 17: Expecting ',' delimiter"),
+    (".jsonl", b'{"subject": "caf\xe9"}', "the line holds the byte 0xe9, which is not UTF-8"),
+    (".jsonl", b'{"subject": "a\0b"}', "the line holds a NUL character"),
+    (".jsonl", b"[" * 100_000, "the JSON is nested too deeply"),
+    (
+        ".jsonl",
+        json.dumps(FACT | {"subject": "\ud83d", "prompt": "\ud83d is"}).encode(),
+        "the field 'subject' holds U+D83D, half of a character (a surrogate without the other)",
+    ),
+    (
+        ".jsonl",
+        json.dumps(FACT).encode()[:-1] + b', "target_true": ' + b"9" * 5000 + b"}",
+        "the field 'target_true' is a number (inf), not a string",
+    ),
+    (
+        ".csv",
+        b'a,"{} is,b',
+        "the CSV cannot be read: ',' expected after '\"'",
+    ),
+    (
+        ".csv",
+        b"a,{} is,caf\xe9",
+        "the cell in 'target_new' holds the byte 0xe9, which is not UTF-8",
+    ),
+    (
+        ".csv",
+        b'a,{} is,b,"' + b"[" * 100_000 + b'"',
+        "the list in 'paraphrases' is not a JSON array (the JSON is nested too deeply)",
+    ),
+    (".csv", b'a,{} is,b,"[' + b"9" * 5000 + b']"', "the field 'paraphrases' is a number (inf)"),
+    (".csv", b'a,{} is,"' + b"x" * 200_000 + b'"', "field larger than field limit"),
+]
+
+
+@pytest.mark.parametrize(("ending", "line", "said"), BROKEN)
+def test_one_broken_line_of_many(tmp_path: Path, ending: str, line: bytes, said: str) -> None:
+    """It alone is rejected, with its number, and the message stays short."""
+    good_line = json.dumps(FACT) if ending == ".jsonl" else 'Lyon,{} is in,Italy,"[""a""]"'
+    lines = [good_line.encode()] * 9
+    if ending == ".csv":
+        lines[0] = b"subject,prompt,target_new,paraphrases"
+    lines[4] = line
+    requests, [rejected] = read_requests(save(tmp_path, f"facts{ending}", b"\n".join(lines)))
+    assert len(requests) == 8 - (ending == ".csv")
+    assert rejected.source == f"facts{ending}:5"
+    assert said in rejected.reason
+    assert len(str(rejected)) < 500
+
+
+def test_a_quotation_mark_that_is_not_closed_takes_no_other_row_with_it(tmp_path: Path) -> None:
+    rows = ["subject,prompt,target_new", *(f"Town{i},{{}} is in,Italy" for i in range(500))]
+    rows[100] = 'Town99,"{} is in,Italy'
+    requests, [rejected] = read_requests(save(tmp_path, "facts.csv", "\n".join(rows)))
+    assert [r.subject for r in requests] == [f"Town{i}" for i in range(500) if i != 99]
+    assert [r.source for r in requests[98:100]] == ["facts.csv:100", "facts.csv:102"]
+    assert rejected.source == "facts.csv:101"
+
+
+def test_files_put_behind_each_other_keep_their_marks(tmp_path: Path) -> None:
+    line = b"\xef\xbb\xbf" + json.dumps(FACT).encode() + b"\n"
+    requests, rejected = read_requests(save(tmp_path, "facts.jsonl", line * 2))
+    assert (len(requests), rejected) == (2, [])
+
+
+def test_a_parquet_file_that_opens_and_fails_at_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows() -> Any:
+        yield FACT
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    monkeypatch.setattr("lightning_blue.data.hub._load", lambda *_: rows())
+    assert "cannot be loaded: UnicodeDecodeError" in message(save(tmp_path, "f.parquet", b""))
 
 
 def test_columns_that_fit_no_format(tmp_path: Path) -> None:

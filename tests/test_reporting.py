@@ -19,6 +19,8 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from histories import estimate, losses, outcome, small_history
+from lightning_blue.data.checks import CONTRADICTION
+from lightning_blue.data.requests import Rejected
 from lightning_blue.language_model.joining import Joint
 from lightning_blue.metrics import ProbabilitySuccess, table
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
@@ -406,6 +408,13 @@ def test_write_summary(tmp_path: Path) -> None:
     assert written["versions/transformers"] == transformers.__version__
     assert written["versions/python"] == platform.python_version()
     assert not any(key.startswith(("batch/", "cumulative/")) or "fluency" in key for key in written)
+
+
+def test_the_earlier_of_two_that_contradict_in_a_batch_counts_as_superseded():
+    history = small_history()
+    before = files.summary(history)["edits/superseded"]
+    history.rejected.append(Rejected("f.csv:2", "0", CONTRADICTION, "another object", "keep one"))
+    assert files.summary(history)["edits/superseded"] == before + 1
 
 
 def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ class InputError(ValueError):
             lines.append(f"  where: {where}")
         if hint:
             lines.append(f"  hint:  {hint}")
-        super().__init__("\n".join(lines))
+        text = "\n".join(lines)
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())  # any file takes it
 
 
 class NonFiniteError(RuntimeError):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blue_callbacks.errors import EditRejected, InputError
 from blue_callbacks.protocol import EditableModule
+from blue_callbacks.ranges import POSITIVE, Range, check_ranges
 from blue_callbacks.records import EditRecord, WeightChange, unpack_bits
 from blue_callbacks.update import ClosedFormUpdate
 from blue_callbacks.weights import WeightId
@@ -71,10 +72,16 @@ class EditGuard(Callback):
         if action not in (*OUTCOMES, "off"):
             raise ValueError(f"action is warn, stop, rollback or off, not {action}")
         self.action = action
-        self.weight_ratio = _checked("weight_ratio", weight_ratio, above=1)
-        self.change_ratio = _checked("change_ratio", change_ratio)
-        self.loss_increase = _checked("loss_increase", loss_increase)
-        self.retained_drop = _checked("retained_drop", retained_drop, most=100)
+        self.weight_ratio, self.change_ratio = weight_ratio, change_ratio
+        self.loss_increase, self.retained_drop = loss_increase, retained_drop
+        check_ranges(
+            "guard",
+            vars(self),
+            weight_ratio=Range(1, above=True),
+            change_ratio=POSITIVE,
+            loss_increase=POSITIVE,
+            retained_drop=Range(0, 100, above=True),
+        )
         self.events: list[dict[str, Any]] = []
         self.readings: dict[str, float] = {}
         self._unedited: dict[str, float] = {}  # what a reading is compared with, by its name
@@ -263,13 +270,3 @@ def _written_weights(trainer: Trainer, module: EditableModule) -> list[WeightId]
 def _asked(module: EditableModule, method: str) -> Any:
     """Call an optional method of the module; None without it."""
     return getattr(module, method, lambda: None)()
-
-
-def _checked(
-    name: str, limit: float | None, above: float = 0.0, most: float = float("inf")
-) -> float | None:
-    """Return a limit that is None or in its range."""
-    if limit is None or (above < limit <= most and limit < float("inf")):
-        return limit
-    bounds = f"above {above:g}" + (f" and at most {most:g}" if most < float("inf") else "")
-    raise ValueError(f"{name} is a finite number {bounds}, or null for no limit, not {limit:g}")

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from blue_callbacks.closed_form import Whitening, least_squares, null_space
+from blue_callbacks.ranges import FRACTION, POSITIVE, check_ranges
 
 NEARLY_ALL, NEARLY_NONE = 0.98, 0.02  # fractions of key dimensions worth a warning
 
@@ -34,11 +35,14 @@ class Solver:
     ridge: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("covariance_weight", "ridge"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, not {getattr(self, name):g}")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise ValueError(f"energy is a fraction, above 0 and at most 1, not {self.energy:g}")
+        check_ranges(
+            "update",
+            vars(self),
+            covariance_weight=POSITIVE,
+            threshold=POSITIVE,
+            energy=FRACTION,
+            ridge=POSITIVE,
+        )
 
     def whitening(self, covariance: Tensor) -> Whitening:
         """Return the whitening map for a covariance, ``(d_in, d_in)``.

@@ -28,10 +28,29 @@ def check_trainer(trainer: Trainer) -> None:
         _refuse(
             "overfit_batches", "given", "a part of the requests would be edited", "leave it out"
         )
+    _check_gradients(trainer)
+    _check_validation(trainer)
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         name = type(trainer.strategy).__name__
         what = "the closed form needs whole weights in every process"
         _refuse("strategy", name, what, "one device, or ddp: each process holds the whole model")
+
+
+def _check_gradients(trainer: Trainer) -> None:
+    if trainer.gradient_clip_val:
+        what = "nothing would be clipped: an edit step has no gradients"
+        _refuse("gradient_clip_val", trainer.gradient_clip_val, what, "leave it out")
+    if trainer.accumulate_grad_batches != 1:
+        what = "nothing would be accumulated: an edit step has no gradients"
+        hint = "leave it out; data.batch_size says how many requests are edited together"
+        _refuse("accumulate_grad_batches", trainer.accumulate_grad_batches, what, hint)
+
+
+def _check_validation(trainer: Trainer) -> None:
+    for name in ("val_check_interval", "check_val_every_n_epoch"):
+        value = getattr(trainer, name)
+        if isinstance(value, int | float) and value <= 0:  # Lightning divides by it, after a batch
+            _refuse(name, value, "it is never time to validate", "give 1 or more, or leave it out")
 
 
 def leave_gradients_unscaled(trainer: Trainer) -> None:

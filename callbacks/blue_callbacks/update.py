@@ -26,6 +26,7 @@ from blue_callbacks.protocol import (
     request_ids,
     weights_of,
 )
+from blue_callbacks.ranges import FRACTION, check_ranges
 from blue_callbacks.records import EditRecord, WeightChange, pack_bits
 from blue_callbacks.solvers import Solver, kept_dimensions, unused_note, worth_a_warning
 from blue_callbacks.trainer_checks import check_trainer, leave_gradients_unscaled
@@ -85,8 +86,7 @@ class ClosedFormUpdate(Callback):
         rect_keep: float | None = None,
         post_edit_transform: Literal["prune", "prune_official"] | None = None,
     ) -> None:
-        if rect_keep is not None and not 0 < rect_keep <= 1:
-            raise ValueError(f"rect_keep is a fraction, above 0 and at most 1, not {rect_keep:g}")
+        check_ranges("update", {"rect_keep": rect_keep}, rect_keep=FRACTION)
         self.layers = list(layers)
         self.plan = plan
         self.solver = Solver(solver, covariance_weight, threshold, energy, ridge)

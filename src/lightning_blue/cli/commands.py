@@ -53,6 +53,11 @@ def run_command(command: str, args: Sequence[str]) -> int:
         return _complain(f"{' '.join(str(error).split())}\n  where: trainer", 2)
     except SingularCovarianceError as error:
         return _complain(str(error), 2)
+    except OSError as error:  # a name that is too long, a folder that may not be entered, a server
+        named = None if error.filename is None else str(error.filename)
+        hint = "check the path, its permissions, and what stands there"
+        what = error.strerror or first_line(error)
+        return _complain(str(InputError(what, where=named, hint=hint if named else None)), 2)
     except (NonFiniteError, UnsolvableError) as error:
         return _complain(str(error), 1)
     except torch.linalg.LinAlgError as error:  # what no closer place has named

@@ -5,19 +5,24 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf.errors import OmegaConfBaseException
 
 from blue_callbacks import ClosedFormUpdate, EditGuard
+from blue_callbacks.ranges import SEED, check_ranges
+from blue_callbacks.trainer_checks import check_trainer
 from lightning_blue.cli.help import program
 from lightning_blue.cli.own_model import require_model
-from lightning_blue.cli.run_files import explain, with_bases
+from lightning_blue.cli.run_files import explain, unresolved, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.data.memory import name_of
 from lightning_blue.editing import edit_module
@@ -33,7 +38,7 @@ from lightning_blue.support.checkpoints import (
     WholeCheckpointIO,
     checkpoints,
 )
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.processes import EditStrategy
 from lightning_blue.support.space import check_writable
 
@@ -85,15 +90,54 @@ class RunFileCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except ArgumentError as error:
             raise InputError(explain(error.message, parser.get_defaults().keys())) from error
+        except (OmegaConfBaseException, RecursionError) as error:
+            raise unresolved(error) from error
+        if not isinstance(self.config["seed_everything"], bool):
+            check_ranges("", vars(self.config), seed_everything=SEED)
+
+    def before_instantiate_classes(self) -> None:
+        """Put the model off: it is loaded last, when no setting can turn out to be wrong."""
+        self.parser.add_instantiator(_later, LightningModule, prepend=True)
 
     def instantiate_classes(self) -> None:
-        """Build everything; a value that a constructor refuses is a user error."""
+        """Build everything, the model last.
+
+        Raises:
+            InputError: for a value that a constructor refuses.
+        """
         try:
             super().instantiate_classes()
+            self.model = self.model()
         except InputError:
             raise
         except ValueError as error:
             raise InputError(str(error), where="the configuration") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer.
+
+        Raises:
+            InputError: naming the flags that were given, for one that Lightning stumbles over.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (InputError, MisconfigurationException):
+            raise
+        except Exception as error:  # of any kind: Lightning checks few of its flags
+            raise InputError(
+                f"no Trainer can be made of these flags: {first_line(error)}",
+                where=", ".join(self._changed("trainer")) or "trainer",
+                hint="leave out the one that it is about, or give another value",
+            ) from error
+
+    def _changed(self, section: str) -> list[str]:
+        """Return the keys of a section whose values are not the defaults."""
+        given, defaults = (c[section].as_flat() for c in (self.config, self.parser.get_defaults()))
+        return [f"{section}.{k}" for k, v in vars(given).items() if v != getattr(defaults, k, None)]
+
+
+def _later(class_type: type, *args: Any, **kwargs: Any) -> Any:
+    return partial(class_type, *args, **kwargs)
 
 
 class EditCLI(RunFileCLI):
@@ -146,6 +190,7 @@ class EditCLI(RunFileCLI):
 
         And what would not fail but ruin the model: settings that belong to another one.
         """
+        super().before_instantiate_classes()
         for_model = self._get(self.config, "for_model")
         if for_model is not None and self.command != "evaluate":
             keys = ("model.name_or_path", "model.revision", "data.path")
@@ -154,6 +199,15 @@ class EditCLI(RunFileCLI):
             check_writable(Path(self._get(self.config, "run.root")))
             if self._get(self.config, "run.wandb") == "online":
                 require_key()
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what fails leaves no empty folder to a run of the same name."""
+        try:
+            super().instantiate_classes()
+        except BaseException:
+            if hasattr(self, "config_init"):
+                self.record.give_folder_back()
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer the run's loggers, checkpoints and strategy beside the user's."""
@@ -181,7 +235,10 @@ class EditCLI(RunFileCLI):
         several = self._several()
         if strategy == "ddp" or (strategy == "auto" and several):
             kwargs["strategy"] = EditStrategy()
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.command == "fit":
+            check_trainer(trainer)
+        return trainer
 
     def _loggers(self) -> Any:
         """Add the user's own loggers to the run's; ``false`` leaves out all of them."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
+from lightning_blue.support.text import no_text, shown
 
 PACKAGED = Path(__file__).parents[1] / "conf"  # of an installed wheel
 
@@ -28,8 +29,10 @@ def with_bases(args: Sequence[str]) -> list[str]:
     earlier ones.
 
     Raises:
-        InputError: for a file that is missing or is no YAML mapping, or bases that go in circles.
+        InputError: for a file that is missing or is no YAML mapping, or bases that go in circles;
+            for text that no file can hold.
     """
+    require_text(list(args), "the command line")
     expanded: list[str] = []
     rest = iter(args)
     for arg in rest:
@@ -80,12 +83,15 @@ def _bases(path: Path) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        require_text(content, str(path))
+    except InputError:
+        raise
     except (FileNotFoundError, IsADirectoryError):
         there = sorted(p.name for p in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
         raise InputError("there is no such run file", where=str(path), hint=hint) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date, a number, brackets
         raise InputError(
             f"the run file is not valid YAML: {' '.join(str(error).split())}", where=str(path)
         ) from None
@@ -101,6 +107,39 @@ _REQUIRED = {
     "update.layers": "give the critical layers, ascending, as --update.layers=[4,5,6,7,8]: those "
     "whose FFN recalls facts, in the first third to half (the paper: 4 to 8 of Llama-3-8B's 32)"
 }
+
+
+def unresolved(error: Exception) -> InputError:
+    """Say of a ``${...}`` that cannot be resolved which it is, and where it stands."""
+    if isinstance(error, RecursionError):
+        return InputError(
+            "a value is nested too deeply, or refers to itself",
+            where="the configuration",
+            hint="look for a ${...} that names its own key, or one that leads back to it",
+        )
+    return InputError(
+        f"a reference cannot be resolved: {first_line(error)}",
+        where=getattr(error, "full_key", None) or "the configuration",
+        hint="name a key that exists and has a value, in full: ${update.plan}",
+    )
+
+
+def require_text(values: Any, where: str) -> None:
+    """Refuse text that no file can hold: bytes that are not UTF-8, and the NUL character.
+
+    Args:
+        values: of the configuration, nested.
+        where: they stand.
+
+    Raises:
+        InputError: naming the first.
+    """
+    if isinstance(values, dict | list):
+        for value in [*values, *values.values()] if isinstance(values, dict) else values:
+            require_text(value, where)
+    elif isinstance(values, str) and (flaw := no_text(values)):
+        hint = "write it without that"
+        raise InputError(f"{shown(values)} {flaw}", where=where, hint=hint)
 
 
 def explain(message: str, keys: Iterable[str]) -> str:

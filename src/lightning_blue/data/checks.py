@@ -11,17 +11,20 @@ from lightning_blue.data.requests import EditRequest, Probe, Rejected
 from lightning_blue.language_model.chat import Markers, markers
 from lightning_blue.language_model.joining import joint
 from lightning_blue.language_model.tokens import (
+    Encoded,
     encode_prompts,
     encode_targets,
     encode_with_subject,
 )
 from lightning_blue.language_model.vocabulary import HINT, Vocabulary
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMED_AT_MOST = 5
+CONTRADICTION = "contradiction"
 POLICIES = ("stop", "skip")
 T = TypeVar("T", bound=Hashable)
 
@@ -56,13 +59,14 @@ def check_tokens(
         [_probe_texts(request) for request in requests],
         lambda texts: encode_prompts(tokenizer, texts),
     )
-    prompts = encode_with_subject(
-        tokenizer, [request.prompt for request in requests], [r.subject for r in requests]
-    )
+    prompts = _prompts(requests, tokenizer)
     known_tokens = Vocabulary(tokenizer, embeddings or sys.maxsize)
     usable: list[EditRequest] = []
     rejected: list[Rejected] = []
     for request, sizes, texts, prompt in zip(requests, objects, probes, prompts, strict=True):
+        if isinstance(prompt, Rejected):
+            rejected.append(prompt)
+            continue
         texts = {request.text: prompt.ids} | texts
         lengths = {text: len(ids) for text, ids in texts.items()}
         lengths[request.text] += contexts_length
@@ -126,7 +130,7 @@ def _same_batch(first: int, second: int, batch_size: int | None) -> bool:
 
 def _duplicate(request: EditRequest, earlier: EditRequest) -> Rejected:
     """Say that a request wants what an earlier one wants."""
-    wanted = f"{request.text!r} -> {request.target_new!r}"
+    wanted = f"{shown(request.text)} -> {shown(request.target_new)}"
     return _rejected(
         request, "duplicate", f"{wanted} repeats {_place(earlier)}", "remove one of the two"
     )
@@ -134,11 +138,11 @@ def _duplicate(request: EditRequest, earlier: EditRequest) -> Rejected:
 
 def _contradicted(request: EditRequest, later: EditRequest) -> Rejected:
     """Say that a later request of the same batch wants another object."""
-    wanted = f"{request.text!r} -> {request.target_new!r}"
+    wanted = f"{shown(request.text)} -> {shown(request.target_new)}"
     return _rejected(
         request,
-        "contradiction",
-        f"{wanted} is contradicted by {_place(later)}, which wants {later.target_new!r}",
+        CONTRADICTION,
+        f"{wanted} is contradicted by {_place(later)}, which wants {shown(later.target_new)}",
         "keep one of the two, or put them into different batches: the later one then wins",
     )
 
@@ -213,6 +217,30 @@ def _encoded(
     return [{text: ids[text] for text in group} for group in groups]
 
 
+def _prompts(
+    requests: Sequence[EditRequest], tokenizer: PreTrainedTokenizerBase
+) -> list[Encoded | Rejected]:
+    """Encode each request's own prompt; one whose subject has no tokens is rejected."""
+
+    def encode(some: Sequence[EditRequest]) -> list[Encoded]:
+        return encode_with_subject(tokenizer, [r.prompt for r in some], [r.subject for r in some])
+
+    try:
+        return [*encode(requests)]  # in one call, unless one of them cannot be encoded
+    except InputError:
+        if not tokenizer.is_fast:
+            raise  # it can encode none
+    prompts: list[Encoded | Rejected] = []
+    for request in requests:
+        try:
+            prompts += encode([request])
+        except InputError:
+            reason = f"the tokenizer does not encode the subject {shown(request.subject)}"
+            hint = "write it in a script that the model's tokenizer knows"
+            prompts.append(_rejected(request, "subject without tokens", reason, hint))
+    return prompts
+
+
 def _no_tokens(
     request: EditRequest, objects: Mapping[tuple[str, str], Sequence[int]]
 ) -> Rejected | None:
@@ -223,7 +251,7 @@ def _no_tokens(
     return _rejected(
         request,
         "object without tokens",
-        f"the tokenizer does not encode {empty!r}",
+        f"the tokenizer does not encode {shown(empty)}",
         "write it in a script that the model's tokenizer knows",
     )
 

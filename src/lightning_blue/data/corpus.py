@@ -109,6 +109,24 @@ def read_text(path: str) -> str:
     return text
 
 
+def require_named(key: str, corpus: str) -> None:
+    """Refuse a corpus without a name before anything is loaded.
+
+    Args:
+        key: of the configuration, for the message.
+        corpus: as in `corpus_texts`.
+
+    Raises:
+        InputError: if it is blank.
+    """
+    if not corpus.strip():
+        raise InputError(
+            "no text is named",
+            where=f"{key} = {corpus!r}",
+            hint="give a text file, the name of a dataset on the hub, or `almanac`",
+        )
+
+
 def corpus_fingerprint(corpus: str, split: str = "train") -> str:
     """Identify a corpus: a local text by its content, a hub dataset by its name and split."""
     if is_local(corpus):

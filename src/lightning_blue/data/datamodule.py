@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from blue_callbacks import CommittedBatches
+from blue_callbacks.ranges import COUNT, WHOLE, check_ranges
 from lightning_blue.data.checks import (
     apply_policy,
     check_tokens,
@@ -19,10 +20,11 @@ from lightning_blue.data.checks import (
     superseded,
     take_distinct,
 )
+from lightning_blue.data.formats import require_format
 from lightning_blue.data.hub import to_dataset
 from lightning_blue.data.joined import in_chat, with_prefix
 from lightning_blue.data.memory import Facts, name_of, rows_of
-from lightning_blue.data.reading import ALMANAC, read_requests
+from lightning_blue.data.reading import ALMANAC, read_requests, require_source
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
 from lightning_blue.support.errors import InputError
 
@@ -81,19 +83,18 @@ class EditDataModule(LightningDataModule):
         protocol: str = "auto",
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("edits", 1 if edits is None else edits, 1),
-            ("offset", offset, 0),
-            ("controls", controls, 0),
-        ):
-            if value < least:
-                raise InputError(
-                    f"{name} is {value}",
-                    where=f"--data.{name}",
-                    hint=f"give a number from {least} up",
-                )
-        apply_policy((), 0, on_unusable)  # refuses an unknown policy before anything is read
+        counts = {"batch_size": batch_size, "edits": edits, "offset": offset, "controls": controls}
+        check_ranges(
+            "data",
+            counts,
+            batch_size=COUNT,
+            edits=COUNT,
+            offset=WHOLE,
+            controls=WHOLE,
+        )
+        # what else makes no sense whatever the data is
+        apply_policy((), 0, on_unusable)
+        require_format(format)
         if protocol not in PROTOCOLS:
             raise InputError(
                 f"There is no protocol {protocol!r}",
@@ -109,6 +110,8 @@ class EditDataModule(LightningDataModule):
         self.target_prefix, self.chat, self.system = target_prefix, chat, system
         self._protocol = protocol
         self.path = str(path) if isinstance(path, str | Path) else rows_of(path)
+        if isinstance(self.path, str):
+            require_source(self.path)
         self.format, self.split = format, split
         self.batch_size, self.edits, self.offset = batch_size, edits, offset
         self.on_unusable = on_unusable

@@ -16,6 +16,7 @@ from typing import Any
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
 from lightning_blue.data.subjects import SLOT, find_subject, spelling_hint
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.text import no_text, shown
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,20 @@ def choose_format(name: str, first: Iterable[str], columns: Sequence[str], *, wh
                 if seen.issuperset(row.required_columns) and row.absent.isdisjoint(columns):
                     return row
         raise _unknown_columns(columns, FACTS, where)
-    if name not in FORMATS:
-        raise InputError(
-            f"There is no data format {name!r}", hint=f"choose one of: auto, {', '.join(FORMATS)}"
-        )
+    require_format(name)
     if not set(columns).issuperset(FORMATS[name].required_columns):
         raise _unknown_columns(columns, FORMATS[name], where)
     return FORMATS[name]
+
+
+def require_format(name: str) -> None:
+    """Raise InputError if there is no format of this name, and it is not ``auto``."""
+    if name != "auto" and name not in FORMATS:
+        raise InputError(
+            f"There is no data format {name!r}",
+            where="data.format",
+            hint=f"choose one of: auto, {', '.join(FORMATS)}",
+        )
 
 
 def _unknown_columns(columns: Sequence[str], wanted: Format, where: str) -> InputError:
@@ -226,7 +234,7 @@ def _request(record: Mapping[str, Any], row: Format, case_id: str, source: str) 
     if target_new == target_true:
         raise Unusable(
             "target is the current object",
-            f"the target {target_new!r} equals the current object",
+            f"the target {shown(target_new)} equals the current object",
             "write another target, or leave the record out",
         )
     return EditRequest(
@@ -254,7 +262,8 @@ def template(prompt: str, subject: str) -> str:
     if slots > 1 or SLOT in subject:
         raise Unusable(
             "several slots",
-            f"the prompt {prompt!r} with the subject {subject!r} has more than one {SLOT}",
+            f"the prompt {shown(prompt)} with the subject {shown(subject)} has more than one "
+            f"{SLOT}",
             f"keep one {SLOT}, in the subject's place",
         )
     if slots == 1:
@@ -263,7 +272,7 @@ def template(prompt: str, subject: str) -> str:
     if start is None:
         raise Unusable(
             "subject not in prompt",
-            f"the prompt {prompt!r} does not hold its subject {subject!r}",
+            f"the prompt {shown(prompt)} does not hold its subject {shown(subject)}",
             spelling_hint(prompt, subject)
             or f"write {SLOT} in the subject's place, or the subject as the prompt spells it",
         )
@@ -277,7 +286,12 @@ def _case_id(record: Mapping[str, Any], row: Format, index: int) -> str:
         return str(index)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise _wrong_type(row.paths["case_id"], value, "a number or a string")
-    return str(value).strip() or str(index)
+    try:
+        text = str(value)
+    except ValueError:  # a number of thousands of digits
+        raise _wrong_type(row.paths["case_id"], value, "a shorter number") from None
+    _require_text(text, row.paths["case_id"])
+    return text.strip() or str(index)
 
 
 def _unify_spelling(record: Mapping[str, Any], row: Format) -> Mapping[str, Any]:
@@ -376,7 +390,7 @@ def _probe(item: Any, answer: str | None, row: Format, target_prefix: str | None
         source = row.paths["neighborhood_answer"]
         raise Unusable(
             "missing field",
-            f"the neighbourhood prompt {prompt!r} has no answer",
+            f"the neighbourhood prompt {shown(prompt)} has no answer",
             f'give {source!r}, or write it as {{"prompt": ..., "answer": ...}}',
         )
     ending = "" if prompt.endswith(row.neighbor_ending) else row.neighbor_ending
@@ -407,14 +421,22 @@ def _string(value: Any, path: str) -> str:
     """A string without the white space around it."""
     if not isinstance(value, str):
         raise _wrong_type(path, value, "a string")
+    _require_text(value, path)
     return value.strip()
+
+
+def _require_text(value: str, path: str) -> None:
+    """Raise Unusable for a string that can be neither written nor tokenised."""
+    flaw = no_text(value)
+    if flaw is not None:
+        raise Unusable("not text", f"the field {path!r} {flaw}", "write it without that")
 
 
 def _wrong_type(path: str, value: Any, wanted: str) -> Unusable:
     """The complaint about a value of another type."""
     return Unusable(
         "wrong type",
-        f"the field {path!r} is {_type_name(value)} ({value!r:.40}), not {wanted}",
+        f"the field {path!r} is {_type_name(value)} ({shown(value):.40}), not {wanted}",
         f"write {path!r} as {wanted}",
     )
 

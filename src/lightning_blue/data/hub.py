@@ -35,7 +35,7 @@ def load_rows(path: str, split: str) -> list[Located]:
 def _load_located(path: str, split: str, reason: str | None) -> list[Located]:
     """Read the rows; ``reason`` is why the hub has no such dataset, where it has been asked."""
     try:
-        dataset = _load(path, split)
+        rows = list(_load(path, split))  # inside: a damaged file may open, and fail at a row
     except Exception as error:  # the hub's client and the readers raise dozens of types
         log.debug("loading %s failed", path, exc_info=True)
         if reason is not None:
@@ -49,7 +49,7 @@ def _load_located(path: str, split: str, reason: str | None) -> list[Located]:
             "on the hub and a split that it has (--data.split)",
         ) from error
     name = Path(path).name if Path(path).exists() else path
-    return [Located(f"{name} record {i}", row) for i, row in enumerate(dataset, 1)]
+    return [Located(f"{name} record {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def _load(path: str, split: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -45,6 +46,7 @@ def read_requests(
     such source, empty, malformed, not text, or columns that fit no format.
     """
     if isinstance(path, str | Path):
+        require_source(path)
         name, located = read_records(str(path), split)
     else:
         rows = rows_of(path)
@@ -64,6 +66,16 @@ def read_requests(
             name,
         )
     return _sort_out(located, row)
+
+
+def require_source(path: str | Path) -> None:
+    """Raise InputError if no source is named: an empty path would be the current folder."""
+    if not str(path).strip():
+        raise InputError(
+            "no data is named",
+            where=f"data.path = {str(path)!r}",
+            hint="give a file, a folder, the name of a dataset on the hub, or `almanac`",
+        )
 
 
 def _sort_out(located: Sequence[Located], row: Format) -> tuple[list[EditRequest], list[Rejected]]:
@@ -127,16 +139,23 @@ def _read_file(place: Path) -> list[Located]:
             where=str(place),
             hint="check its permissions",
         ) from None
-    text = _decode(content, place.name)
+    text = _decode(content, place.name, by_line=parser is not parse_json)
     if not text.strip():
         raise _empty(str(place))
     return parser(text, place.name)
 
 
-def _decode(content: bytes, name: str) -> str:
-    """UTF-8 text, with or without a byte order mark. Raises InputError with the line."""
+def _decode(content: bytes, name: str, by_line: bool = False) -> str:
+    """UTF-8 text, with or without a byte order mark.
+
+    With ``by_line`` bytes that are none stay in the text as surrogates, for the parser to find
+    the records they belong to. Raises InputError, with the line where it is one.
+    """
+    encoding = json.detect_encoding(content)
+    if not encoding.startswith("utf-8"):
+        raise InputError(f"The file is {encoding.upper()}", where=name, hint="save it as UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors="surrogateescape" if by_line else "strict")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(

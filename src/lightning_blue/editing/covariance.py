@@ -25,7 +25,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks.precision import float64_device
-from lightning_blue.data.corpus import corpus_fingerprint, corpus_texts, is_local
+from blue_callbacks.ranges import COUNT, Range, check_ranges
+from lightning_blue.data.corpus import (
+    corpus_fingerprint,
+    corpus_texts,
+    is_local,
+    require_named,
+)
 from lightning_blue.editing.brought import MARK, BroughtStatistics
 from lightning_blue.editing.convergence import UpdateChange
 from lightning_blue.editing.covariance_file import (
@@ -53,6 +59,7 @@ from lightning_blue.support.storage import unless_full
 
 log = logging.getLogger(__name__)
 
+MAX_TOKENS_PER_DIM = 1_000_000  # more than any corpus holds
 _BLOCKS = 4  # of columns, in which the upper triangle of a product is formed
 _PROBE_SEQUENCES = 2
 _PROBE_KEYS = 128
@@ -91,6 +98,14 @@ class CovarianceSource:
     report_change: bool = True
 
     def __post_init__(self) -> None:
+        check_ranges(
+            "model.covariance",
+            vars(self),
+            tokens_per_dim=Range(0, MAX_TOKENS_PER_DIM, above=True),
+            max_length=COUNT,
+            batch_tokens=COUNT,
+        )
+        require_named("model.covariance.corpus", self.corpus)
         if self.trust and not self.path:
             raise InputError(
                 "no statistics are given that could be trusted",

@@ -22,6 +22,7 @@ from blue_callbacks import (
 )
 from blue_callbacks.precision import float64_device
 from blue_callbacks.protocol import edit_names
+from blue_callbacks.ranges import SEED, Range, check_ranges
 from lightning_blue.data.corpus import require_own_text
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
@@ -63,6 +64,8 @@ from lightning_blue.language_model.vocabulary import check_vocabulary, vocabular
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 
+MAX_CONTEXT_TOKENS = 10_000  # where the model does not say how many tokens it reads
+
 
 class EditModule(LightningModule):
     """Edit the facts of a causal language model.
@@ -101,6 +104,7 @@ class EditModule(LightningModule):
         export_dtype: str | None = None,
     ) -> None:
         super().__init__()
+        check_contexts(context_tokens, seed, most=(context_length(model) or MAX_CONTEXT_TOKENS) - 1)
         require_unquantized_model(model)
         self.automatic_optimization = False
         self.strict_loading = False
@@ -460,6 +464,23 @@ class EditModule(LightningModule):
             )
 
 
+def check_contexts(
+    context_tokens: int | None, seed: int | None, most: int = MAX_CONTEXT_TOKENS
+) -> None:
+    """Check the numbers that `EditModule` takes.
+
+    Args:
+        context_tokens: length of the prefixes that the model writes.
+        seed: of their sampling.
+        most: tokens that a prefix may have.
+
+    Raises:
+        InputError: naming the one that is out of its range.
+    """
+    given = {"context_tokens": context_tokens, "seed": seed}
+    check_ranges("model", given, context_tokens=Range(1, most, whole=True), seed=SEED)
+
+
 def edit_module(
     name_or_path: str = "almanac",
     dtype: str = "float32",
@@ -474,5 +495,6 @@ def edit_module(
         revision: branch, tag or commit on the hub.
         **settings: see :class:`EditModule`.
     """
+    check_contexts(settings.get("context_tokens"), settings.get("seed"))
     model, tokenizer = load_language_model(name_or_path, dtype, revision)
     return EditModule(model, tokenizer, **settings)

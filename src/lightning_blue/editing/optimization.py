@@ -13,6 +13,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from blue_callbacks.ranges import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, check_ranges
+
+MAX_STEPS = 100_000  # the losses of all steps are kept in one tensor
 PMET_KL, PMET_FACTOR = 0.01, 0.1
 
 
@@ -59,10 +62,18 @@ class TargetOptimization:
     tokens_per_batch: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "clamp", "tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"target.{name} must be positive, not {value}")
+        check_ranges(
+            "model.target",
+            vars(self),
+            steps=Range(1, MAX_STEPS, whole=True),
+            learning_rate=POSITIVE,
+            weight_decay=NOT_NEGATIVE,
+            clamp=POSITIVE,
+            kl_weight=NOT_NEGATIVE,
+            stop_loss=NOT_NEGATIVE,
+            loss_layer=WHOLE,
+            tokens_per_batch=COUNT,
+        )
 
 
 class Predictions(NamedTuple):

@@ -28,6 +28,14 @@ class Architecture:
     down_projection: str
     attention_output: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.block.count("{") != 1 or not self.block.endswith(".{}"):
+            raise InputError(
+                f"block is {self.block!r}; it must end with one '.{{}}', the index of a block",
+                where="model.architecture.block",
+                hint="name the list of blocks in the model, with .{} behind: model.layers.{}",
+            )
+
 
 _LLAMA = Architecture("model.layers.{}", "mlp.down_proj", "self_attn.o_proj")
 _BLOOM = Architecture("transformer.h.{}", "mlp.dense_4h_to_h", "self_attention.dense")

@@ -15,7 +15,8 @@ from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
-from lightning_blue.data.corpus import corpus_texts, require_own_text
+from blue_callbacks.ranges import COUNT, SEED, WHOLE, Range, check_ranges
+from lightning_blue.data.corpus import corpus_texts, require_named, require_own_text
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.fingerprints import tokenizer_fingerprint
 from lightning_blue.editing.module import EditModule
@@ -83,6 +84,16 @@ class MeasureEdits(Callback):
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
         self.unedited_cache = unedited_cache
+        check_ranges(
+            "measure",
+            vars(self),
+            text_tokens=Range(2, whole=True),
+            cumulative=WHOLE,
+            tokens_per_batch=COUNT,
+            seed=SEED,
+        )
+        if text is not None:
+            require_named("measure.text", text)
         self.history = RunHistory()
         self._text: str | None = None
         self._started = 0.0

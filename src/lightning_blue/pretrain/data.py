@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast
 
+from blue_callbacks.ranges import COUNT, SEED, WHOLE, Range, check_ranges
 from lightning_blue.pretrain.almanac import Almanac
 from lightning_blue.pretrain.records import open_records
 from lightning_blue.pretrain.tokenizer import train_tokenizer
 from lightning_blue.pretrain.world import Piece, World
 from lightning_blue.support.errors import InputError
 
+MIN_VOCABULARY = 257  # bytes, and the end of a text
 END_OF_TEXT_SHARE = 0.5  # rows and documents that begin with an end-of-text token
 
 
@@ -112,6 +114,19 @@ class FactCorpusModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_ranges(
+            "data",
+            locals(),
+            facts=COUNT,
+            held_out=Range(0, 1),
+            editable=WHOLE,
+            reserved=WHOLE,
+            vocab_size=Range(MIN_VOCABULARY, whole=True),
+            length=Range(2, whole=True),
+            rows=COUNT,
+            first_facts=COUNT,
+            seed=SEED,
+        )
         self.vocab_size, self.length, self.rows = vocab_size, length, rows
         self.seed = seed
         self.world = _open_world(path, facts, held_out, editable, reserved, seed)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from blue_callbacks.ranges import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, check_ranges
 from lightning_blue.pretrain.data import FactCorpusModule, Rows
 from lightning_blue.pretrain.export import export
 from lightning_blue.pretrain.recall import RecallRow, as_markdown, recall_table
@@ -102,9 +103,35 @@ class PretrainModule(LightningModule):
         self.warmup, self.decay = warmup, decay
         self.other_weight = other_weight
         self.grow, self.grow_below = grow, grow_below
+        self._check_numbers()
         self.table: list[RecallRow] = []
         self._smoothed = UNKNOWN
         self._started = time.monotonic()
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers of which no model or no training can be made."""
+        check_ranges(
+            "model",
+            vars(self),
+            n_layers=COUNT,
+            d_model=COUNT,
+            d_in=COUNT,
+            n_heads=COUNT,
+            learning_rate=POSITIVE,
+            weight_decay=NOT_NEGATIVE,
+            warmup=WHOLE,
+            decay=WHOLE,
+            other_weight=NOT_NEGATIVE,
+            grow=Range(1, above=True),
+            grow_below=NOT_NEGATIVE,
+        )
+        if self.d_model % (2 * self.n_heads):
+            raise InputError(
+                f"d_model is {self.d_model}, and {self.n_heads} heads of an even width do not make "
+                "it up",
+                where="model.d_model",
+                hint=f"give a multiple of {2 * self.n_heads}, or another model.n_heads",
+            )
 
     @property
     def corpus(self) -> FactCorpusModule:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue import __version__
+from lightning_blue.data.checks import CONTRADICTION, count_by_kind
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome, flatten
 from lightning_blue.metrics.history import RunHistory
@@ -118,9 +119,10 @@ def summary(history: RunHistory) -> dict[str, Any]:
     for stage in SUMMARY_STAGES:
         measured = flatten(metrics_at(history, stage))
         numbers |= {f"{stage}/{key}": number for key, number in measured.items()}
+    contradicted = count_by_kind(history.rejected).get(CONTRADICTION, 0)  # inside a batch
     numbers |= {
         "edits/applied": history.applied,
-        "edits/superseded": history.applied - len(history.in_force),
+        "edits/superseded": history.applied - len(history.in_force) + contradicted,
         "edits/requested": len(history.requests),
         "edits/rejected": len(history.rejected),
         "edits/ended_early": history.ended_early,

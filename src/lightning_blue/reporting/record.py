@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from blue_callbacks import EditGuard, NonFiniteError
+from blue_callbacks.ranges import WHOLE, check_ranges
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting import files, wandb_run
@@ -59,12 +61,11 @@ class RunRecord(Callback):
         export: bool = True,
         checkpoint_every: int = 1,
     ) -> None:
-        if checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must not be negative, it is {checkpoint_every}")
         self.name, self.root = _inside(name), root
         self.wandb, self.project = wandb, project
         self.export = export
         self.checkpoint_every = checkpoint_every
+        check_ranges("run", vars(self), checkpoint_every=WHOLE)
         self.config = ""  # the resolved configuration, set by the command line
         self.settings: dict[str, Any] = {}
         self.report: Path | None = None
@@ -83,6 +84,14 @@ class RunRecord(Callback):
         if self._folder is None:
             self._folder = claim_folder(Path(self.root), self.name)
         return self._folder
+
+    def give_folder_back(self) -> None:
+        """Remove the folder where it was claimed for a run that has not begun."""
+        mine = rank_zero_only.rank == 0 and not self.resumed  # type: ignore[attr-defined]
+        if mine and self._folder is not None:
+            with suppress(OSError):  # something stands in it
+                self._folder.rmdir()
+            self._folder = None
 
     def resume(self, folder: Path) -> None:
         """Go on in the folder of a run that was stopped."""

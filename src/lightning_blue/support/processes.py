@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 from tqdm.auto import tqdm
 
+from blue_callbacks.ranges import POSITIVE, check_ranges
 from lightning_blue.support.checkpoints import BatchCheckpoints, checkpoints
 from lightning_blue.support.watch import Watch
 
@@ -46,8 +47,7 @@ class EditStrategy(DDPStrategy):
     """
 
     def __init__(self, lost_after: float = 45.0, **kwargs: Any) -> None:
-        if lost_after <= 0:
-            raise ValueError(f"lost_after must be positive, not {lost_after:g}")
+        check_ranges("trainer.strategy", {"lost_after": lost_after}, lost_after=POSITIVE)
         super().__init__(**kwargs)
         self.lost_after = lost_after
         self._watch: Watch | None = None
