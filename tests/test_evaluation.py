@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -136,6 +137,38 @@ def test_one_odd_request_changes_nothing_about_the_others(
         options = {"protocol": protocol, "generate": False, "continuation_tokens": 0}
         alone = evaluate(*gpt2, REQUESTS[:2], **options).outcomes
         assert evaluate(*gpt2, REQUESTS, **options).outcomes[:2] == alone
+
+
+def test_a_given_prefix_is_scored_on_every_prompt(gpt2: LanguageModel) -> None:
+    near = Probe("Paris is a twin city of", "Rome", "\n")
+    request = replace(
+        NEIGHBOURS_ONLY,
+        target_prefix=": ",
+        paraphrases=("A twin of Lyon is",),
+        neighborhood=(near,),
+    )
+    [outcome] = evaluate(*gpt2, [request], generate=False, continuation_tokens=0).outcomes
+    for target, measured in (("Tokyo", outcome.nll_new), ("Beirut", outcome.nll_true)):
+        [given] = score_targets(*gpt2, [request.text], [target], prefixes=[": "])
+        assert measured == pytest.approx(given.nll, rel=1e-5)
+        assert measured != pytest.approx(nll(gpt2, request.text, target), rel=1e-3)
+    asked: list[tuple[str, str | None]] = []
+
+    def scores(model: object, tokenizer: object, prompts: list, *_: object, **more: list) -> list:
+        asked.extend(zip(prompts, more["prefixes"], strict=True))
+        return [TargetScore(1.0, (True,))] * len(prompts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "score_targets", scores)
+        evaluate(*gpt2, [request], generate=False, continuation_tokens=0)
+        controls = len(asked)
+        evaluate_control_facts(*gpt2, [near])
+    assert set(asked[:controls]) == {
+        (request.text, ": "),
+        ("A twin of Lyon is", ": "),
+        (near.prompt, "\n"),
+    }
+    assert asked[controls:] == [(near.prompt, "\n")]
 
 
 def test_outcomes(language_model: LanguageModel) -> None:

@@ -131,7 +131,7 @@ def test_the_exported_model_says_the_new_object_of_a_script_without_spaces(
     # The request without a current object leaves the others' comparison as it is.
     assert summary["post/efficacy/count"] == 2
     out = " ".join(capsys.readouterr().out.split())
-    sentence = "2 of 3 requests name their current object; the other 1 count in the top-1 metrics"
+    sentence = "2 of 3 requests name their current object; the other one counts in the top-1"
     assert sentence in out
     report = (run / "report.md").read_text()
     assert sentence in " ".join(report.split())

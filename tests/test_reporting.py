@@ -227,7 +227,7 @@ def test_a_perplexity_that_is_not_finite_is_shown_as_such(
         (
             "counterfact",
             "compare the probabilities of two objects (protocol counterfact): 3 of 4 requests name "
-            "their current object; the other 1 count in the top-1 metrics alone",
+            "their current object; the other one counts in the top-1 metrics alone",
         ),
         (
             "zsre",

@@ -59,7 +59,10 @@ def protocol_sentence(history: RunHistory) -> str:
         return f"{scores} count right tokens (protocol zsre) of all {total:,} requests: {named}."
     text = f"{scores} compare the probabilities of two objects (protocol counterfact): {named}"
     left = total - known
-    return text + (f"; the other {left:,} count in the top-1 metrics alone." if left else ".")
+    if not left:
+        return f"{text}."
+    others = "one counts" if left == 1 else f"{left:,} count"
+    return f"{text}; the other {others} in the top-1 metrics alone."
 
 
 def prefix_text(prefix: str) -> str:
