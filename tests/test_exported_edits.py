@@ -165,7 +165,7 @@ def test_every_layer_is_looked_at(name, said):
 
 @pytest.mark.parametrize("block", ["model.layers", "model.{}.{}", "layers.{}", "model.norm.{}"])
 def test_a_block_that_is_none_of_a_list_is_refused(block):
-    with pytest.raises(InputError, match=r"has no module(.|\n)*model.architecture.block = "):
+    with pytest.raises(InputError, match=r"model\.architecture\.block"):
         find_architecture(random_model("stablelm"), Architecture(block, "mlp.down_proj"))
 
 

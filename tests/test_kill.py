@@ -66,9 +66,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def result(root: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights that a run has saved, and its summary without seconds."""
+    """The weights that a run has saved, and its summary without seconds and paths."""
     summary = json.loads((root / name / "summary.json").read_text())
-    kept = {key: value for key, value in summary.items() if not key.startswith("seconds/")}
+    left_out = ("seconds/", "settings/covariance_file")
+    kept = {key: value for key, value in summary.items() if not key.startswith(left_out)}
     return load_file(root / name / "model" / "model.safetensors"), kept
 
 

@@ -41,6 +41,7 @@ COMMANDS = {
 _REST = (
     Key("config", "a run file, over which flags and later run files win"),
     Key("ckpt_path", "go on with a run that was stopped: a checkpoint, or last for its newest"),
+    Key("for_model", "the model that a run file's settings were chosen on; others are refused"),
     Key("seed_everything", "decides everything that is random", "0"),
     Key("print_config", "print the whole configuration as a run file, and do nothing"),
 )
@@ -112,7 +113,8 @@ def _short(command: str) -> Iterator[str]:
             )
         else:
             yield from ("", f"{section}:", *(_line(key, f"--{section}.") for key in keys))
-    rest = [key for key in _REST if command == "fit" or key.name != "ckpt_path"]
+    unused = {"pretrain": ("ckpt_path", "for_model"), "fit": ()}.get(command, ("ckpt_path",))
+    rest = [key for key in _REST if key.name not in unused]
     yield from ("", "beside the sections:", *(_line(key, "--") for key in rest))
     yield from ("", f"All about a section: --help.SECTION, of {', '.join(sections)}.")
     yield "In a run file, section: {key: value}. [In brackets: what holds unless it is given.]"

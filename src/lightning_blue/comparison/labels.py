@@ -26,7 +26,7 @@ METHOD_KEYS = (
 DEFAULTS = {
     "update/solver": "least_squares",
     "update/past_keys": True,
-    "model/target/site": "block",
+    "model/target/site": "auto",
     "model/target/keep_norm": False,
     "model/target/merge_subjects": False,
 }
@@ -77,6 +77,8 @@ def method_of(
         rows: the rows by name; by default those of ``conf/methods``.
     """
     rows = method_rows() if rows is None else rows
+    if config.get("model/target/site") in ("block", "ffn"):  # what auto finds, by itself no method
+        config = {**config, "model/target/site": "auto"}
     best, departures = "", [f"{key}={config.get(key)}" for key in METHOD_KEYS]
     said = -1
     for name, row in rows.items():

@@ -150,9 +150,8 @@ class EditModule(LightningModule):
                 target layer lies above it, or the covariance's text belongs to another model.
         """
         if stage == "fit":
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            updates = [each for each in callbacks if isinstance(each, ClosedFormUpdate)]
-            for update in updates:
+            callbacks: list[Any] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+            for update in (each for each in callbacks if isinstance(each, ClosedFormUpdate)):
                 self.check_layers(update.layers)
                 for part in update.layer_updates:
                     self._check_loss_layer(part.target_layer)

@@ -10,6 +10,7 @@ from lightning_blue.support.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NAMED_LENGTH = 200  # characters of a text in a message
 HINT = (
     "leave out what is written with it, or add rows to the model's embedding "
     "(model.resize_token_embeddings(len(tokenizer))), train them, and save model and tokenizer "
@@ -62,4 +63,5 @@ def check_vocabulary(
     for text, ids in zip(texts, sequences, strict=True):
         fault = known.fault(ids)
         if fault:
-            raise InputError(fault, where=repr(text[:80]), hint=HINT)
+            named = text if len(text) <= NAMED_LENGTH else f"{text[:NAMED_LENGTH]}…"
+            raise InputError(fault, where=repr(named), hint=HINT)

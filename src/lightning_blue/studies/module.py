@@ -40,8 +40,10 @@ class StudyModule(EditModule):
 
     @classmethod
     def of(cls, module: EditModule) -> StudyModule:
-        """Wrap the model of a module, with the module's settings."""
-        names = list(signature(EditModule.__init__).parameters)[1:]
+        """Wrap the model of a module, with the module's settings; a study exports no model."""
+        names = [
+            n for n in list(signature(EditModule.__init__).parameters)[1:] if n != "export_dtype"
+        ]
         return cls(**{name: getattr(module, name) for name in names})
 
     def know(self, requests: Sequence[EditRequest], targets: Mapping[int, Targets]) -> None:
