@@ -10,7 +10,7 @@ from benchmarks.delta import edit_module
 from benchmarks.results import Row
 from benchmarks.run import TOKENS_PER_DIM, Evaluate, fit
 from benchmarks.timing import Clock
-from benchmarks.workload import load_workload
+from benchmarks.workload import COVARIANCE_TEXT, load_workload
 from blue_callbacks import ClosedFormUpdate
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource
@@ -75,6 +75,8 @@ def _edit(args: Namespace, sizes: list[int]) -> list[float]:
     module.edit_targets(workload.requests[:2], 1)  # warm up
     watcher = EditsOnly(batches)
     with tempfile.TemporaryDirectory() as cache:
-        module.covariance = CovarianceSource(tokens_per_dim=TOKENS_PER_DIM, cache=cache)
+        module.covariance = CovarianceSource(
+            COVARIANCE_TEXT, tokens_per_dim=TOKENS_PER_DIM, cache=cache
+        )
         fit(module, batches, [ClosedFormUpdate([1, 2]), watcher])
     return watcher.seconds

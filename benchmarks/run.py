@@ -24,7 +24,7 @@ from benchmarks.floor import (
 from benchmarks.results import Row
 from benchmarks.textbook_evaluation import evaluate_record
 from benchmarks.timing import Clock, now
-from benchmarks.workload import Workload
+from benchmarks.workload import COVARIANCE_TEXT, Workload
 from blue_callbacks import ClosedFormUpdate, WeightId
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing import EditModule
@@ -97,7 +97,9 @@ def run_whole(workload: Workload, args: Namespace, clock: Clock) -> list[Row]:
     module = edit_module(workload, args)
     unedited = {n: textbook.weight_of(workload.model, n).clone() for n in args.layers}
     with tempfile.TemporaryDirectory() as cache:
-        module.covariance = CovarianceSource(tokens_per_dim=TOKENS_PER_DIM, cache=cache)
+        module.covariance = CovarianceSource(
+            COVARIANCE_TEXT, tokens_per_dim=TOKENS_PER_DIM, cache=cache
+        )
         module.prepare(args.layers, [WeightId(layer) for layer in args.layers])
     watcher = Evaluate(batches)
 

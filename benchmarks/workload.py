@@ -21,11 +21,12 @@ from transformers import (  # type: ignore[attr-defined]
 )
 
 from lightning_blue.data import read_requests
-from lightning_blue.data.corpus import read_text
+from lightning_blue.data.corpus import PACKAGED, read_text
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.language_model.loading import load_language_model
 
 ROOT = Path(__file__).resolve().parents[1]
+COVARIANCE_TEXT = str(PACKAGED["almanac"])  # by its path: any text will do for random weights
 N_NEIGHBOURS = 10  # of a record, as in CounterFact's full form
 
 # As long as those that the reference code lets the model write: ten tokens and a full stop.

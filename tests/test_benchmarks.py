@@ -20,6 +20,7 @@ from benchmarks.floor import (
 )
 from benchmarks.results import Row, markdown
 from benchmarks.textbook_evaluation import score_record, write_texts, write_texts_of_record
+from benchmarks.workload import COVARIANCE_TEXT
 from torch.utils.flop_counter import FlopCounterMode
 
 from blue_callbacks import ClosedFormUpdate, WeightId
@@ -66,7 +67,7 @@ def test_targets_and_weights_equal_the_textbook_in_float64(language_model, tmp_p
         tokenizer,
         target=TargetOptimization(steps=8, learning_rate=0.3, clamp=2.0),
         contexts=list(CONTEXTS),
-        covariance=CovarianceSource(cache=str(tmp_path)),
+        covariance=CovarianceSource(COVARIANCE_TEXT, cache=str(tmp_path)),
     )
     update = ClosedFormUpdate(LAYERS, covariance_weight=20.0)
     update.on_fit_start(None, module)
