@@ -163,9 +163,17 @@ def test_every_layer_is_looked_at(name, said):
         fit(module, ClosedFormUpdate([0, 1, 2]), [REQUESTS])
 
 
-@pytest.mark.parametrize("block", ["model.layers", "model.{}.{}", "layers.{}", "model.norm.{}"])
-def test_a_block_that_is_none_of_a_list_is_refused(block):
-    with pytest.raises(InputError, match=r"model\.architecture\.block"):
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ("model.layers", "must end with one"),
+        ("model.{}.{}", "must end with one"),
+        ("layers.{}", "has no module"),
+        ("model.norm.{}", "has no module"),
+    ],
+)
+def test_a_block_that_is_none_of_a_list_is_refused(block, said):
+    with pytest.raises(InputError, match=rf"{said}(.|\n)*model\.architecture\.block"):
         find_architecture(random_model("stablelm"), Architecture(block, "mlp.down_proj"))
 
 

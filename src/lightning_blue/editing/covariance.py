@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blue_callbacks.precision import float64_device
+from blue_callbacks.precision import in_float64
 from blue_callbacks.ranges import COUNT, Range, check_ranges
 from lightning_blue.data.corpus import (
     corpus_fingerprint,
@@ -197,7 +197,7 @@ def _pieces(count: int, n_tokens: int) -> list[slice]:
 def _add_product(sums: dict[int, Tensor], layer: int, keys: Tensor) -> None:
     """Add K^T K of keys (n_tokens, d_in); it is symmetric, so that its upper triangle is enough."""
     d_in = keys.shape[1]
-    keys = keys.to(float64_device(keys.device)).double()
+    keys = in_float64(keys)
     total = sums.setdefault(layer, keys.new_zeros(d_in, d_in))
     edges = [d_in * block // _BLOCKS for block in range(_BLOCKS + 1)]
     with torch.autocast(keys.device.type, enabled=False):

@@ -99,12 +99,18 @@ def leave_out(change: WeightChange, columns: Sequence[int]) -> WeightChange:
         change: of n edits.
         columns: those to leave out, fewer than n.
     """
+    rows = written_operator(change).to(change.right)
+    return _columns(replace(change, left=change.residual.to(change.left), right=rows), columns)
+
+
+def written_operator(change: WeightChange) -> Tensor:
+    """Return Q of an update ``R Q`` that was written, ``(n, d_in)`` in float64, from its record.
+
+    The record holds ``V^T B`` and K1, and ``Q = S^-1 V^T B`` with ``S = I + V^T B K1``.
+    """
     right = change.right.double()
     system = torch.eye(len(right), dtype=torch.float64) + right @ change.keys.double()
-    rows = torch.linalg.solve(system, right)
-    return _columns(
-        replace(change, left=change.residual.to(change.left), right=rows.to(change.right)), columns
-    )
+    return torch.linalg.solve(system, right)
 
 
 @contextmanager

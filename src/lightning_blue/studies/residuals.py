@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
 from blue_callbacks import EditRecord, KeyMemory, WeightChange, WeightId
 from blue_callbacks.plans import PLANS
+from lightning_blue.runs.weights import written_operator
 from lightning_blue.studies.bench import Bench
 from lightning_blue.studies.bounds import Bound, spectral_norm, update_operator, weight_shift
 from lightning_blue.studies.residual_figure import residual_figure
@@ -140,16 +140,6 @@ class _Watch(Callback):
         left = spectral_norm(now) / spectral_norm(before)
         row: Row = {"layer": layer, "batch_size": self.size, "batch": batch, **present._asdict()}
         return {**row, "bound_assumed": assumed.bound, "residual_left": left}
-
-
-def written_operator(change: WeightChange) -> Tensor:
-    """Return Q of an update that was written, ``(n, d_in)`` in float64, from its record.
-
-    The record holds ``V^T B`` and K1, and ``Q = S^-1 V^T B`` with ``S = I + V^T B K1``.
-    """
-    right = change.right.double()
-    system = torch.eye(len(right), dtype=torch.float64) + right @ change.keys.double()
-    return torch.linalg.solve(system, right)
 
 
 def _written(bench: Bench) -> list[Row]:
