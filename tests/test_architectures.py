@@ -97,7 +97,7 @@ class Case(NamedTuple):
         target = TargetOptimization(**{**search, **settings.pop("target", {})})
         settings = {"contexts": PREFIXES, **settings}
         module = EditModule(model, self.tokenizer, target=target, **settings)
-        module._covariances = {n: torch.eye(self.d_in) * 0.01 for n in range(3)}
+        module.set_covariances({n: torch.eye(self.d_in) * 0.01 for n in range(3)})
         return module
 
 

@@ -148,15 +148,9 @@ def test_every_run_file_is_in_the_tables():
 
 
 @pytest.mark.parametrize("file", RUNS)
-def test_resolves_to_its_row(file):
-    config, row = resolved(file), expected(*RUNS[file])
-    assert {key: config[key] for key in row} == row
-
-
-@pytest.mark.parametrize("file", RUNS)
-def test_differs_from_the_llama3_file_in_its_row_only(file):
-    config, first = resolved(file), resolved("llama3_memit_blue.yaml")
-    assert {key for key in config if config[key] != first[key]} <= set(expected(*RUNS[file]))
+def test_resolves_to_its_row_and_to_nothing_else(file):
+    first = resolved("llama3_memit_blue.yaml")
+    assert resolved(file) == first | expected(*RUNS[file])
 
 
 @pytest.mark.parametrize("file", sorted(set(RUNS) - {"llama3_memit_blue.yaml"}))
@@ -176,10 +170,7 @@ def test_says_only_what_differs_from_its_bases(file):
 def test_one_flag_switches_the_quick_start(method, plan):
     before = resolved("quickstart.yaml")
     after = resolved("quickstart.yaml", f"methods/{method}.yaml", f"--update.plan={plan}")
-    row = flat(yaml.safe_load((ROWS / f"{method}.yaml").read_text())) | {"update.plan": plan}
-    assert after == before | row
-    wanted = SHARED | METHODS[method] | {"update.plan": plan}
-    assert {key: after[key] for key in wanted} == wanted
+    assert after == before | SHARED | METHODS[method] | {"update.plan": plan}
 
 
 def test_a_report_names_the_method_and_the_settings_in_force():
@@ -264,16 +255,11 @@ def flags(folder: Path, name: str) -> list[str]:
 )
 def test_edits_one_batch(file, small_run, capsys):
     model, method, blue = RUNS[file]
-    changed = {"model.name_or_path", "data.edits"}
     args = flags(small_run, model)
     if method == "alphaedit":  # so small a model has no eigenvalue below the threshold
         args.append("--update.energy=0.05")
-        changed.add("update.energy")
     assert main(["fit", f"--config={CONF / file}", *args]) == 0
     report = Path(capsys.readouterr().out.rpartition("report: ")[2].strip())
-    config = flat(yaml.safe_load((report.parent / "config.yaml").read_text()))
-    row = {k: v for k, v in expected(model, method, blue).items() if k not in changed}
-    assert {key: config[key] for key in row} == row
     summary = json.loads((report.parent / "summary.json").read_text())
     assert (summary["edits/applied"], summary["edits/requested"]) == (2, 2)
     assert summary["settings/site"] == ("attention_and_ffn" if method == "pmet" else "block")

@@ -89,7 +89,7 @@ def editable(name: str, folder, case: Case) -> EditModule:
     module = EditModule(model, words, target=target, contexts=[], architecture=case.named)
     for layer in case.layers:
         d_in = weight_view(down_projection(module.blocks[layer], module.architecture)).shape[1]
-        module._covariances[layer] = torch.eye(d_in)
+        module.set_covariances({layer: torch.eye(d_in)})
     return module
 
 

@@ -108,7 +108,7 @@ def test_what_measures_and_compares_does_as_on_the_cpu(device: None) -> None:
 
 def test_a_module_gives_its_covariance_where_it_is_solved(gpt2: LanguageModel, monkeypatch) -> None:
     module = EditModule(*gpt2)
-    module._covariances = {1: torch.eye(96, dtype=torch.float64)}
+    module.set_covariances({1: torch.eye(96, dtype=torch.float64)})
     monkeypatch.setattr(type(module), "device", DEVICE)
     monkeypatch.setattr(precision, "has_float64", lambda kind: kind != DEVICE.type)
     assert module.key_covariance(WeightId(1)).device.type == "cpu"

@@ -29,6 +29,7 @@ from helpers import fit, load_model
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
+from lightning_blue.language_model.architectures import down_projection
 from lightning_blue.support.errors import InputError
 
 METHODS = ("MEMIT", "MEMIT_seq", "MEMIT_rect", "MEMIT_prune", "AlphaEdit", "PMET", "PMET_seq")
@@ -119,6 +120,10 @@ def golden_update(method: str, variant: str, hparams: dict) -> dict:
     }
 
 
+def projection(module: EditModule, layer: int) -> torch.nn.Module:
+    return down_projection(module.blocks[layer], module.architecture)
+
+
 def golden_module(shared: Path, name: str, search: TargetOptimization) -> EditModule:
     common = json.loads((shared / "golden/edits/common.json").read_text())
     model, tokenizer = load_model(shared / "golden/models" / name)
@@ -129,7 +134,7 @@ def golden_module(shared: Path, name: str, search: TargetOptimization) -> EditMo
         contexts=[template.removesuffix(" {}") for template in common["context_templates"][1]],
     )
     covariances = load_file(shared / "golden/cov" / f"{name}.safetensors")
-    module._covariances = {layer: covariances[f"mom2.layer{layer}"] for layer in (1, 2, 3, 4)}
+    module.set_covariances({layer: covariances[f"mom2.layer{layer}"] for layer in (1, 2, 3, 4)})
     return module
 
 
@@ -161,7 +166,7 @@ class Recorder(ClosedFormUpdate):
             patch.setattr(KeyMemory, "update", update)
             super().on_edit_batch(trainer, module, batch)
         for layer in self.written_layers:
-            weight = module._projection(WeightId(layer)).weight.detach().clone()
+            weight = projection(module, layer).weight.detach().clone()
             self.seen[f"{b}.weight.layer{layer}"] = weight
             weight = WeightId(layer)
             past = self._past[weight][-1].respected if self.past_keys else None
@@ -181,7 +186,7 @@ def test_two_batches_equal_the_reference(shared, method, variant, name):
     fit(module, update, [requests[:4], requests[4:]])
     for layer in update.written_layers:  # PRUNE's reference keeps other things than the others'
         update.seen[f"b2.weight_unpruned.layer{layer}"] = update.seen[f"b2.weight.layer{layer}"]
-        final = module._projection(WeightId(layer)).weight.detach()
+        final = projection(module, layer).weight.detach()
         update.seen[f"final.weight_corrected.layer{layer}"] = final
     compared = [key for key in golden if key.split(".")[1] in LIMITS]
     assert {key.split(".")[1] for key in compared} >= (
@@ -242,7 +247,7 @@ def test_prune_equals_the_reference(shared, name, variant):
     golden = load_file(shared / "golden/edits" / name / f"MEMIT_prune_{variant}.safetensors")
     module = golden_module(shared, name, TargetOptimization())
     for layer in (1, 4):
-        original = module._projection(WeightId(layer)).weight.detach()
+        original = projection(module, layer).weight.detach()
         edited = golden[f"b2.weight_unpruned.layer{layer}"]
         for ours, reading in ((prune, "corrected"), (prune_official, "official")):
             reference = golden[f"final.weight_{reading}.layer{layer}"]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from blue_callbacks import EditRejected, WeightChange, WeightId
 from helpers import fit
+from lightning_blue.language_model.architectures import down_projection
 from lightning_blue.runs.journal import EditJournal, Journal, record_name
 from lightning_blue.support.errors import InputError
 from runs_made import BATCHES, WEIGHTS, made, make, small_module, small_update  # noqa: F401
@@ -54,7 +55,7 @@ def test_the_header_says_what_was_edited(made, model):  # noqa: F811
     assert list(header.weights) == WEIGHTS
     for weight, written in header.weights.items():
         module = run.module.model.get_submodule(written.module)
-        assert module is run.module._projection(weight)
+        assert module is down_projection(run.module.blocks[weight.layer], run.module.architecture)
         assert written.shape == (32, 96)
         assert written.transposed == (model == "gpt2")
     assert header.covariance["identity"]["model"] == header.model.fingerprint

@@ -9,9 +9,14 @@ import torch
 
 from blue_callbacks import ClosedFormUpdate, NonFiniteError, WeightId
 from helpers import fit
+from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
-from lightning_blue.language_model.architectures import Architecture, find_architecture
+from lightning_blue.language_model.architectures import (
+    Architecture,
+    down_projection,
+    find_architecture,
+)
 from lightning_blue.language_model.scoring import score_targets
 from lightning_blue.support.errors import InputError
 from test_architectures import REQUESTS as ENDING_AT_SUBJECT
@@ -23,7 +28,7 @@ def editable(language_model, **settings) -> EditModule:
     model, tokenizer = copy.deepcopy(language_model.model), language_model.tokenizer
     search = TargetOptimization(steps=15, learning_rate=0.5, clamp=4.0)
     module = EditModule(model, tokenizer, target=search, contexts=PREFIXES, **settings)
-    module._covariances = {layer: torch.eye(96) * 0.01 for layer in range(4)}
+    module.set_covariances({layer: torch.eye(96) * 0.01 for layer in range(4)})
     return module
 
 
@@ -54,11 +59,23 @@ def test_only_the_planned_weights_change(language_model):
     assert changed == {f"{row.block.format(n)}.{row.down_projection}.weight" for n in (0, 2)}
 
 
+def test_covariances_in_memory_are_taken_as_they_are(gpt2, tmp_path):
+    module = editable(gpt2, covariance=CovarianceSource(str(tmp_path / "no such text")))
+    given = torch.eye(96, dtype=torch.float64) * 0.5
+    module.set_covariances({2: given})
+    assert torch.equal(module.key_covariance(WeightId(2)).cpu(), given)
+    assert "given in memory for layers 2" in module.statistics["covariance_trusted"]
+    with pytest.raises(InputError, match=r"layer 1 is \(96, 96\), not \(32, 32\)"):
+        module.set_covariances({1: torch.eye(32)})
+    with pytest.raises(InputError, match=r"no layer 9|layers are"):
+        module.set_covariances({9: torch.eye(96)})
+
+
 def test_keys_weigh_the_bare_prompt_one_half(language_model):
     """Against single forward passes over whole prompts."""
     module = editable(language_model)
     keys = module.edit_keys(REQUESTS, WeightId(1))
-    projection = module._projection(WeightId(1))
+    projection = down_projection(module.blocks[1], module.architecture)
     for column, request in enumerate(REQUESTS):
         seen = []
         for prefix in ["", *(f"{p} " for p in PREFIXES)]:

@@ -29,6 +29,15 @@ def test_even_shares_leave_an_equal_part_to_every_layer():
     assert left == pytest.approx(0.0)
 
 
+def test_square_root_shares_are_one_over_the_root_of_the_layers_that_are_left():
+    """PMET's distribution of the residual (Li et al. 2024)."""
+    updates = layer_updates("square_root", [4, 5, 6, 7, 8])
+    assert [update.layer for update in updates] == [4, 5, 6, 7, 8]
+    assert {update.target_layer for update in updates} == {8}
+    squares = [1 / update.share**2 for update in updates]
+    assert squares == pytest.approx([5, 4, 3, 2, 1])
+
+
 def test_baselines():
     assert layer_updates("computed", [1, 2]) == [LayerUpdate(1, 1, 1), LayerUpdate(2, 2, 1)]
     assert layer_updates("first", [1, 2, 3]) == [LayerUpdate(1, 1, 1)]

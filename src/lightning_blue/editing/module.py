@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -315,6 +315,29 @@ class EditModule(LightningModule):
             self._templates = context_templates(prefixes)
         return self._templates
 
+    def set_covariances(self, covariances: Mapping[int, Tensor]) -> None:
+        """Take the covariances of layers' keys as they are; no text is read for these layers.
+
+        Args:
+            covariances: layer -> ``(d_in, d_in)``, of keys of this model, unedited.
+
+        Raises:
+            InputError: for a layer that the model does not have, or a matrix of another size.
+        """
+        for layer, covariance in covariances.items():
+            size = weight_view(self._projection(WeightId(layer))).shape[1]
+            if covariance.shape != (size, size):
+                raise InputError(
+                    f"a covariance of layer {layer} is ({size}, {size}), not "
+                    f"{tuple(covariance.shape)}: one row and column for each key dimension",
+                    where="covariances",
+                )
+        self._covariances |= covariances
+        given = ", ".join(map(str, sorted(covariances)))
+        self.statistics["covariance_trusted"] = (
+            f"given in memory for layers {given}; what model and text they are of was not checked"
+        )
+
     def prepare(
         self, critical: Sequence[int], written: Sequence[WeightId], weight: float = 15_000.0
     ) -> None:
@@ -345,7 +368,7 @@ class EditModule(LightningModule):
                 self.model, self.tokenizer, projections, self.covariance, weight
             )
             self._covariances |= found.covariances
-            self.statistics = found.about
+            self.statistics |= found.about
         self._edited = list(dict.fromkeys([*self._edited, *written]))
         if self.export_dtype != self.model.dtype:
             self.rounding.keep(written)
