@@ -101,6 +101,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one(module, facts, tmp_path, met
     assert resumed.callbacks[1].history.resumed_after == [2 * crash.batch]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_measured_less_often_is_measured_where_it_would_have_been(
+    module,  # noqa: F811
+    facts,  # noqa: F811
+    tmp_path,
+    batch,
+):
+    every_second = {"val_check_interval": 2}
+    whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
+    expected = run(whole, facts, tmp_path / "whole", flags=every_second)
+    assert [m.edits for m in expected.callbacks[1].history.of("cumulative")] == [4]
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, tmp_path / "halves", Crash(batch), flags=every_second)
+    resumed = run(unedited, facts, tmp_path / "halves", resume=True, flags=every_second)
+    assert measured(resumed) == measured(expected)
+
+
 def test_contexts_that_the_unedited_model_wrote_are_kept(module, facts, tmp_path):  # noqa: F811
     module.contexts = None
     whole, unedited = copy.deepcopy(module), copy.deepcopy(module)

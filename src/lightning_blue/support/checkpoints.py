@@ -99,8 +99,13 @@ class BatchCheckpoints(Callback):
         self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        """Let a run that ended at a limit go on behind it once the limit is higher."""
+        """Let a run that ended at a limit go on behind it once the limit is higher.
+
+        And let validation, which counts batches over all epochs, come where it would have come:
+        the batch before which a checkpoint was written counted as begun.
+        """
         progress = trainer.fit_loop.epoch_loop.batch_progress
+        progress.total.reset_on_restart()
         progress.is_last_batch = progress.current.ready >= trainer.num_training_batches
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
