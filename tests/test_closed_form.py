@@ -207,3 +207,5 @@ def test_energy_keeps_the_least_used_directions():
     assert used == [2, 3, 4]  # 1 + 0.5 + 0.5 of 10 are 20%
     with pytest.raises(SingularCovarianceError, match="null space is empty"):
         null_space(torch.diag(values), 1.0, threshold=0.1)
+    with pytest.raises(SingularCovarianceError, match=r"is 0\.5, 0\.05 of their sum"):
+        null_space(torch.diag(values), 1.0, threshold=0.1, energy=0.04)

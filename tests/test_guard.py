@@ -322,6 +322,9 @@ def test_a_resumed_run_compares_with_the_unedited_model(guard_first, tmp_path):
     fit(second, main, data(), callbacks=[other], ckpt_path=saved)
     assert late.all == [pytest.approx(read, rel=1e-5) for read in everything.all[2:]]
     assert [event["batch"] for event in late.events] == [0, 3]
+    kept = EditGuard()
+    kept.load_state_dict(early.state_dict())
+    assert kept.readings == early.readings != {}
     assert len(calls) == 2  # once a batch: the unedited model's loss came with the checkpoint
 
 

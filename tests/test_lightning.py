@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,14 @@ def test_trainer_test_measures_without_editing(module, facts):
     trainer_of().fit(module, datamodule=data_of(facts))
     (edited,) = trainer_of().test(module, datamodule=data_of(facts), verbose=False)
     assert edited["test/efficacy"] > results["test/efficacy"]
+
+
+def test_trainer_test_keeps_what_the_model_writes_and_how_long_it_took(module, facts):
+    measure = measuring()
+    started = time.perf_counter()
+    trainer_of(measure).test(module, datamodule=data_of(facts), verbose=False)
+    assert all(outcome.continuation for outcome in measure.history.after.values())
+    assert 0 < measure.history.seconds["evaluate"] <= time.perf_counter() - started
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.editing.fast.predictor import FastPredictor
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization, kl_divergence
+from lightning_blue.editing.prompts import edit_prompts
 
 REQUESTS = [
     EditRequest("a", "The mother tongue of {} is", "Danielle Darrieux", "English"),
@@ -109,6 +111,14 @@ def test_micro_batches_change_nothing(language_model):
         for tokens in (1, 10_000)
     )
     torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)
+
+
+def test_a_predictor_that_is_asked_for_first_finds_out_whether_parts_may_be_run(gpt2):
+    module = EditModule(*gpt2, contexts=PREFIXES)
+    prompts = edit_prompts(module.tokenizer, REQUESTS, module.templates)
+    predictor = module.target_finder.predictor(prompts, 1)
+    assert module.target_finder.runs_in_parts
+    assert isinstance(predictor, FastPredictor)
 
 
 def test_delta_stays_in_its_ball(gpt2):
