@@ -125,6 +125,13 @@ def test_stock_model_checkpoint_monitors_a_batch(module, facts, tmp_path):
     assert set(saved["edited_weights"]) == {"layer0", "layer2"}
 
 
+def test_loss_curves_name_their_batch_and_layer(module, facts):
+    measure = measuring()
+    trainer_of(measure).fit(module, datamodule=data_of(facts))
+    curves = [(curve.batch, curve.layer) for curve in measure.history.loss_curves]
+    assert curves == [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0), (2, 2)]
+
+
 def test_every_metric_can_be_monitored(module, facts):
     trainer = trainer_of()
     trainer.fit(module, datamodule=data_of(facts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -275,3 +276,14 @@ def test_two_weights_of_a_layer_share_its_residual():
         assert update.past_keys_by_weight[weight].shape[1] == 6
     for inputs, wanted in data:
         assert (module(inputs) - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_a_checkpoint_knows_its_method_by_the_names_of_the_configuration():
+    settings = ClosedFormUpdate([0, 2], solver="null_space", ridge=3.0).state_dict()["settings"]
+    constructor = inspect.signature(ClosedFormUpdate).parameters
+    assert set(settings) <= set(constructor)
+    assert (settings["solver"], settings["ridge"], settings["layers"]) == (
+        "null_space",
+        3.0,
+        [0, 2],
+    )
