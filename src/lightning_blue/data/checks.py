@@ -124,6 +124,19 @@ def superseded(requests: Sequence[EditRequest]) -> list[int]:
     return [place for place, request in enumerate(requests) if newest[request.text] != place]
 
 
+def end_with_blank(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Return requests whose prompt ends with a blank, which may be meant or a slip."""
+    return [r for r in requests if r.target_prefix is None and r.text.endswith(" ")]
+
+
+def by_subject(requests: Sequence[EditRequest]) -> dict[str, list[int]]:
+    """Return the places of the requests on each subject, in order."""
+    places: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        places.setdefault(request.subject, []).append(place)
+    return places
+
+
 def _same_batch(first: int, second: int, batch_size: int | None) -> bool:
     return batch_size is None or first // batch_size == second // batch_size
 
@@ -132,7 +145,7 @@ def _duplicate(request: EditRequest, earlier: EditRequest) -> Rejected:
     """Say that a request wants what an earlier one wants."""
     wanted = f"{shown(request.text)} -> {shown(request.target_new)}"
     return _rejected(
-        request, "duplicate", f"{wanted} repeats {_place(earlier)}", "remove one of the two"
+        request, "duplicate", f"{wanted} repeats {earlier.place}", "remove one of the two"
     )
 
 
@@ -142,7 +155,7 @@ def _contradicted(request: EditRequest, later: EditRequest) -> Rejected:
     return _rejected(
         request,
         CONTRADICTION,
-        f"{wanted} is contradicted by {_place(later)}, which wants {shown(later.target_new)}",
+        f"{wanted} is contradicted by {later.place}, which wants {shown(later.target_new)}",
         "keep one of the two, or put them into different batches: the later one then wins",
     )
 
@@ -283,11 +296,6 @@ def _too_long(
 def _rejected(request: EditRequest, kind: str, reason: str, hint: str) -> Rejected:
     """Reject a request that was read."""
     return Rejected(request.source, request.case_id, kind, reason, hint)
-
-
-def _place(request: EditRequest) -> str:
-    """Where a request stands, for messages."""
-    return request.source or f"case {request.case_id}"
 
 
 def _listing(lines: Sequence[str], total: int) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -16,6 +16,7 @@ from blue_callbacks.ranges import COUNT, WHOLE, check_ranges
 from lightning_blue.data.checks import (
     apply_policy,
     check_tokens,
+    end_with_blank,
     pick_control_facts,
     superseded,
     take_distinct,
@@ -35,6 +36,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EditBatch = list[EditRequest]
+
+
+class SortedOut(NamedTuple):
+    """The records of a source.
+
+    Attributes:
+        chosen: requests to edit, in order.
+        rest: usable requests behind the last of them.
+        rejected: those that cannot be used, with the reason.
+        total: how many records there are.
+    """
+
+    chosen: list[EditRequest]
+    rest: list[EditRequest]
+    rejected: list[Rejected]
+    total: int
+
+
 PROTOCOLS = ("auto", "counterfact", "zsre")
 
 
@@ -115,7 +134,7 @@ class EditDataModule(LightningDataModule):
         self.format, self.split = format, split
         self.batch_size, self.edits, self.offset = batch_size, edits, offset
         self.on_unusable = on_unusable
-        self._controls_wanted = controls
+        self.controls_wanted = controls
         self._requests: list[EditRequest] | None = None
         self._rejected: list[Rejected] = []
         self._controls: list[Probe] = []
@@ -134,6 +153,38 @@ class EditDataModule(LightningDataModule):
         Raises InputError if the source cannot be read, if it holds unusable requests and the
         policy is to stop, if there is none, or if there is no chat template to put around prompts.
         """
+        sorted_out = self.sort_out(tokenizer, max_length, contexts_length, embeddings)
+        chosen, rest, rejected, total = sorted_out
+        apply_policy(rejected, total, self.on_unusable)
+        self._require_requests(len(chosen), total, len(rejected))
+        if rejected:
+            log.warning("%d of %d requests are left out as unusable", len(rejected), total)
+        replaced = len(superseded(chosen))
+        if replaced:
+            log.warning("%d requests are superseded by later ones on the same prompt", replaced)
+        self._warn_of_blanks(chosen)
+        self._requests, self._rejected = chosen, rejected
+        self._controls = pick_control_facts(rest, chosen, self.controls_wanted)
+        log.info(
+            "%s, %s",
+            _amount(len(chosen), "requests", "edits", self.edits),
+            _amount(len(self._controls), "control facts", "controls", self.controls_wanted),
+        )
+
+    def sort_out(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+        contexts_length: int = 0,
+        embeddings: int | None = None,
+    ) -> SortedOut:
+        """Read and check the requests, and say which can be edited; nothing is decided about them.
+
+        With a tokenizer, tokens are checked as well (:func:`check_tokens`).
+
+        Raises InputError if the source cannot be read, or if there is no chat template to put
+        around prompts.
+        """
         usable, rejected = read_requests(self.path, self.format, self.split)
         total = len(usable) + len(rejected)
         if self.target_prefix is not None:
@@ -150,22 +201,7 @@ class EditDataModule(LightningDataModule):
             )
             rejected += faults
         chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits, self.batch_size)
-        rejected += clashing
-        apply_policy(rejected, total, self.on_unusable)
-        self._require_requests(len(chosen), total, len(rejected))
-        if rejected:
-            log.warning("%d of %d requests are left out as unusable", len(rejected), total)
-        replaced = len(superseded(chosen))
-        if replaced:
-            log.warning("%d requests are superseded by later ones on the same prompt", replaced)
-        self._warn_of_blanks(chosen)
-        self._requests, self._rejected = chosen, rejected
-        self._controls = pick_control_facts(rest, chosen, self._controls_wanted)
-        log.info(
-            "%s, %s",
-            _amount(len(chosen), "requests", "edits", self.edits),
-            _amount(len(self._controls), "control facts", "controls", self._controls_wanted),
-        )
+        return SortedOut(chosen, rest, [*rejected, *clashing], total)
 
     def setup(self, stage: str) -> None:
         """Prepare with the tokenizer and the ``max_length`` of the trainer's module, once."""
@@ -273,7 +309,7 @@ class EditDataModule(LightningDataModule):
 
     def _warn_of_blanks(self, requests: list[EditRequest]) -> None:
         """Name prompts that end with a blank, which is kept and may be meant or a slip."""
-        ends = [r for r in requests if r.target_prefix is None and r.text.endswith(" ")]
+        ends = end_with_blank(requests)
         if ends:
             log.warning(
                 "%d of %d prompts end with a blank, which is kept: their objects follow without "

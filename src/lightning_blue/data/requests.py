@@ -49,6 +49,11 @@ class EditRequest:
         return self.prompt.replace("{}", self.subject, 1)
 
     @property
+    def place(self) -> str:
+        """Where it was read, for messages."""
+        return self.source or f"case {self.case_id}"
+
+    @property
     def shown(self) -> str:
         """The prompt with its subject as people read it, without a chat template of the run's."""
         return self.question or self.text

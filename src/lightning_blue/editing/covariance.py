@@ -284,7 +284,7 @@ def covariance_file(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "corpus": corpus_fingerprint(source.corpus, source.split),
         "tokens_per_dim": f"{source.tokens_per_dim:g}",
-        "max_length": _sequence_length(model, source),
+        "max_length": sequence_length(model, source),
     }
     if is_local(source.corpus) and marks_documents(tokenizer):
         identity["documents"] = "end at blank lines"  # and not at each line, as they once did
@@ -360,12 +360,17 @@ def _check_room(path: Path, missing: Mapping[int, nn.Module]) -> None:
     """Refuse to collect what cannot be kept, and clear away what was left by others that died."""
     folder = path.parent
     d_in = weight_view(next(iter(missing.values()))).shape[1]
-    needed = 8 * d_in * (d_in + 1) // 2 * len(missing)
+    needed = file_size(d_in, len(missing))
     check_writable(folder)
     sweep(folder)
     hint = "make room there, or choose another --model.covariance.cache"
     require_space(folder, needed, "covariances of the keys", hint)
     log.info("about %s of covariances will be written to %s", size(needed), folder)
+
+
+def file_size(d_in: int, layers: int) -> int:
+    """Return the bytes of a file of covariances: an upper triangle in float64 for each layer."""
+    return 8 * d_in * (d_in + 1) // 2 * layers
 
 
 def _collect(
@@ -378,7 +383,7 @@ def _collect(
     """Collect covariances, and say from what, and how far the update moved as tokens doubled."""
     d_in = weight_view(next(iter(projections.values()))).shape[1]
     wanted = round(source.tokens_per_dim * d_in)
-    length = _sequence_length(model, source)
+    length = sequence_length(model, source)
     needed = -(-wanted // length)
     starts: list[int] = []
     packed = pack(tokenizer, corpus_texts(source.corpus, source.split), length, starts)
@@ -434,5 +439,6 @@ def _path_of(
     return Path(source.cache) / f"{name}-{key}.safetensors"
 
 
-def _sequence_length(model: PreTrainedModel, source: CovarianceSource) -> int:
+def sequence_length(model: PreTrainedModel, source: CovarianceSource) -> int:
+    """Return how many tokens of text the model reads at once for its covariance."""
     return min(source.max_length, context_length(model) or source.max_length)

@@ -23,6 +23,7 @@ from blue_callbacks import (
 from blue_callbacks.precision import float64_device
 from blue_callbacks.protocol import edit_names
 from blue_callbacks.ranges import SEED, Range, check_ranges
+from lightning_blue.data.checks import by_subject
 from lightning_blue.data.corpus import require_own_text
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
@@ -233,7 +234,7 @@ class EditModule(LightningModule):
 
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Return the output at the target site at the bare lookup, ``(d_model, n)``."""
-        self._measure_site([*self._written, layer], batch)
+        self.measure_site([*self._written, layer], batch)
         site = site_modules(self.site.name, self.blocks[layer], self.architecture)[-1]
         return outputs_at_lookups(self.model, site, self._prompts(batch))
 
@@ -250,7 +251,7 @@ class EditModule(LightningModule):
             NonFiniteError: naming the requests whose own loss was not finite.
         """
         self._check_loss_layer(layer)
-        self._measure_site([*self._written, layer], batch)
+        self.measure_site([*self._written, layer], batch)
         prompts = self._prompts(batch)
         values, losses = self.target_finder.find(prompts, self._edits_by_target(batch), layer)
         bad = losses_not_finite(losses)
@@ -359,7 +360,7 @@ class EditModule(LightningModule):
         self._written = sorted({each.layer for each in written})
         data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if isinstance(data, EditDataModule):
-            self._measure_site(self._written, data.requests[:PROMPTS])
+            self.measure_site(self._written, data.requests[:PROMPTS])
         missing = sorted(set(self._written) - set(self._covariances))
         if missing:
             self._require_own_text()
@@ -386,8 +387,12 @@ class EditModule(LightningModule):
         loader = auto_class(self.model.config).__name__
         return found if loader == LOADER else {**found, "loaded_with": loader}
 
-    def _measure_site(self, layers: Sequence[int], requests: Sequence[EditRequest]) -> None:
-        """Measure the target site for layers that are new to it, on prompts of the run."""
+    def measure_site(self, layers: Sequence[int], requests: Sequence[EditRequest]) -> None:
+        """Measure the target site for layers that are new to it, on prompts of the run.
+
+        Raises:
+            InputError: if the closed form cannot be right for one of them.
+        """
         if requests and not set(layers) <= set(self.site.multiples):
             rows = [prompt.rewriting[0] for prompt in self._prompts(requests)[:PROMPTS]]
             places = {n: (self.blocks[n], self._projection(WeightId(n))) for n in layers}
@@ -452,12 +457,10 @@ class EditModule(LightningModule):
 
     def _edits_by_target(self, batch: Sequence[EditRequest]) -> list[list[int]]:
         """Group the edits that have one target; name edits that ought to have one together."""
-        by_subject: dict[str, list[int]] = {}
-        for index, request in enumerate(batch):
-            by_subject.setdefault(request.subject, []).append(index)
+        groups = by_subject(batch)
         if self.target.merge_subjects:
-            return list(by_subject.values())
-        for subject, edits in by_subject.items():
+            return list(groups.values())
+        for subject, edits in groups.items():
             if len(edits) > 1 and subject not in self._warned_of:
                 self._warned_of.add(subject)
                 names = ", ".join(batch[i].case_id for i in edits)

@@ -42,6 +42,7 @@ class TargetSite:
         name: what targets are the output of; until it is measured, ``block`` stands for ``auto``.
         multiples: by layer, what its residuals are divided by; empty until it is measured.
         note: what a reader should know of it.
+        reaches: what was measured, by layer.
     """
 
     def __init__(self, asked: str) -> None:
@@ -49,6 +50,7 @@ class TargetSite:
         self.name = "block" if asked == "auto" else asked
         self.multiples: dict[int, float] = {}
         self.note: str | None = None
+        self.reaches: dict[int, Mapping[str, Reach] | None] = {}
 
     def measure(
         self,
@@ -72,6 +74,7 @@ class TargetSite:
             return [measure_reach(model, prompts, *places[layer], layer) for layer in layers]
 
         reaches = dict(zip(new, distribute(new, work), strict=True))
+        self.reaches |= reaches
         site = choose_site(self.name if self.multiples else self.asked, reaches)
         self.name = site.name
         self.multiples |= site.multiples

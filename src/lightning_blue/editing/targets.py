@@ -134,15 +134,18 @@ class TargetFinder:
         """Return how much an optimisation may hold at once."""
         if self.settings.tokens_per_batch is not None:
             return Budget(self.settings.tokens_per_batch)
+        each = self.token_bytes(layer)
+        kept = 2 * attention_width(self.model) * (2 * len(self.blocks) - layer)  # read in each pass
+        memory = max(MIN_TOKENS, available_memory(self.model.device) // each)
+        return Budget(min(MAX_TOKENS, memory), memory, 2 * 4 * kept / each)
+
+    def token_bytes(self, layer: int) -> int:
+        """Return the memory that each token takes that is optimised at a layer, about, in bytes."""
         projection = site_modules("ffn", self.blocks[layer], self.architecture)[0]
         d_model, d_in = weight_view(projection).shape
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        n_blocks = len(self.blocks)
-        computed = (n_blocks - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
-        kept = 2 * attention_width(self.model) * (2 * n_blocks - layer)  # stored, read in each pass
-        fitting = available_memory(self.model.device) // (2 * 4 * computed)
-        memory = max(MIN_TOKENS, fitting)
-        return Budget(min(MAX_TOKENS, memory), memory, kept / computed)
+        computed = (len(self.blocks) - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
+        return int(2 * 4 * computed)
 
 
 class Budget(NamedTuple):

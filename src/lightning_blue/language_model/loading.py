@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,12 +52,31 @@ def load_language_model(
     """
     wanted = dtype_named(dtype, "model.dtype")
     source = find_source(name_or_path, revision)
-    if source.folder is not None:
+    with _available(source):
         return _load(source, wanted)
-    with asked("model", source.path, revision) as reason:
+
+
+def load_configuration(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
+    """Load the configuration of a model, of a GGUF file too, and no weights.
+
+    Raises:
+        InputError: if there is no such model, or its configuration cannot be read.
+    """
+    source = find_source(name_or_path, revision)
+    with _available(source):
+        return _config(source)
+
+
+@contextmanager
+def _available(source: Source) -> Iterator[None]:
+    """Refuse a model that neither a folder, the hub nor its cache has; ask the hub once."""
+    if source.folder is not None:
+        yield
+        return
+    with asked("model", source.path, source.revision) as reason:
         if reason is not None and not _is_cached(source):
             raise source.refused(*no_source("model", source.path, reason, PACKAGED))
-        return _load(source, wanted)
+        yield
 
 
 def dtype_named(name: str, where: str) -> torch.dtype:

@@ -7,6 +7,7 @@ tokens that the tokenizer puts before a text, and without those that it puts beh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_blue.language_model.chat import markers
@@ -154,6 +155,49 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     return [
         ids if known.carried_by(text) else start + ids
         for text, ids in zip(texts, plain_ids(tokenizer, texts), strict=True)
+    ]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Return how a text is cut: the part of it that each token of :func:`encode_prompts` covers.
+
+    White space that the tokenizer counts to no token belongs to the next one. A token that covers
+    nothing of the text, as a BOS does, is spelled by its name; tokens that share a character all
+    show it.
+
+    Raises InputError if the tokenizer has no offsets.
+    """
+    [ids], [offsets] = _encode(tokenizer, [text])
+    parts, read = [], 0
+    for name, (first, stop) in zip(tokenizer.convert_ids_to_tokens(ids), offsets, strict=True):
+        skipped = read < first and text[read:first].isspace()
+        parts.append(text[read if skipped else first : stop] if first < stop else str(name))
+        read = max(read, stop)
+    return parts
+
+
+def written_texts(
+    tokenizer: PreTrainedTokenizerBase, before: Sequence[int], ids: Sequence[int]
+) -> list[str]:
+    """Return what each token adds to a text when it is written behind those before it.
+
+    A tokenizer may write a first token without its space, hence ``before``. A token that adds no
+    whole character, or is a special one, is spelled by its name.
+    """
+
+    def text(some: Sequence[int]) -> str:
+        return str(
+            tokenizer.decode(
+                list(some), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    texts = [text([*before, *ids[:count]]) for count in range(len(ids) + 1)]
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    added = [whole[len(start) :] for start, whole in pairwise(texts)]
+    return [
+        piece if piece and "\ufffd" not in piece else str(name)
+        for piece, name in zip(added, names, strict=True)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +51,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(trainer: Trainer, module: Any, export: bool) -> Estimate:
-    """Estimate what a run writes: the edited model, checkpoints, and a record of each batch.
-
-    A checkpoint holds the edited weights, ``(d_out, d_in)`` each, the unedited ones too where a
-    transform at the end needs them, and the past keys, ``(d_in, n)``. Records hold factors and keys
-    of each edit, ``d_out + 2 d_in`` values, and under RECT a bit for each entry of the weight. The
-    model is counted in the dtype that it is saved in, all else as float32 or what is wider.
+    """Estimate what a run writes: see `size_of_run`.
 
     Args:
         trainer: with its callbacks and the requests.
@@ -64,23 +60,58 @@ def estimate(trainer: Trainer, module: Any, export: bool) -> Estimate:
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     data = trainer.datamodule  # type: ignore[attr-defined]
-    n, batches = len(data.requests), -(-len(data.requests) // data.batch_size)
+    saving = [c for c in callbacks if isinstance(c, BatchCheckpoints) and c.folder is not None]
+    return size_of_run(
+        [c for c in callbacks if isinstance(c, ClosedFormUpdate)],
+        module,
+        len(data.requests),
+        data.batch_size,
+        export=export,
+        checkpoint_every=saving[0].every if saving else 0,
+        records=any(hasattr(callback, "write_pending") for callback in callbacks),
+    )
+
+
+def size_of_run(
+    updates: Iterable[ClosedFormUpdate],
+    module: Any,
+    n: int,
+    batch_size: int,
+    *,
+    export: bool = True,
+    checkpoint_every: int = 1,
+    records: bool = True,
+) -> Estimate:
+    """Estimate what a run of n edits writes: the model, checkpoints, and a record of each batch.
+
+    A checkpoint holds the edited weights, ``(d_out, d_in)`` each, the unedited ones too where a
+    transform at the end needs them, and the past keys, ``(d_in, n)``. Records hold factors and keys
+    of each edit, ``d_out + 2 d_in`` values, and under RECT a bit for each entry of the weight. The
+    model is counted in the dtype that it is saved in, all else as float32 or what is wider.
+
+    Args:
+        updates: the callbacks that write edits.
+        module: as in `estimate`.
+        n: edits.
+        batch_size: of them.
+        export: whether the edited model is saved.
+        checkpoint_every: batches from one checkpoint to the next; 0 writes none.
+        records: whether a record of each batch is kept.
+    """
+    batches = -(-n // batch_size)
     parameters = module.model.parameters() if export else []
     model = sum(weight.numel() * module.export_dtype.itemsize for weight in parameters)
-    saving = [c for c in callbacks if isinstance(c, BatchCheckpoints) and c.folder is not None]
-    kept = min(NEWEST, batches // saving[0].every) if saving and saving[0].every else 0
-    weights = keys = records = 0
-    for update in (c for c in callbacks if isinstance(c, ClosedFormUpdate)):
+    kept = min(NEWEST, batches // checkpoint_every) if checkpoint_every else 0
+    weights = keys = recorded = 0
+    for update in updates:
         copies = 1 if update.post_edit_transform is None else 2
         for weight in _written(update, module):
             d_out, d_in = weight.shape
             weights += copies * weight.numel() * weight.element_size()
             keys += 4 * n * d_in if update.past_keys else 0
-            records += 4 * n * (d_out + 2 * d_in)
-            records += 0 if update.rect_keep is None else batches * weight.numel() // 8
-    if not any(hasattr(callback, "write_pending") for callback in callbacks):
-        records = 0
-    return Estimate(model, weights if kept else 0, keys, kept, records)
+            recorded += 4 * n * (d_out + 2 * d_in)
+            recorded += 0 if update.rect_keep is None else batches * weight.numel() // 8
+    return Estimate(model, weights if kept else 0, keys, kept, recorded if records else 0)
 
 
 def _written(update: ClosedFormUpdate, module: Any) -> list[Tensor]:
