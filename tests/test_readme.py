@@ -11,7 +11,8 @@ import pytest
 
 from blue_callbacks import WeightId
 from conftest import ROOT
-from lightning_blue.__main__ import EXPERIMENT_COMMANDS, RUN_COMMANDS, main
+from lightning_blue.__main__ import EXPERIMENT_COMMANDS, MODEL_COMMANDS, RUN_COMMANDS, main
+from lightning_blue.cli import model_commands
 from lightning_blue.cli.experiment_commands import parse
 from lightning_blue.cli.run_commands import run_parser
 from lightning_blue.metrics.table import METRICS, PERCENT
@@ -42,6 +43,9 @@ def test_commands_parse(command, monkeypatch, capsys):
         return
     if args[0] in EXPERIMENT_COMMANDS:
         assert parse(args[0], args[1:])
+        return
+    if args[0] in MODEL_COMMANDS:
+        assert model_commands.parse(args[0], args[1:])
         return
     with pytest.raises(SystemExit) as stopped:
         main([*args, "--print_config"])

@@ -15,12 +15,14 @@ USAGE = """usage: lightning-blue COMMAND [--config FILE] [--SECTION.KEY=VALUE ..
 Change what a language model knows, and measure what else changed.
 
 commands:
+  check     say whether a model and facts can be edited, and what that will take
   fit       edit facts in sequential batches and report on it
   evaluate  measure a model, edited or not, without editing it
   stats     collect the covariance of keys that fit needs (fit does it by itself)
   pretrain  train a small language model that knows given facts
   analyze   make a study of the paper on a run file's model: analyze STUDY, or analyze all
 
+  ask       ask a model, or a run's model before and after its edits
   show      say what a run edited, and what is in its folder
   undo      write the model of a run without some of its edits
   export    write a run as a model, a LoRA adapter or a patch
@@ -40,7 +42,9 @@ start here:
 
 RUN_COMMANDS = ("show", "undo", "export", "apply")
 EXPERIMENT_COMMANDS = ("sweep", "compare")
-COMMANDS = ("fit", "evaluate", "stats", "pretrain", "analyze", *RUN_COMMANDS, *EXPERIMENT_COMMANDS)
+MODEL_COMMANDS = ("check", "ask")
+PLAIN_COMMANDS = (*MODEL_COMMANDS, *RUN_COMMANDS, *EXPERIMENT_COMMANDS)  # with their own parsers
+COMMANDS = ("fit", "evaluate", "stats", "pretrain", "analyze", *PLAIN_COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,14 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(COMMANDS)}"
         sys.stderr.write(f"error: there is no command {args[0]!r}{hint}\n")
         return 2
-    plain = args[0] in (*RUN_COMMANDS, *EXPERIMENT_COMMANDS)  # with a parser of their own
-    section = None if plain else asked_for(args[1:])
+    section = None if args[0] in PLAIN_COMMANDS else asked_for(args[1:])
     if section is not None:
         return write_help(args[0], section)
     try:
         with stoppable():
             if args[0] in RUN_COMMANDS:
                 from lightning_blue.cli.run_commands import run_command
+            elif args[0] in MODEL_COMMANDS:
+                from lightning_blue.cli.model_commands import run_command
             elif args[0] in EXPERIMENT_COMMANDS:
                 from lightning_blue.cli.experiment_commands import run_command
             else:

@@ -7,7 +7,7 @@ import math
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,23 @@ from lightning_blue.support.watch import ProcessLost
 
 
 def run_command(command: str, args: Sequence[str]) -> int:
-    """Run a command; return 0, 1 if editing had to stop, or 2 for input that cannot be used.
+    """Run a command; return 0, 1 if editing had to stop, or 2 for input that cannot be used."""
+
+    def work() -> int:
+        _COMMANDS[command](args)
+        return 0
+
+    return carry_out(work)
+
+
+def carry_out(work: Callable[[], int]) -> int:
+    """Do the work of a command; return its exit code, or that of the error that ended it.
 
     Of several processes one reports: the first that is still there.
     """
     quiet()
     try:
-        _COMMANDS[command](args)
+        return work()
     except InputError as error:
         return _complain(str(error), 2)
     except MisconfigurationException as error:
@@ -64,7 +74,6 @@ def run_command(command: str, args: Sequence[str]) -> int:
         return _complain(f"a matrix cannot be decomposed: {first_line(error)}", 1)
     except ProcessLost as error:
         return _complain(str(error), error.exit_code)
-    return 0
 
 
 def fit(args: Sequence[str]) -> None:

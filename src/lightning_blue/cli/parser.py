@@ -141,17 +141,17 @@ def _later(class_type: type, *args: Any, **kwargs: Any) -> Any:
 
 
 class EditCLI(RunFileCLI):
-    """What ``fit``, ``evaluate``, ``stats`` and ``analyze`` are configured by.
+    """What ``fit``, ``evaluate``, ``stats``, ``analyze`` and ``check`` are configured by.
 
     Args:
         args: of the command line.
-        command: that is configured; ``stats`` and ``analyze`` leave no run folder.
+        command: that is configured; those behind ``evaluate`` leave no run folder.
     """
 
     def __init__(
         self,
         args: Sequence[str],
-        command: Literal["fit", "evaluate", "stats", "analyze"] = "fit",
+        command: Literal["fit", "evaluate", "stats", "analyze", "check"] = "fit",
     ) -> None:
         self.recorded = command in ("fit", "evaluate")
         self.resume_from: Path | None = None

@@ -1,0 +1,142 @@
+"""The commands that look at a model before and after: check, ask.
+
+Plain argparse; what is heavy is imported when the arguments are known to be right.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from lightning_blue.cli.arguments import Parser, UsageError
+
+_CHECK = """Say whether a model and facts can be edited, and how: names and shapes found,
+whether a change of a weight arrives where targets are found (measured), how
+each fact is cut into tokens, what the model says now, which facts are unusable,
+and what time, memory and disk `fit` will take on this machine.
+
+Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
+--config=FILE. Exit code 0: fit to go; 1: something must be mended first; 2:
+input that cannot be used."""
+
+_ASK = """Let a model go on behind prompts: its greedy continuation, and the most probable
+next tokens. Of a run, the edited model is asked; with --before the unedited one
+beside it."""
+
+
+def run_command(command: str, args: Sequence[str]) -> int:
+    """Run a command; return 0, 1 if something must be mended first, or 2 for unusable input."""
+    try:
+        chosen, rest = parse(command, args)
+    except UsageError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    from lightning_blue.cli.commands import carry_out
+
+    def work() -> int:
+        if command == "check":
+            from lightning_blue.cli.check import check
+
+            return check(chosen, rest)
+        from lightning_blue.cli.ask import ask_model
+
+        return ask_model(chosen)
+
+    return carry_out(work)
+
+
+def parse(command: str, args: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Parse the arguments of a command; of ``check``, keep what is for `fit`.
+
+    Raises:
+        UsageError: for arguments that the command does not have.
+    """
+    parser = model_parser(command)
+    if command == "ask":
+        return parser.parse_intermixed_args(args), []
+    chosen, rest = parser.parse_known_args(args)
+    strange = [arg for arg in rest if not _is_key(arg)]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    return chosen, rest
+
+
+def _is_key(arg: str) -> bool:
+    """Say whether an argument is a key of `fit` with its value, or a run file."""
+    name, given, _ = arg.partition("=")
+    return bool(given) and name.startswith("--") and ("." in name or name in _WHOLE)
+
+
+_WHOLE = ("--config", "--seed_everything", "--for_model")  # keys without a section
+
+
+def model_parser(command: str) -> Parser:
+    """Return the parser of a command's arguments."""
+    parser = Parser(
+        prog=f"lightning-blue {command}",
+        description={"check": _CHECK, "ask": _ASK}[command],
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    {"check": _check_arguments, "ask": _ask_arguments}[command](parser)
+    return parser
+
+
+def _check_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, GGUF file or name on the hub")
+    parser.add_argument("--data", metavar="FACTS", help="file or data set, as data.path")
+    parser.add_argument(
+        "--facts",
+        type=_not_negative,
+        default=10,
+        metavar="N",
+        help="facts that the model is asked about; default: 10",
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, default=8, metavar="N", help="that it says of each; default: 8"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the report for programs; - prints that one instead"
+    )
+
+
+def _ask_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "source", metavar="RUN_OR_MODEL", help="folder of a run, or a model: folder or name"
+    )
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="read as it is typed")
+    parser.add_argument(
+        "--before", action="store_true", help="of a run: ask the unedited model as well"
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, default=20, metavar="N", help="to go on by; default: 20"
+    )
+    parser.add_argument(
+        "--top", type=_positive, default=5, metavar="N", help="next tokens shown; default: 5"
+    )
+    parser.add_argument(
+        "--model", help="of a run: the unedited model, if it is not where the run found it"
+    )
+    parser.add_argument("--dtype", help="of a model that is no run's; default: float32")
+    parser.add_argument(
+        "--chat",
+        action=BooleanOptionalAction,
+        help="put the chat template around prompts; of a run, as the run did",
+    )
+    parser.add_argument("--system", help="system text of the chat template")
+    parser.add_argument("--json", action="store_true", help="print it for programs")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number

@@ -1,0 +1,1 @@
+"""What a careful person checks before an expensive run: the model, the facts, what it will cost."""
