@@ -57,6 +57,7 @@ def test_metrics_by_what_they_read(protocol: str) -> None:
         table.GENERATED_TEXT,
         table.ORDINARY_TEXT,
         table.CONTROL_FACTS,
+        table.RETENTION,
     )
     read = {each: [spec.name for spec, _ in table.of_protocol(protocol, each)] for each in sources}
     assert sorted(name for names in read.values() for name in names) == sorted(IDS)

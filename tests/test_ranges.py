@@ -12,11 +12,13 @@ import pytest
 
 from blue_callbacks import ClosedFormUpdate, EditGuard
 from blue_callbacks.ranges import COUNT, FRACTION, POSITIVE, Range, check_ranges
+from lightning_blue.ability import AbilitySettings
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import module
 from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.module import EditModule, edit_module
 from lightning_blue.editing.optimization import TargetOptimization
+from lightning_blue.metrics.retention import RetentionSettings
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.support.errors import InputError
@@ -62,6 +64,8 @@ DECLARED: list[tuple[str, Callable[..., Any], Callable[..., Any], dict[str, Any]
     ("update", ClosedFormUpdate.__init__, ClosedFormUpdate, {"layers": [0]}),
     ("guard", EditGuard.__init__, EditGuard, {}),
     ("measure", MeasureEdits.__init__, MeasureEdits, {}),
+    ("measure.retention", RetentionSettings, RetentionSettings, {}),
+    ("measure.ability", AbilitySettings, AbilitySettings, {}),
     ("run", RunRecord.__init__, RunRecord, {}),
     ("trainer.strategy", EditStrategy.__init__, EditStrategy, {}),
     ("model", PretrainModule.__init__, PretrainModule, {}),

@@ -20,6 +20,8 @@ from lightning_blue.metrics.table import METRICS, PERCENT
 README = (ROOT / "README.md").read_text()
 RUNS = (ROOT / "docs" / "runs.md").read_text()
 SWEEPS = (ROOT / "docs" / "sweeps.md").read_text()
+RETENTION = (ROOT / "docs" / "retention.md").read_text()
+ABILITY = (ROOT / "docs" / "ability.md").read_text()
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -28,7 +30,8 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 COMMANDS = [
     line.split("#")[0].strip()
-    for block in [*blocks("bash"), *blocks("bash", RUNS), *blocks("bash", SWEEPS)]
+    for text in (README, RUNS, SWEEPS, RETENTION, ABILITY)
+    for block in blocks("bash", text)
     for line in block.splitlines()
     if line.startswith("python -m lightning_blue")
 ]

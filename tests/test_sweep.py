@@ -277,6 +277,7 @@ def test_committed_sweeps_resolve(path, tmp_path):
         assert {run.config["data/batch_size"] for run in runs} == {10_000}
     if path.stem == "fig6":
         assert {run.config["trainer/val_check_interval"] for run in runs} == {5}
+        assert {run.config["measure/ability/every"] for run in runs} == {500}
 
 
 # what is shared, and how tasks run

@@ -80,8 +80,9 @@ def _add_scores(made: Comparison, scores: Sequence[ScoreTable]) -> None:
         found = improvements(each)
         made.add(presented.improvement_grid(each, found))
         improved += found
-    for each in scores:
-        made.add(presented.score_grid(each, "top-1"))
+    for group in ("top-1", "retention", "ability"):
+        for each in scores:
+            made.add(presented.score_grid(each, group))
     made.records["scores"] = presented.score_records(scores)
     made.records["improvement"] = presented.improvement_records(improved)
 

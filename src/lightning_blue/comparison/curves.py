@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_blue.comparison.labels import BLUE, UNEDITED, plan_title
 from lightning_blue.comparison.scores import Row, ScoreTable, error_of_mean
 from lightning_blue.metrics import table
-from lightning_blue.metrics.table import PERCENT
+from lightning_blue.metrics.table import PERCENT, MetricSpec
 from lightning_blue.reporting.plots import INK, PALETTE, png
 
 Line = str | tuple[int, tuple[int, ...]]  # of matplotlib
@@ -45,7 +45,7 @@ def curves(scores: ScoreTable) -> Curves:
     found: Curves = {}
     in_order = sorted(scores.runs.items(), key=lambda item: scores.rows.index(item[0][0]))
     for (row, data), runs in in_order:
-        for spec in table.METRICS:
+        for spec in table.among(name for run in runs for name in run.measured("post")):
             courses = [{edits: point for edits, *point in run.curve(spec.name)} for run in runs]
             points = [
                 _point(edits, [course[edits] for course in courses])
@@ -58,7 +58,7 @@ def curves(scores: ScoreTable) -> Curves:
 
 def figures(found: Curves, scores: ScoreTable) -> dict[str, bytes]:
     """Draw a picture for each data set and model; PNG by name."""
-    shown = {spec.name for spec in table.of_group("scores")}
+    shown = {spec.name for spec in _shown(found)}
     subjects = sorted({(data, row.model) for data, metric, row in found if metric in shown})
     pictures = {}
     for data, model in subjects:
@@ -69,6 +69,12 @@ def figures(found: Curves, scores: ScoreTable) -> dict[str, bytes]:
         }
         pictures[f"{data}-{model}"] = png(_figure(found, data, model, unedited))
     return pictures
+
+
+def _shown(found: Curves) -> list[MetricSpec]:
+    """Return the metrics that have a panel."""
+    specs = table.among(metric for _, metric, _ in found)
+    return [spec for spec in specs if spec.group in ("scores", "ability")]
 
 
 def _point(edits: int, measured: Sequence[Sequence[float]]) -> Point:
@@ -85,8 +91,7 @@ def _figure(found: Curves, data: str, model: str, unedited: Mapping[str, float])
         for (name, metric, row), points in found.items()
         if name == data and row.model == model
     }
-    shown = table.of_group("scores")
-    metrics = [spec for spec in shown if any(metric == spec.name for metric, _ in ours)]
+    metrics = [spec for spec in _shown(found) if any(metric == spec.name for metric, _ in ours)]
     rows = list(dict.fromkeys(row for _, row in ours))
     height = math.ceil(len(metrics) / PER_ROW)
     width = min(PER_ROW, len(metrics))

@@ -23,8 +23,7 @@ TEXT = 60  # characters of a continuation in a table
 
 def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
     """Return Table 2, 4 or 5: rows of methods and plans, columns of data sets and metrics."""
-    shown = {spec.name for spec in table.of_group(group)}
-    columns = [column for column in scores.columns if column.metric in shown]
+    columns = [column for column in scores.columns if column.spec.group == group]
     if not columns:
         return None
     rows = [

@@ -85,6 +85,13 @@ class FinishedRun:
         number = self.summary.get(f"{key}/{field}" if field else key)
         return math.nan if number is None else float(number)
 
+    def measured(self, stage: str) -> list[str]:
+        """Return the names of the metrics that a stage has a number of, finite or not."""
+        keys = (
+            key.partition(f"{stage}/")[2] for key in self.summary if key.startswith(f"{stage}/")
+        )
+        return [k.removesuffix("/count") for k in keys if "/" not in k or k.endswith("/count")]
+
     def curve(self, metric: str) -> list[tuple[int, float, float]]:
         """Return the cumulative measurement over edits applied: edits, value, standard error."""
         points = []

@@ -166,7 +166,7 @@ def _table(setting: Setting, runs: Sequence[FinishedRun]) -> ScoreTable:
     for (row, data), group in grouped.items():
         stages = {row: "post", Row(row.model, UNEDITED, UNEDITED): "pre"}
         for place, stage in stages.items():
-            for spec in table.METRICS:
+            for spec in table.among(name for run in group for name in run.measured(stage)):
                 estimate = _estimate(group, stage, spec.name)
                 if estimate is not None:
                     cells.setdefault((place, Column(data, spec.name)), estimate)
@@ -175,7 +175,7 @@ def _table(setting: Setting, runs: Sequence[FinishedRun]) -> ScoreTable:
     columns = [
         Column(data, spec.name)
         for data in dict.fromkeys(data_names.values())
-        for spec in table.METRICS
+        for spec in table.among(column.metric for _, column in cells)
         if Column(data, spec.name) in there
     ]
     return ScoreTable(setting, rows, columns, cells, grouped)

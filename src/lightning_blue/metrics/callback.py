@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
 from blue_callbacks.ranges import COUNT, SEED, WHOLE, Range, check_ranges
+from lightning_blue.ability import AbilitySettings, GeneralAbility
 from lightning_blue.data.corpus import corpus_texts, require_named, require_own_text
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.fingerprints import tokenizer_fingerprint
@@ -26,12 +27,16 @@ from lightning_blue.language_model.scoring import perplexity
 from lightning_blue.metrics.evaluation import (
     Evaluation,
     Metrics,
+    RequestOutcome,
     evaluate,
     evaluate_control_facts,
     flatten,
 )
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.metrics.retention import Retention, RetentionSettings, choose_sample
+from lightning_blue.metrics.retention_matrix import FOLLOWED, retention_matrix, three_numbers
 from lightning_blue.metrics.unedited import UneditedMeasurements
+from lightning_blue.support.digests import digest
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.seeds import run_seed
 
@@ -65,6 +70,8 @@ class MeasureEdits(Callback):
             ``seed_everything``.
         unedited_cache: folder that keeps what was measured of unedited models, for other runs on
             the same model, requests and settings; None keeps nothing.
+        retention: how much is spent on the retention matrix.
+        ability: tasks of lm-evaluation-harness that the model is measured on.
     """
 
     def __init__(
@@ -77,6 +84,8 @@ class MeasureEdits(Callback):
         tokens_per_batch: int = 4096,
         seed: int | None = None,
         unedited_cache: str | None = None,
+        retention: RetentionSettings = RetentionSettings(),  # noqa: B008  (frozen)
+        ability: AbilitySettings = AbilitySettings(),  # noqa: B008  (frozen)
     ) -> None:
         self.text, self.text_split, self.text_tokens = text, text_split, text_tokens
         self.cumulative = cumulative
@@ -84,6 +93,8 @@ class MeasureEdits(Callback):
         self.tokens_per_batch = tokens_per_batch
         self.seed = seed
         self.unedited_cache = unedited_cache
+        self.retention = retention
+        self.ability = GeneralAbility(ability)
         check_ranges(
             "measure",
             vars(self),
@@ -98,6 +109,7 @@ class MeasureEdits(Callback):
         self._text: str | None = None
         self._started = 0.0
         self._committed: EditRecord | None = None  # by the newest batch
+        self._ability_of: tuple[str, Metrics] | None = None  # digest of weights, their ability
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Take the requests over, and read the text before any work is spent."""
@@ -112,6 +124,12 @@ class MeasureEdits(Callback):
             protocol=data.protocol,
             joints=[joint(r.text, r.target_prefix, known) for r in data.requests],
         )
+        self._ability_of = None
+        if self.ability.settings.tasks:
+            self.history.settings["ability"] = self.ability.described()
+        if stage == "fit":
+            sample = self._sample(data.requests, data.batch_size)
+            self.history.retention = Retention(sample)
         if self.text is not None:
             try:
                 require_own_text(self.text, pl_module.tokenizer)
@@ -161,12 +179,17 @@ class MeasureEdits(Callback):
         self.history.batches[number] = list(range(first, first + len(batch)))
         for layer, losses in pl_module.target_losses.items():
             self.history.loss_curves.append(LossCurve(number, layer, losses.cpu()))
-        metrics = self._evaluate(pl_module, batch).metrics
+        evaluation = self._evaluate(pl_module, batch)
+        metrics = evaluation.metrics
         self._keep(trainer, "batch", metrics)
+        self._follow(pl_module, batch_idx, dict(enumerate(evaluation.outcomes, start=first)))
         self._log(trainer, _norms(trainer))
-        pl_module.log_dict(
-            _values("batch", metrics), on_step=True, logger=False, batch_size=len(batch)
-        )
+        shown = _values("batch", metrics)
+        if self._ability_due(len(batch)):
+            metrics = self._general_ability(trainer, pl_module)
+            self._keep(trainer, "cumulative", metrics)
+            shown |= _values("cumulative", metrics)
+        pl_module.log_dict(shown, on_step=True, logger=False, batch_size=len(batch))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure a sample of all edits applied so far."""
@@ -200,14 +223,18 @@ class MeasureEdits(Callback):
         requests = [history.requests[place] for place in in_force]
         after = self._evaluate(pl_module, requests, whole=True)
         history.after = dict(zip(in_force, after.outcomes, strict=True))
-        self._keep(trainer, "post", {**after.metrics, **self._side_effects(trainer, pl_module)})
+        effects = self._side_effects(trainer, pl_module)
+        ability = self._general_ability(trainer, pl_module)
+        metrics = {**after.metrics, **effects, **self._retained(), **ability}
+        self._keep(trainer, "post", metrics)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure a model as it is, on all requests."""
         requests = self.history.requests
         evaluation = self._evaluate(pl_module, requests, whole=True)
         self.history.after = dict(enumerate(evaluation.outcomes))
-        metrics = {**evaluation.metrics, **self._side_effects(trainer, pl_module)}
+        effects = self._side_effects(trainer, pl_module)
+        metrics = {**evaluation.metrics, **effects, **self._general_ability(trainer, pl_module)}
         self.history.measurements.append(Measurement("test", 0, metrics))
         pl_module.log_dict({f"test/{key}": value for key, value in flatten(metrics).items()})
 
@@ -237,10 +264,29 @@ class MeasureEdits(Callback):
         self._count_seconds("evaluate", time.perf_counter() - started)
         return evaluation
 
+    def _sample(self, requests: Sequence[EditRequest], batch_size: int) -> dict[int, list[int]]:
+        """Return the requests of each batch that the retention matrix follows."""
+        return choose_sample(requests, batch_size, self.retention.prompts, run_seed(self.seed))
+
+    def _follow(self, module: EditModule, batch: int, outcomes: dict[int, RequestOutcome]) -> None:
+        """Measure the sample of earlier batches again, after the batch that has the outcomes."""
+        history, applied = self.history, set(self.history.applied_places)
+        places = [place for place in history.retention.earlier(batch) if place in applied]
+        if places:
+            again = self._evaluate(module, [history.requests[place] for place in places]).outcomes
+            outcomes = {**outcomes, **dict(zip(places, again, strict=True))}
+        history.retention.take(batch, {place: o.values for place, o in outcomes.items()})
+
+    def _retained(self) -> Metrics:
+        """Sum the retention matrix up, if there is one."""
+        return three_numbers(retention_matrix(self.history, FOLLOWED))
+
     def _unedited(self, trainer: Trainer, module: EditModule) -> Evaluation:
         """Measure the model as it is on all requests, and what stands beside them."""
         before = self._evaluate(module, self.history.requests, whole=True)
-        return replace(before, metrics={**before.metrics, **self._side_effects(trainer, module)})
+        effects = self._side_effects(trainer, module)
+        ability = self._general_ability(trainer, module)
+        return replace(before, metrics={**before.metrics, **effects, **ability})
 
     def _unedited_identity(self, trainer: Trainer, module: EditModule) -> dict[str, Any]:
         """Return everything that the measurement of the unedited model depends on."""
@@ -251,6 +297,7 @@ class MeasureEdits(Callback):
             "protocol": self.history.protocol,
             "text": None if self._text is None else sha256(self._text.encode()).hexdigest(),
             "text_tokens": self.text_tokens,
+            "ability": self.ability.identity(),
             "generate": self.generate,
             "continuation_tokens": CONTINUATION_TOKENS,
             "tokens_per_batch": self.tokens_per_batch,
@@ -279,6 +326,30 @@ class MeasureEdits(Callback):
             )
         self._count_seconds("evaluate", time.perf_counter() - started)
         return metrics
+
+    def _ability_due(self, newest: int) -> bool:
+        """Say whether general ability is to be measured after a batch of so many edits."""
+        every, applied = self.ability.settings.every, self.history.applied
+        return bool(every) and applied // every > (applied - newest) // every
+
+    def _general_ability(self, trainer: Trainer, module: EditModule) -> Metrics:
+        """Measure general ability; the first process does it for all.
+
+        At the end a run may measure weights that it has just measured: they are not read again.
+        """
+        if not self.ability.settings.tasks:
+            return {}
+        started, measured = time.perf_counter(), Metrics()
+        if trainer.is_global_zero:
+            weights = {n: module.model.get_parameter(n).cpu() for n in module.edited_names}
+            now = digest(weights)
+            if self._ability_of is None or self._ability_of[0] != now:
+                found = self.ability.measure(module.model, module.tokenizer)
+                self._ability_of = (now, found)
+            measured = self._ability_of[1]
+        measured = trainer.strategy.broadcast(measured)
+        self._count_seconds("ability", time.perf_counter() - started)
+        return measured
 
     def _keep(self, trainer: Trainer, stage: str, metrics: Metrics) -> None:
         """Put a measurement into the history and before the loggers."""

@@ -121,6 +121,21 @@ class ExactMatch(MeanOverRequests):
         super().__init__(F.exact_match, PERCENT, **kwargs)
 
 
+class MeanOverBatches(MeanOverRequests):
+    """Mean over edit batches of a number that each has; the unit of the error is the batch.
+
+    ``update(values, batch)`` adds batches; both (n,).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(F.as_given, **kwargs)
+
+    def compute(self) -> Estimate:
+        """Return value, standard error over batches, and the number of batches."""
+        estimate = super().compute()
+        return {**estimate, "batches": estimate.pop("prompts")}
+
+
 class Fluency(MeanOverRequests):
     """Weighted bigram and trigram entropy of generated texts in bits, times 100.
 

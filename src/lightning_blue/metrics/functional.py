@@ -49,6 +49,11 @@ def exact_match(correct: Sequence[Sequence[bool]]) -> Tensor:
     return torch.tensor([all(flags) for flags in correct], dtype=torch.bool)
 
 
+def as_given(values: Tensor) -> Tensor:
+    """Return numbers that are averaged as they are; (n,)."""
+    return values
+
+
 def ngram_entropy(text: str, n: int) -> float:
     """Shannon entropy of a text's word n-grams, in bits; 0 for a text of fewer than n words.
 

@@ -11,6 +11,7 @@ from lightning_blue.data.checks import superseded
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.language_model.joining import Joint
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
+from lightning_blue.metrics.retention import Retention
 
 
 class Measurement(NamedTuple):
@@ -59,6 +60,7 @@ class RunHistory:
         measurements: in the order they were taken.
         logged: edits applied and flat values, as the loggers got them.
         loss_curves: in the order of the batches.
+        retention: what was measured of earlier batches after later ones.
         before: outcome of each request on the unedited model.
         after: outcome of each request in force at the end, by its place in ``requests``.
         seconds: time spent by part: ``editing``, ``evaluate``, ``prepare``, ``total``.
@@ -78,6 +80,7 @@ class RunHistory:
     measurements: list[Measurement] = field(default_factory=list)
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     loss_curves: list[LossCurve] = field(default_factory=list)
+    retention: Retention = field(default_factory=Retention)
     before: list[RequestOutcome] = field(default_factory=list)
     after: dict[int, RequestOutcome] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class RunHistory:
             "measurements": [taken._asdict() for taken in self.measurements],
             "logged": self.logged,
             "loss_curves": [curve._asdict() for curve in self.loss_curves],
+            "retention": self.retention.state_dict(),
             "before": [asdict(outcome) for outcome in self.before],
             "seconds": self.seconds,
             "resumed_after": self.resumed_after,
@@ -126,6 +130,7 @@ class RunHistory:
         self.measurements = [Measurement(**taken) for taken in state["measurements"]]
         self.logged = state["logged"]
         self.loss_curves = [LossCurve(**curve) for curve in state["loss_curves"]]
+        self.retention.load_state_dict(state["retention"])
         self.before = [
             RequestOutcome(**{**outcome, "correct": tuple(outcome["correct"])})
             for outcome in state["before"]

@@ -11,14 +11,18 @@ more than a mean over requests), and give it a row here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from lightning_blue.metrics import functional as F
 from lightning_blue.metrics.classes import (
     Consistency,
     ExactMatch,
     Fluency,
+    MeanOverBatches,
+    MeanOverRequests,
     Perplexity,
     ProbabilitySuccess,
     Score,
@@ -34,6 +38,8 @@ COMBINATION = "combination"  # the values per request of other metrics
 GENERATED_TEXT = "generated text"
 ORDINARY_TEXT = "ordinary text"
 CONTROL_FACTS = "control facts"  # known facts that are not edited
+RETENTION = "retention matrix"  # the efficacy of each edit batch, over the run
+HARNESS = "lm-evaluation-harness"
 
 # What a request or a run must offer for a metric to be measured.
 TRUE_OBJECT = "true object"  # only where the probabilities of two objects are compared
@@ -51,7 +57,7 @@ class Measure:
 
     Attributes:
         protocol: what is read: `COMPARISON`, `TEACHER_FORCED`, `COMBINATION`, `GENERATED_TEXT`,
-            `ORDINARY_TEXT` or `CONTROL_FACTS`.
+            `ORDINARY_TEXT`, `CONTROL_FACTS`, `RETENTION` or `HARNESS`.
         metric: builds a `torchmetrics.Metric`, for instance ``ExactMatch``, or
             ``partial(MeanOverRequests, function)`` for a function of the prompts' answers:
             ``(nll_wanted, nll_other)`` under `COMPARISON`, ``(correct,)`` under `TEACHER_FORCED`
@@ -76,7 +82,8 @@ class MetricSpec:
         direction: whether higher or lower is better, or neither.
         needs: what a request or the run must offer; without it the metric is absent.
         combines: the metrics that a `COMBINATION` reads; their rows stand above this one.
-        group: the table that shows it: ``scores``, or ``top-1`` for the strict variants.
+        group: the table that shows it: ``scores``, ``top-1`` for the strict variants,
+            ``retention``, or ``ability`` for general ability.
         panel: how plots over edits applied show it: the batch just applied and all edits so far
             (``success``, percent), one line (``side effects``), or not at all.
         per_request: whether each outcome of a request holds its value.
@@ -90,7 +97,7 @@ class MetricSpec:
     direction: Literal["higher", "lower", "neither"] = "higher"
     needs: tuple[str, ...] = ()
     combines: tuple[str, ...] = ()
-    group: Literal["scores", "top-1"] = "scores"
+    group: Literal["scores", "top-1", "retention", "ability"] = "scores"
     panel: Literal["success", "side effects"] | None = None
     per_request: bool = False
     side_effect: bool = False
@@ -262,16 +269,90 @@ METRICS: tuple[MetricSpec, ...] = (
         group="top-1",
         per_request=True,
     ),
+    MetricSpec(
+        "retention_mean",
+        "retention (mean)",
+        Measure(
+            RETENTION,
+            MeanOverBatches,
+            "mean over edit batches of the efficacy at the end of the run",
+        ),
+        needs=(RETENTION,),
+        group="retention",
+    ),
+    MetricSpec(
+        "retention_first_batch",
+        "retention (first batch)",
+        Measure(
+            RETENTION,
+            partial(MeanOverRequests, F.as_given),
+            "efficacy of the first edit batch at the end of the run",
+        ),
+        needs=(RETENTION,),
+        group="retention",
+    ),
+    MetricSpec(
+        "forgetting",
+        "forgetting",
+        Measure(
+            RETENTION,
+            MeanOverBatches,
+            "efficacy right after a batch less efficacy at the end of the run, mean over all "
+            "batches but the last",
+        ),
+        direction="lower",
+        needs=(RETENTION,),
+        group="retention",
+    ),
+)
+
+ABILITY = "ability/"  # starts the name of each metric of a task of lm-evaluation-harness
+LOWER_IS_BETTER = (  # of the harness's metrics
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "brier_score",
+    "ter",
 )
 
 
 def by_name(name: str) -> MetricSpec:
-    """Return a metric's row.
+    """Return a metric's row; that of a task of lm-evaluation-harness is made of its name.
 
     Raises:
         KeyError: if no metric has that name.
     """
+    if name.startswith(ABILITY):
+        return _ability(name)
     return {spec.name: spec for spec in METRICS}[name]
+
+
+def among(names: Iterable[str]) -> list[MetricSpec]:
+    """Return the rows of metrics that were measured, in the table's order, then general ability."""
+    there = dict.fromkeys(names)
+    known = [spec for spec in METRICS if spec.name in there]
+    return known + [_ability(name) for name in there if name.startswith(ABILITY)]
+
+
+def _ability(name: str) -> MetricSpec:
+    """Make the row of ``ability/TASK/METRIC``, in the metric's own unit, which nothing says.
+
+    >>> by_name("ability/arc_easy/acc_norm").label
+    'arc_easy acc_norm'
+    """
+    task, _, metric = name.removeprefix(ABILITY).rpartition("/")
+    return MetricSpec(
+        name,
+        f"{task} {metric}",
+        Measure(HARNESS, MeanOverRequests, f"{metric} of the task {task} of {HARNESS}"),
+        unit="",
+        direction="lower" if metric.split(",")[0] in LOWER_IS_BETTER else "higher",
+        needs=(HARNESS,),
+        group="ability",
+        panel="side effects",
+        side_effect=True,
+    )
 
 
 def of_protocol(data_protocol: str, *protocols: str) -> list[tuple[MetricSpec, Measure]]:

@@ -115,8 +115,8 @@ def caution(history: RunHistory) -> str:
     changes = [
         f"{spec.title} went from {estimate_text(before[spec.name])} to "
         f"{estimate_text(after[spec.name])}"
-        for spec in table.METRICS
-        if spec.side_effect and spec.name in before and spec.name in after
+        for spec in table.among(before)
+        if spec.side_effect and spec.name in after
     ]
     effects = f"Measured here: {'; '.join(changes)}." if changes else "None were measured here."
     return (

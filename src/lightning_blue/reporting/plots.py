@@ -75,7 +75,7 @@ def metrics_figure(history: RunHistory) -> Figure | None:
     """
     before = finite(metrics_at(history, "pre"))
     panels: list[tuple[MetricSpec, list[tuple[str, Points, Style]]]] = []
-    for spec in table.METRICS:
+    for spec in table.among(name for taken in history.measurements for name in taken.metrics):
         kinds = {"success": SUCCESS, "side effects": SIDE_EFFECTS}.get(spec.panel or "", ())
         lines = [(label, series(history, stages, spec.name), look) for label, stages, look in kinds]
         if len({point.edits for _, line, _ in lines for point in line} - {0}) > 1:

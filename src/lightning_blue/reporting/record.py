@@ -24,6 +24,7 @@ from lightning_blue.reporting.disk_space import check_room, estimate
 from lightning_blue.reporting.export import export_model
 from lightning_blue.reporting.guarded import guarded, has_failed
 from lightning_blue.reporting.report import write_report
+from lightning_blue.reporting.retention import write_retention
 from lightning_blue.reporting.wandb_logger import RunWandbLogger, make_logger
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
 from lightning_blue.support.errors import InputError, first_line
@@ -283,6 +284,7 @@ class RunRecord(Callback):
             lambda: files.write_edits(folder / "edits.jsonl", history),
             lambda: files.write_summary(folder / "summary.json", history),
             lambda: files.write_rejected(folder / "rejected.jsonl", history),
+            lambda: write_retention(folder / "retention.csv", history),
             write_metrics,
             write_model,
             report,

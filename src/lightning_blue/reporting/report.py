@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from blue_callbacks.guard import OUTCOMES, crossings
@@ -11,7 +11,8 @@ from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
-from lightning_blue.reporting.plots import plots
+from lightning_blue.reporting.plots import plots, png
+from lightning_blue.reporting.retention import retention_figure, retention_section
 from lightning_blue.reporting.tables import markdown_table, score_table, stages_table
 from lightning_blue.reporting.text import (
     CELL,
@@ -45,6 +46,8 @@ CAPTIONS = {
     "loss.",
 }
 
+RETENTION = "Score of edit batches after later batches."
+
 Example = tuple[EditRequest, RequestOutcome | None, RequestOutcome | None]
 
 
@@ -63,8 +66,11 @@ def write_report(folder: Path, history: RunHistory, model_folder: str | None = "
         InputError: if the disk is full or may not be written.
     """
     pictures = plots(history)
-    for name, png in pictures.items():
-        write_atomic(folder / "plots" / f"{name}.png", png)
+    heat_map = retention_figure(history)
+    if heat_map is not None:
+        pictures["retention"] = png(heat_map)
+    for name, picture in pictures.items():
+        write_atomic(folder / "plots" / f"{name}.png", picture)
     path = folder / "report.md"
     write_atomic(path, report(history, pictures, model_folder))
     return path
@@ -72,10 +78,12 @@ def write_report(folder: Path, history: RunHistory, model_folder: str | None = "
 
 def report(history: RunHistory, pictures: Iterable[str], model_folder: str | None) -> str:
     """Return the report as markdown; ``pictures`` names the files under ``plots/``."""
+    pictures = set(pictures)
     sections = {
         "Scores": f"{score_table(history)}\n\n{fill(protocol_sentence(history))}".strip(),
         "Guard": _guard(history),
         "Plots": _pictures(pictures),
+        "Retention": _heat_map(history, pictures),
         "The first batch, right after it was applied and at the end": _retention(history),
         "Edits": _examples(history),
         "Between prompt and object": _joints(history),
@@ -144,6 +152,16 @@ def _pictures(names: Iterable[str]) -> str:
     drawn = set(names)
     shown = [(name, text) for name, text in CAPTIONS.items() if name in drawn]
     return "\n\n".join(f"{text}\n\n![{text}](plots/{name}.png)" for name, text in shown)
+
+
+def _heat_map(history: RunHistory, names: Collection[str]) -> str:
+    """Show the retention matrix, and what it sums up to."""
+    text = fill(
+        "Of each edit batch, a sample that is fixed at the start, after later batches and at the "
+        "end of the run: the diagonal is the immediate score, the last column the final one."
+    )
+    picture = f"{text}\n\n![{RETENTION}](plots/retention.png)" if "retention" in names else ""
+    return "\n\n".join(filter(None, [picture, retention_section(history)]))
 
 
 def _retention(history: RunHistory) -> str:

@@ -46,7 +46,11 @@ def score_table(history: RunHistory) -> str:
     out; without any, the text says so.
     """
     stages = {label: metrics_at(history, stage) for stage, label in STAGES.items()}
-    tables = [stages_table(stages, table.of_group(group)) for group in ("scores", "top-1")]
+    specs = table.among(name for metrics in stages.values() for name in metrics)
+    tables = [
+        stages_table(stages, [spec for spec in specs if spec.group == group])
+        for group in ("scores", "top-1", "retention", "ability")
+    ]
     if not any(tables):
         return "Nothing was measured."
     caption = [textwrap.fill(text, WIDTH) for text in (legend(stages), sample_sizes(stages))]
@@ -73,7 +77,7 @@ def stages_table(stages: Mapping[str, Metrics], specs: Iterable[MetricSpec]) -> 
 
 def legend(stages: Mapping[str, Metrics]) -> str:
     """Say what the numbers of measured metrics are: units, and where lower is better."""
-    specs = [spec for spec in table.METRICS if any(spec.name in m for m in stages.values())]
+    specs = table.among(name for metrics in stages.values() for name in metrics)
     others = [spec for spec in specs if spec.unit != table.PERCENT]
     text = "Value ± standard error"
     if len(others) < len(specs):
@@ -95,9 +99,8 @@ def sample_sizes(stages: Mapping[str, Metrics]) -> str:
     for metrics in stages.values():
         newest |= metrics
     groups: dict[str, list[str]] = {}
-    for spec in table.METRICS:
-        if spec.name in newest:
-            groups.setdefault(_count(newest[spec.name]), []).append(spec.title)
+    for spec in table.among(newest):
+        groups.setdefault(_count(newest[spec.name]), []).append(spec.title)
     parts = [f"{count}: {', '.join(titles)}" for count, titles in groups.items()]
     return f"Measured on {'; '.join(parts)}."
 
@@ -129,7 +132,10 @@ def value_and_error(value: float, error: float | None) -> str:
 
 
 def _count(estimate: Mapping[str, float]) -> str:
-    units = {"prompts": "prompts", "tokens": "tokens", "count": "requests"}
+    units = {
+        "prompts": "prompts", "tokens": "tokens", "batches": "batches", "records": "records",
+        "count": "requests",
+    }  # fmt: skip
     unit = next((unit for unit in units if unit in estimate), None)
     return "an unknown number" if unit is None else f"{int(estimate[unit]):,} {units[unit]}"
 

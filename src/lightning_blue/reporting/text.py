@@ -9,10 +9,15 @@ from pathlib import PurePath
 from typing import Any
 
 from lightning_blue.metrics.history import RunHistory
-from lightning_blue.metrics.table import ORDINARY_TEXT, MetricSpec
+from lightning_blue.metrics.table import HARNESS, ORDINARY_TEXT, RETENTION, MetricSpec
 
 LINE = 100  # characters of a line of running text
 CELL = 90  # characters of a text shown in a table
+UNITS = {  # of standard errors, where it is not the request
+    ORDINARY_TEXT: "of ordinary text the window",
+    RETENTION: "of retention the batch (of the first batch the request)",
+    HARNESS: "of general ability the record",
+}
 
 
 def definitions(specs: Iterable[MetricSpec], data_protocol: str) -> str:
@@ -26,8 +31,9 @@ def definitions(specs: Iterable[MetricSpec], data_protocol: str) -> str:
     if not measures:
         return ""
     items = [f"{title}: {measure.definition}." for title, measure in measures.items()]
-    windows = any(measure.protocol == ORDINARY_TEXT for measure in measures.values())
-    unit = "the request, or of ordinary text the window," if windows else "the request"
+    protocols = {measure.protocol for measure in measures.values()}
+    others = [unit for protocol, unit in UNITS.items() if protocol in protocols]
+    unit = f"the request, or {', '.join(others)}," if others else "the request"
     items.append(f"Standard errors take {unit} as the unit.")
     return "\n".join(
         textwrap.fill(item, LINE, initial_indent="- ", subsequent_indent="  ") for item in items

@@ -67,8 +67,7 @@ def finite(metrics: Metrics) -> Metrics:
 
 def measured(history: RunHistory) -> list[MetricSpec]:
     """Return the rows of the metrics that a run measured at any stage, in the table's order."""
-    names = {name for stage in history.stages() for name in metrics_at(history, stage)}
-    return [spec for spec in table.METRICS if spec.name in names]
+    return table.among(name for stage in history.stages() for name in metrics_at(history, stage))
 
 
 def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:

@@ -27,7 +27,13 @@ ELSEWHERE = re.compile(
     r"run/.*|base|ckpt_path|model/covariance/cache|measure/unedited_cache"
     r"|trainer/(logger|default_root_dir|enable_progress_bar|enable_model_summary)(/.*)?"
 )
-SOURCES = ("model/name_or_path", "data/path", "measure/text", "model/covariance/corpus")
+SOURCES = (
+    "model/name_or_path",
+    "data/path",
+    "measure/text",
+    "measure/ability/data",
+    "model/covariance/corpus",
+)
 BUNDLED = resources.files("lightning_blue") / "assets" / "almanac"
 SEED = "PL_GLOBAL_SEED"
 DIGITS = 10  # of the identity, in a folder's name

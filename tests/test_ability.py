@@ -1,0 +1,331 @@
+"""General ability: lm-evaluation-harness's own figures, through the measurements of a run.
+
+What needs the harness is skipped where it is missing (``pip install 'lightning-blue[ability]'``);
+settings, errors and how answers are read are tested without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import LanguageModel
+from histories import estimate, small_history
+from lightning_blue.ability import AbilitySettings, GeneralAbility, paper
+from lightning_blue.ability import harness as harness_module
+from lightning_blue.ability.jackknife import jackknife_error
+from lightning_blue.metrics import table
+from lightning_blue.metrics.callback import MeasureEdits
+from lightning_blue.metrics.history import Measurement
+from lightning_blue.reporting.export import caution
+from lightning_blue.reporting.plots import metrics_figure
+from lightning_blue.reporting.tables import score_table
+from lightning_blue.support.errors import InputError
+from test_lightning import corpus, data_of, facts, module, trainer_of  # noqa: F401  (fixtures)
+from test_resume import Crash, run
+
+EPS = torch.finfo(torch.float32).eps
+TASK = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{town}}}} lies in"
+doc_to_target: {target}
+{more}
+"""
+OWN = {"include_defaults": False}  # an index of all tasks of the harness takes seconds
+TOWNS = ["Basel", "Lyon", "Rome", "Oslo", "Paris", "Berlin", "Tokyo", "Madrid", "London", "Kraków"]
+
+
+@pytest.fixture(scope="module")
+def lm_eval() -> Any:
+    return pytest.importorskip("lm_eval", reason="lm-evaluation-harness: lightning-blue[ability]")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two tasks on a local file: a choice among two, and the perplexity of a continuation."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"town": town, "label": i % 2, "rest": "Europe"} for i, town in enumerate(TOWNS)]
+    (folder / "towns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    choice = 'doc_to_choice: ["France", "the town of Basel"]\nmetric_list:\n'
+    choice += "".join(
+        f"  - metric: {metric}\n    aggregation: {aggregation}\n    higher_is_better: true\n"
+        for metric, aggregation in (("acc", "mean"), ("acc_norm", "mean"), ("f1", "f1"))
+    )
+    words = "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n"
+    words += "    higher_is_better: false\n"
+    written = [
+        ("towns", "multiple_choice", "label", choice),
+        ("words", "loglikelihood", "rest", words),
+    ]
+    for name, kind, target, more in written:
+        text = TASK.format(
+            name=name, kind=kind, target=target, more=more, file=folder / "towns.jsonl"
+        )
+        (folder / f"{name}.yaml").write_text(text)
+    return [str(folder / f"{name}.yaml") for name, *_ in written]
+
+
+def measuring(tasks: list[str] | None, **settings: Any) -> MeasureEdits:
+    return MeasureEdits(generate=False, ability=AbilitySettings(tasks, **settings))
+
+
+def numbers(lm_eval: Any, folder: Path, tasks: list[str], **flags: Any) -> dict[str, float]:
+    """What the harness itself makes of an exported model."""
+    found = lm_eval.simple_evaluate(
+        "hf",
+        model_args={"pretrained": str(folder), "dtype": "float32"},
+        tasks=tasks,
+        device="cpu",
+        batch_size=8,
+        task_manager=lm_eval.tasks.TaskManager(**OWN),
+        **flags,
+    )
+    return {
+        f"{name}/{key.removesuffix(',none')}": value
+        for name, results in found["results"].items()
+        for key, value in results.items()
+        if key.endswith(",none") and not isinstance(value, str)
+    }
+
+
+def test_the_figures_are_the_harness_s_own_on_the_exported_model(
+    lm_eval,
+    module,  # noqa: F811
+    facts,  # noqa: F811
+    tasks,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # takes seconds
+    trainer = trainer_of(measuring(tasks, limit=None, every=4))
+    trainer.fit(module, datamodule=data_of(facts))
+    module.model.save_pretrained(tmp_path / "model")
+    module.tokenizer.save_pretrained(tmp_path / "model")
+    expected = numbers(lm_eval, tmp_path / "model", tasks, bootstrap_iters=0)
+    history = trainer.callbacks[1].history
+    (pre,), (post,) = history.of("pre"), history.of("post")
+    ours = {name: each for name, each in post.metrics.items() if name.startswith(table.ABILITY)}
+    assert len(ours) == 4
+    assert set(ours) == {f"ability/{key}" for key in expected}
+    for key, value in expected.items():
+        found = ours[f"ability/{key}"]
+        assert found["value"] == pytest.approx(value, rel=1000 * EPS)  # of the log-likelihoods
+        assert found["count"] == len(TOWNS)
+    accuracy = ours["ability/towns/acc"]
+    share = accuracy["value"]  # of a mean the usual standard error
+    assert accuracy["standard_error"] == pytest.approx((share * (1 - share) / 9) ** 0.5)
+    assert ours["ability/words/perplexity"]["standard_error"] > 0
+    # over the run: before, after every fourth edit, and at the end
+    courses = [m for m in history.of("cumulative") if "ability/words/perplexity" in m.metrics]
+    assert [taken.edits for taken in courses] == [4]
+    assert "cumulative/ability/words/perplexity" in trainer.callback_metrics
+    assert pre.metrics["ability/words/perplexity"] != post.metrics["ability/words/perplexity"]
+    logged = [applied for applied, v in history.logged if "cumulative/ability/towns/acc" in v]
+    assert logged == [4]
+    assert "lm-evaluation-harness" in history.settings["ability"]
+
+
+def test_a_resumed_run_has_the_same_ability(lm_eval, module, facts, tasks, tmp_path):  # noqa: F811
+    whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
+    expected = run(whole, facts, tmp_path / "whole", measuring(tasks, every=2))
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, tmp_path / "halves", measuring(tasks, every=2), Crash(2))
+    resumed = run(unedited, facts, tmp_path / "halves", measuring(tasks, every=2), resume=True)
+    one, other = (
+        next(c for c in trainer.callbacks if isinstance(c, MeasureEdits)).history.measurements
+        for trainer in (expected, resumed)
+    )
+    assert other == one
+    with_ability = [m.edits for m in one if "ability/towns/acc" in m.metrics]
+    assert with_ability == [0, 2, 4, 6, 6]  # the last one after 6 edits is at the end
+
+
+def state(model: Any, tokenizer: Any) -> list[Any]:
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    modes = {name: each.training for name, each in model.named_modules()}
+    trained = {name: each.requires_grad for name, each in model.named_parameters()}
+    words = (tokenizer.pad_token, tokenizer.padding_side, tokenizer.backend_tokenizer.to_str())
+    draws = copy.deepcopy(random.getstate()), np.random.get_state()[1].tolist()
+    return [weights, modes, trained, words, draws, torch.get_rng_state()]
+
+
+def test_everything_is_left_as_it_was_found(lm_eval, llama: LanguageModel, tasks):
+    model = copy.deepcopy(llama.model).train()
+    model.model.layers[0].eval()
+    next(model.parameters()).requires_grad_(False)
+    before = state(model, llama.tokenizer)
+    assert GeneralAbility(AbilitySettings(tasks)).measure(model, llama.tokenizer)
+    after = state(model, llama.tokenizer)
+    weights = before.pop(0), after.pop(0)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert torch.equal(before.pop(), after.pop())
+    assert before == after
+
+
+def test_a_limit_reads_the_first_records_and_evaluate_measures_too(
+    lm_eval,
+    module,  # noqa: F811
+    facts,  # noqa: F811
+    tasks,
+):
+    trainer = trainer_of(measuring(tasks, limit=3))
+    (results,) = trainer.test(module, datamodule=data_of(facts), verbose=False)
+    assert results["test/ability/towns/acc/count"] == 3
+    assert 3 * results["test/ability/towns/acc"] == pytest.approx(
+        round(3 * results["test/ability/towns/acc"])
+    )
+
+
+@pytest.fixture
+def paper_files(tmp_path: Path) -> Path:
+    """The six files in small: ten records that are kept for examples, and three others."""
+    folder = tmp_path / "glue"
+    folder.mkdir()
+    pair = {"sentence1": "Oslo grows.", "sentence2": "Oslo is small."}
+    rows: dict[str, dict[str, Any]] = {
+        "sst2": {"sentence": "a fine film ", "label": 1},
+        "cola": {"sentence": "They sang.", "label": 1},
+        "mrpc": {**pair, "label": 0},
+        "rte": {**pair, "label": 1},
+        "nli": {**pair, "label": "entailment"},
+        "mmlu": {"question": "2 x 2?", "choices": ["1", "2", "3", "4"], "answer": 3},
+    }
+    for name, row in rows.items():
+        lines = [json.dumps({**row, "idx": index}) + "\n" for index in range(13)]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+PROMPTS = {  # as the evaluation in the paper's code spells them
+    "sst": "Review :a fine film \nSentiment :",
+    "cola": "Is this sentence linguistically acceptable?\nSentence: They sang.\nAnswer: ",
+    "mrpc": "Are the sentences paraphrases of each other.\nSentence 1: Oslo grows.\n"
+    "Sentence 2: Oslo is small.\nAnswer:",
+    "rte": "Oslo grows.\nquestion: Oslo is small. True or False?\nanswer:",
+    "nli": "Oslo grows. entails the Oslo is small. True or False? Answer:",
+    "mmlu": "Question: 2 x 2?\n(A) 1\n(B) 2\n(C) 3\n(D) 4\nAnswer:",
+}
+EXAMPLE = "Review : a fine film \nSentiment : positive\n"
+
+
+def test_the_paper_s_six_tasks_ask_as_its_code_does(lm_eval, paper_files):
+    settings = AbilitySettings(["paper", "paper_choice"], data=str(paper_files))
+    loaded = GeneralAbility(settings)._loaded["tasks"]
+    assert len(loaded) == 12
+    for name, prompt in PROMPTS.items():
+        for task in (loaded[f"paper_{name}"], loaded[f"paper_{name}_choice"]):
+            assert len(task.eval_docs) == 3
+            assert task.fewshot_context(task.eval_docs[0], 0) == prompt
+    shots = AbilitySettings(["paper_sst"], data=str(paper_files), num_fewshot=2)
+    task = GeneralAbility(shots)._loaded["tasks"]["paper_sst"]
+    assert task.get_config("num_fewshot") == 2
+    assert task.fewshot_context(task.eval_docs[0], 2) == 2 * EXAMPLE + PROMPTS["sst"]
+    choices = [each.args[1] for each in loaded["paper_mmlu_choice"].construct_requests(
+        loaded["paper_mmlu_choice"].eval_docs[0], PROMPTS["mmlu"], metadata=("", 0, 1)
+    )]  # fmt: skip
+    assert choices == [" A", " B", " C", " D"]
+
+
+def test_the_paper_s_tasks_are_measured(lm_eval, llama: LanguageModel, paper_files):
+    settings = AbilitySettings(["paper", "paper_choice", "paper_rte_entailed"], limit=2)
+    settings = AbilitySettings(settings.tasks, limit=2, data=str(paper_files))
+    found = GeneralAbility(settings).measure(llama.model, llama.tokenizer)
+    assert len(found) == 13
+    assert {each["count"] for each in found.values()} == {2}
+    assert all(0 <= each["value"] <= 1 for each in found.values())
+
+
+@pytest.mark.parametrize(
+    ("reader", "record", "answer", "pair"),
+    [
+        (paper.sst, {"label": 1}, " Positive, I", (1, 1)),
+        (paper.sst, {"label": 1}, " good", (1, -1)),
+        (paper.sst, {"label": 0}, " negative\nSentiment : positive", (0, 1)),
+        (paper.cola, {"label": 1}, "Yes", (1, 1)),
+        (paper.mrpc, {"label": 0}, " I do not", (0, 0)),  # "not" holds "no", as there
+        (paper.rte, {"label": 1}, " True or False", (1, 0)),
+        (paper.rte_entailed, {"label": 1}, " False", (0, 0)),
+        (paper.nli, {"label": "not_entailment"}, " true", (0, 1)),
+        (paper.nli, {"label": "entailment"}, " true", (1, 1)),
+        (paper.mmlu, {"answer": 3}, " D\n", (3, 3)),
+        (paper.mmlu, {"answer": 3}, " D", (3, -1)),
+    ],
+)
+def test_answers_are_read_as_the_paper_s_code_reads_them(reader, record, answer, pair):
+    assert reader(record, [answer]) == {"f1": pair}
+
+
+def test_weighted_f1_by_hand():
+    """Class 1: precision 2/3, recall 1; class 0: nothing right; an answer of none is wrong."""
+    items = [(1, 1), (1, 1), (0, 1), (0, paper.NO_ANSWER)]
+    assert paper.weighted_f1(items) == pytest.approx(0.8 * 2 / 4)
+    assert paper.weighted_f1([(1, paper.NO_ANSWER)] * 3) == 0
+    assert paper.weighted_f1([(3, 3), (0, 0)]) == 1
+
+
+def test_the_jackknife_of_a_mean_and_of_a_ratio():
+    values = [0.5, 2.0, 3.5, 1.0, 0.25]
+    mean = torch.tensor(values, dtype=torch.float64)
+    usual = float(mean.std(unbiased=True)) / len(values) ** 0.5
+    assert jackknife_error(np.mean, values) == pytest.approx(usual)
+    assert np.isnan(jackknife_error(np.mean, values[:1]))
+    # of exp(mean) the delta method's error is exp(mean) times that of the mean, to first order
+    many = np.random.default_rng(0).normal(0, 0.1, 400).tolist()
+    error = jackknife_error(lambda items: float(np.exp(np.mean(items))), many)
+    expected = np.exp(np.mean(many)) * np.std(many, ddof=1) / 20
+    assert error == pytest.approx(expected, rel=0.02)
+
+
+def test_without_the_harness_the_message_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(harness_module, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as caught:
+        MeasureEdits(ability=AbilitySettings(["paper"]))
+    assert str(caught.value).splitlines()[1:] == [
+        "  where: measure.ability.tasks",
+        "  hint:  pip install 'lightning-blue[ability]'",
+    ]
+    MeasureEdits()  # without tasks nothing is asked for
+
+
+def test_a_misspelt_task_and_a_missing_file_are_named(lm_eval, tmp_path, monkeypatch):
+    real = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **kw: real(**{**kw, **OWN}))
+    with pytest.raises(InputError, match=r"'papr'(.|\n)*did you mean paper"):
+        GeneralAbility(AbilitySettings(["papr"]))
+    with pytest.raises(InputError, match=r"sst2.jsonl(.|\n)*measure.ability.data = None"):
+        GeneralAbility(AbilitySettings(["paper_sst"]))
+    (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\noutput_type: guess\n")
+    with pytest.raises(InputError, match=r"the task .*bad\.yaml cannot be loaded"):
+        GeneralAbility(AbilitySettings([str(tmp_path / "bad.yaml")]))
+
+
+def test_tables_and_plots_show_tasks_beside_metrics():
+    """The row of a task is made of its name, wherever metrics are shown."""
+    history = small_history()
+    for place, value in ((0, 0.9), (2, 0.8), (6, 0.4)):
+        taken = history.measurements[place]
+        metrics = {**taken.metrics, "ability/sst/f1": estimate(value, 0.05, count=100, records=100)}
+        history.measurements[place] = Measurement(taken.stage, taken.edits, metrics)
+    shown = " ".join(score_table(history).split())
+    assert "| sst f1 | 0.90 ± 0.05 | 0.40 ± 0.05 |" in shown
+    assert "100 records: sst f1" in shown
+    assert "sst f1 went from 0.90 ± 0.05 to 0.40 ± 0.05" in caution(history)
+    figure = metrics_figure(history)
+    assert figure is not None
+    assert "sst f1" in " ".join(axis.get_title() for axis in figure.axes)
+    assert table.by_name("ability/words/perplexity").direction == "lower"
+    assert table.by_name("ability/gsm8k/exact_match,strict-match").title == (
+        "gsm8k exact_match,strict-match"
+    )
