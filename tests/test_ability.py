@@ -21,6 +21,10 @@ from histories import estimate, small_history
 from lightning_blue.ability import AbilitySettings, GeneralAbility, paper
 from lightning_blue.ability import harness as harness_module
 from lightning_blue.ability.jackknife import jackknife_error
+from lightning_blue.comparison import presented
+from lightning_blue.comparison.curves import curves, figures
+from lightning_blue.comparison.runs import read_runs
+from lightning_blue.comparison.scores import score_tables
 from lightning_blue.metrics import table
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import Measurement
@@ -28,6 +32,7 @@ from lightning_blue.reporting.export import caution
 from lightning_blue.reporting.plots import metrics_figure
 from lightning_blue.reporting.tables import score_table
 from lightning_blue.support.errors import InputError
+from test_compare import make_run, values
 from test_lightning import corpus, data_of, facts, module, trainer_of  # noqa: F401  (fixtures)
 from test_resume import Crash, run
 
@@ -331,3 +336,31 @@ def test_tables_and_plots_show_tasks_beside_metrics():
     assert table.by_name("ability/gsm8k/exact_match,strict-match").title == (
         "gsm8k exact_match,strict-match"
     )
+
+
+def test_compare_has_a_table_and_curves_of_tasks(tmp_path):
+    """As in the paper's Figure 6: ability over edits, with BLUE and without."""
+    ends = {"even": 0.25, "boundary": 0.75}
+    name = "ability/sst/f1"
+    for plan, value in ends.items():
+        numbers = {"post": {name: value}, "pre": {name: 0.875}}
+        folder = make_run(tmp_path / "runs", plan, values(1, 0.5), update__plan=plan, **numbers)
+        rows = [
+            f"step,edits/applied,cumulative/{name},cumulative/{name}/standard_error",
+            "4,4,0.8125,0.5",
+            f"8,8,{value},0.5",
+        ]
+        (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    runs, _ = read_runs([tmp_path / "runs"])
+    (scores,) = score_tables(runs)
+    grid = presented.score_grid(scores, "ability")
+    assert grid is not None
+    assert grid.header[3:] == ["sst f1"]
+    cells = [(row[2].text, row[3].text, row[3].best) for row in grid.rows]
+    assert cells[0][1].startswith("0.9")
+    assert [best for *_, best in cells] == [False, False, True]
+    found = curves(scores)
+    courses = {row.plan: [point[:2] for point in points] for (*_, row), points in found.items()}
+    assert courses == {plan: [(4, 0.8125), (8, value)] for plan, value in ends.items()}
+    assert all(picture.startswith(b"\x89PNG") for picture in figures(found, scores).values())
+    assert figures(found, scores)

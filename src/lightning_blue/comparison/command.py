@@ -19,6 +19,7 @@ from lightning_blue.comparison.improvement import Improvement, improvements
 from lightning_blue.comparison.runs import FinishedRun, LeftOut, read_runs
 from lightning_blue.comparison.scores import ScoreTable, score_tables
 from lightning_blue.comparison.written import log_to_wandb, write_comparison
+from lightning_blue.metrics import table
 from lightning_blue.reporting.record import STATUS
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.space import check_writable
@@ -80,7 +81,7 @@ def _add_scores(made: Comparison, scores: Sequence[ScoreTable]) -> None:
         found = improvements(each)
         made.add(presented.improvement_grid(each, found))
         improved += found
-    for group in ("top-1", "retention", "ability"):
+    for group in table.GROUPS[1:]:
         for each in scores:
             made.add(presented.score_grid(each, group))
     made.records["scores"] = presented.score_records(scores)

@@ -33,7 +33,8 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
     ]
     several = any(cell.seed_error is not None for cell in scores.cells.values())
     counts = sorted({cell.runs for cell in scores.cells.values()})
-    caption = "Value ± standard error over requests"
+    unit = {"retention": "batches", "ability": "records"}.get(group, "requests")
+    caption = f"Value ± standard error over {unit}"
     if several:
         spelled = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         caption += f", means over {spelled} seeds; in brackets the standard error over seeds"

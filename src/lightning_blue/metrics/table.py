@@ -305,6 +305,7 @@ METRICS: tuple[MetricSpec, ...] = (
         group="retention",
     ),
 )
+GROUPS = ("scores", "top-1", "retention", "ability")  # the tables, in order
 
 ABILITY = "ability/"  # starts the name of each metric of a task of lm-evaluation-harness
 LOWER_IS_BETTER = (  # of the harness's metrics

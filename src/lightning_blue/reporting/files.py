@@ -113,7 +113,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
     ``export/dtype`` and ``export/rounding_loss/...`` where the model is saved in another dtype than
     it was edited in, ``seconds/edit`` (of one edit), ``seconds/editing``, ``seconds/evaluate``,
-    ``seconds/prepare`` and ``seconds/total`` (of the run), ``settings/...`` and ``versions/...``.
+    ``seconds/ability``, ``seconds/prepare`` and ``seconds/total`` (of the run), ``settings/...``
+    and ``versions/...``.
     """
     numbers: dict[str, Any] = {}
     for stage in SUMMARY_STAGES:

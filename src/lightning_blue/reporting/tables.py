@@ -49,7 +49,7 @@ def score_table(history: RunHistory) -> str:
     specs = table.among(name for metrics in stages.values() for name in metrics)
     tables = [
         stages_table(stages, [spec for spec in specs if spec.group == group])
-        for group in ("scores", "top-1", "retention", "ability")
+        for group in table.GROUPS
     ]
     if not any(tables):
         return "Nothing was measured."
