@@ -159,6 +159,7 @@ def test_the_three_numbers_by_hand():
         assert found[name]["standard_error"] == pytest.approx(stdev(values) / len(values) ** 0.5)
         assert found[name]["count"] == len(values)
     assert found["retention_mean"]["batches"] == 3
+    assert "prompts" not in found["retention_mean"]
 
 
 def test_a_batch_that_was_never_applied_has_no_row():
@@ -244,7 +245,7 @@ def test_the_report_shows_the_matrix_and_the_csv_holds_it(tmp_path: Path):
     assert "](plots/retention.png)" in text
     assert (tmp_path / "plots" / "retention.png").read_bytes().startswith(b"\x89PNG")
     assert "| efficacy | 62.5 ± 19.1" in " ".join(text.split())
-    assert "retention (mean)" in text
+    assert "3 batches: retention (mean)" in " ".join(text.split())
     figure = retention_figure(history)
     assert figure is not None
     axis = figure.axes[0]

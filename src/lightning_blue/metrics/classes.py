@@ -133,7 +133,8 @@ class MeanOverBatches(MeanOverRequests):
     def compute(self) -> Estimate:
         """Return value, standard error over batches, and the number of batches."""
         estimate = super().compute()
-        return {**estimate, "batches": estimate.pop("prompts")}
+        batches = estimate.pop("prompts")
+        return {**estimate, "batches": batches}
 
 
 class Fluency(MeanOverRequests):

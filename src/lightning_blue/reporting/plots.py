@@ -229,7 +229,7 @@ def _fitted(spec: MetricSpec, values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if spec.unit == PERCENT:
         low, high = max(0.0, low), min(100.0, high)
-    middle, least = (low + high) / 2, 4.0 if spec.unit == PERCENT else 0.05 * abs(low + high)
+    middle, least = (low + high) / 2, 4.0 if spec.unit == PERCENT else 0.05 * abs(low + high) or 0.1
     half = max(high - low, least) / 2
     low, high = middle - 1.1 * half, middle + 1.1 * half
     if spec.unit == PERCENT and high > 101:  # percent that are not there
