@@ -111,6 +111,7 @@ def test_zsre() -> None:
         paraphrases=("When has WEFS been established?",),
         neighborhood=(Probe("nq question: who voiced gaston?", "Richard White"),),
         source="here",
+        aliases=("the year 1987",),
     )
     asked = good(ZSRE | {"loc": "nq question: who?"}, "zsre")
     assert asked.neighborhood[0].prompt == "nq question: who?"

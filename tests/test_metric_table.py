@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from conftest import ROOT
 from lightning_blue.metrics import functional as F
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import METRICS, MetricSpec
@@ -58,13 +59,18 @@ def test_metrics_by_what_they_read(protocol: str) -> None:
         table.ORDINARY_TEXT,
         table.CONTROL_FACTS,
         table.RETENTION,
+        table.GENERATED_ANSWERS,
     )
-    read = {each: [spec.name for spec, _ in table.of_protocol(protocol, each)] for each in sources}
+    every = table.PROTOCOLS
+    read = {
+        each: [spec.name for spec, _ in table.of_protocol(protocol, each, added=every)]
+        for each in sources
+    }
     assert sorted(name for names in read.values() for name in names) == sorted(IDS)
     assert ("efficacy" in read[table.COMPARISON]) == (protocol == "counterfact")
     assert "efficacy_top1" in read[table.TEACHER_FORCED]
     assert {"fluency", "consistency"} <= set(read[table.GENERATED_TEXT])
-    both = [spec.name for spec, _ in table.of_protocol(protocol, *sources[:2])]
+    both = [spec.name for spec, _ in table.of_protocol(protocol, *sources[:2], added=every)]
     assert set(both) == {*read[table.COMPARISON], *read[table.TEACHER_FORCED]}
 
 
@@ -73,3 +79,35 @@ def test_outcomes_have_the_same_keys_whatever_was_measured() -> None:
     assert (values["efficacy"], values["generalization"]) == (1.0, None)
     assert "fluency" not in values
     assert list(values) == list(table.per_request({}))
+
+
+def test_metrics_of_a_protocol_are_measured_only_where_it_is_asked_for() -> None:
+    sources = (table.COMPARISON, table.TEACHER_FORCED, table.GENERATED_ANSWERS)
+    plain = {spec.name for spec, _ in table.of_protocol("counterfact", *sources)}
+    assert not [name for name in plain if table.by_name(name).protocol]
+    more = {s.name for s, _ in table.of_protocol("counterfact", *sources, added=("generation",))}
+    assert {table.by_name(name).protocol for name in more - plain} == {"generation"}
+    assert "reliability_generation" not in table.per_request({})
+    assert "reliability_generation" in table.per_request({}, ("generation",))
+
+
+@pytest.mark.parametrize("name", ["efficacy", "generalization", "specificity", "score"])
+def test_an_added_protocol_measures_as_it_does_where_it_is_the_main_one(name: str) -> None:
+    for protocol, main in table.MAIN.items():
+        added = table.by_name(f"{name}_{protocol}")
+        assert added.measure("counterfact") == table.by_name(name).measure(main)
+        assert added.measure("zsre") == table.by_name(name).measure(main)
+        assert protocol.split("_")[0] in added.title
+        assert all(part.endswith(protocol) for part in added.combines)
+
+
+def test_the_page_on_protocols_has_their_metrics() -> None:
+    page = (ROOT / "docs" / "protocols.md").read_text()
+    shown = [line for line in page.splitlines() if line.startswith("| `") and "_" in line]
+    rows = [
+        f"| `{spec.name}` | {spec.measure('counterfact').definition} | % | {spec.direction} |"
+        for spec in METRICS
+        if spec.protocol is not None
+    ]
+    assert [line for line in shown if line.split("`")[1] in IDS] == rows
+    assert {spec.unit for spec in METRICS if spec.protocol} == {table.PERCENT}

@@ -337,7 +337,7 @@ def test_write_edits(tmp_path: Path) -> None:
     assert [line["case_id"] for line in lines] == ["c0", "c1", "c2", "c3"]
     third = {
         "case_id": "c2",
-        **dict.fromkeys(spec.name for spec in METRICS if spec.per_request),
+        **table.per_request({}),
         "efficacy": 0.0,
         "generalization": None,  # no paraphrases
         "specificity": 0.5,

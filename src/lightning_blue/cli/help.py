@@ -122,10 +122,10 @@ def _short(command: str) -> Iterator[str]:
 
 def _line(key: Key, start: str) -> str:
     """Say what a key is: as much of the first sentence as fits, and the default."""
-    name = f"  {start}{key.name}"
-    room = WIDTH - KEY_WIDTH - len(_default(key)) - 1
+    name = f"  {start}{key.name} ".ljust(KEY_WIDTH)
+    room = WIDTH - len(name) - len(_default(key)) - 1
     said = shorten(_first_sentence(key.doc), room, placeholder="…")
-    return f"{name:<{KEY_WIDTH}}{said} {_default(key)}".rstrip()
+    return f"{name}{said} {_default(key)}".rstrip()
 
 
 def _long(section: str, keys: Sequence[Key]) -> Iterator[str]:

@@ -51,7 +51,8 @@ def shared_requests(first: FinishedRun, second: FinishedRun) -> int:
 
 
 def _change(request: Request, first: Mapping[str, Any], second: Mapping[str, Any]) -> Change:
-    names: Iterable[str] = (spec.name for spec in table.of_group("scores") if spec.per_request)
+    specs = (spec for spec in table.METRICS if spec.group != "top-1" and spec.per_request)
+    names: Iterable[str] = (spec.name for spec in specs)
     values = {
         name: (float(first[name]), float(second[name]))
         for name in names

@@ -40,8 +40,8 @@ def check_tokens(
 
     Those are too long, have an object without tokens, or a token that the model has no embedding
     of. Each prompt of a request (its own with ``contexts_length`` tokens of context before it, the
-    paraphrases, neighbours and generation prompts) has to fit into ``max_length`` positions
-    together with the longest object.
+    paraphrases, neighbours, generation and portability prompts) has to fit into ``max_length``
+    positions together with the longest object.
 
     Args:
         requests: in any order.
@@ -217,8 +217,8 @@ def _objects(request: EditRequest, known: Markers) -> list[tuple[str, str]]:
 
 def _probe_texts(request: EditRequest) -> list[str]:
     """Every prompt of a request but its own."""
-    neighbors = [probe.prompt for probe in request.neighborhood]
-    return [*request.paraphrases, *neighbors, *request.generation_prompts]
+    probes = [probe.prompt for probe in (*request.neighborhood, *request.portability)]
+    return [*request.paraphrases, *probes, *request.generation_prompts]
 
 
 def _encoded(

@@ -249,6 +249,11 @@ class EditDataModule(LightningDataModule):
         known = sum(request.target_true is not None for request in self.requests)
         return "counterfact" if 2 * known >= len(self.requests) else "zsre"
 
+    @property
+    def protocol_given(self) -> bool:
+        """Whether ``protocol`` was set, and not left to the requests."""
+        return self._protocol != "auto"
+
     def state_dict(self) -> dict[str, Any]:
         """Return what tells these requests, in this order and these batches, from others."""
         return {"requests": self._fingerprint(), "batch_size": self.batch_size}
@@ -278,6 +283,8 @@ class EditDataModule(LightningDataModule):
         digest = hashlib.sha256()
         for request in self.requests:
             digest.update(repr(replace(request, source="")).encode())
+            if request.aliases or request.portability:  # older fingerprints know of neither
+                digest.update(repr((request.aliases, request.portability)).encode())
         digest.update(repr(self.controls).encode())
         return digest.hexdigest()[:16]
 

@@ -77,6 +77,7 @@ ZSRE = Format(
             "paraphrases": "rephrase",
             "neighborhood_prompts": "loc",
             "neighborhood_answer": "loc_ans",
+            "aliases": "answers",  # all of them; the first is the target
         }
     ),
     otherwise=MappingProxyType({"target_new": "alt"}),
@@ -89,7 +90,11 @@ ZSRE_ALT = Format(
     name="zsre-alt",
     required_columns=("subject", "src", "alt"),
     paths=MappingProxyType(
-        {**ZSRE.paths, "target_new": "alt", "target_true": "answers.0"},
+        {
+            **{field: path for field, path in ZSRE.paths.items() if field != "aliases"},
+            "target_new": "alt",
+            "target_true": "answers.0",
+        },
     ),
     absent=frozenset({"answers"}),
     unused=frozenset({"pred", "cond"}),
@@ -128,6 +133,8 @@ FACTS = Format(
             "generation_prompts": "generation_prompts",
             "reference_texts": "reference_texts",
             "target_prefix": "target_prefix",
+            "aliases": "aliases",
+            "portability": "portability",
         }
     ),
     unused=frozenset({"neighbourhood_prompts"}),  # read as its other spelling
@@ -249,6 +256,8 @@ def _request(record: Mapping[str, Any], row: Format, case_id: str, source: str) 
         reference_texts=_texts(record, row, "reference_texts"),
         source=source,
         target_prefix=target_prefix,
+        aliases=_aliases(record, row, target_new),
+        portability=_portability(record, row, target_prefix),
     )
 
 
@@ -376,6 +385,37 @@ def _neighborhood(
         return ()
     answer = _text(record, row, "neighborhood_answer")
     return tuple(_probe(item, answer, row, target_prefix) for item in items)
+
+
+def _aliases(record: Mapping[str, Any], row: Format, target_new: str) -> tuple[str, ...]:
+    """Other names of the target: those in a list that begins with it, or in a list of their own."""
+    path = row.paths.get("aliases")
+    if path is None:
+        return ()
+    if path != "aliases":  # the list of all answers, of which the target is the first
+        names = [item.strip() for item in _items(record, path) if _is_text(item)]
+        names = names if names[:1] == [target_new] else []
+    else:
+        names = [_filled(item, path) for item in _items(record, path)]
+    return tuple(name for name in dict.fromkeys(names) if name != target_new)
+
+
+def _is_text(item: Any) -> bool:
+    return isinstance(item, str) and bool(item.strip()) and no_text(item) is None
+
+
+def _portability(
+    record: Mapping[str, Any], row: Format, target_prefix: str | None
+) -> tuple[Probe, ...]:
+    """Prompts on what follows from the edit, each an object with its answer."""
+    path = row.paths.get("portability")
+    probes = []
+    for item in [] if path is None else _items(record, path):
+        if not isinstance(item, Mapping) or not {"prompt", "answer"} <= item.keys():
+            raise _wrong_type(str(path), item, 'a list of objects {"prompt": ..., "answer": ...}')
+        prompt = _filled(item["prompt"], f"{path}.prompt", exact=True)
+        probes.append(Probe(prompt, _filled(item["answer"], f"{path}.answer"), target_prefix))
+    return tuple(probes)
 
 
 def _probe(item: Any, answer: str | None, row: Format, target_prefix: str | None) -> Probe:

@@ -79,7 +79,7 @@ def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
         {
             **dict.fromkeys(_TEXT_COLUMNS, datasets.Value("string")),
             **dict.fromkeys(_LIST_COLUMNS, texts),
-            "neighborhood_prompts": probes,
+            **dict.fromkeys(_PROBE_COLUMNS, probes),
         }
     )
     rows = [to_record(request) for request in requests]
@@ -88,7 +88,8 @@ def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
 
 _TEXT_COLUMNS = ("case_id", "subject", "prompt", "target_new", "target_true", "target_prefix")
 _PROBE = ("prompt", "answer")
-_LIST_COLUMNS = ("paraphrases", "generation_prompts", "reference_texts")
+_LIST_COLUMNS = ("paraphrases", "generation_prompts", "reference_texts", "aliases")
+_PROBE_COLUMNS = {"neighborhood_prompts": "neighborhood", "portability": "portability"}
 
 
 def to_record(request: EditRequest) -> dict[str, Any]:
@@ -96,5 +97,6 @@ def to_record(request: EditRequest) -> dict[str, Any]:
     fields = asdict(request)
     row = {name: fields[name] for name in _TEXT_COLUMNS}
     row |= {name: list(fields[name]) for name in _LIST_COLUMNS}
-    probes = [{name: probe[name] for name in _PROBE} for probe in fields["neighborhood"]]
-    return row | {"neighborhood_prompts": probes}
+    for column, name in _PROBE_COLUMNS.items():
+        row[column] = [{part: probe[part] for part in _PROBE} for probe in fields[name]]
+    return row

@@ -17,8 +17,13 @@ def with_prefix(request: EditRequest, target_prefix: str) -> EditRequest:
     """Return a request with a prefix before its objects, unless it brings its own."""
     if request.target_prefix is not None:
         return request
-    probes = (Probe(probe.prompt, probe.answer, target_prefix) for probe in request.neighborhood)
-    return replace(request, target_prefix=target_prefix, neighborhood=tuple(probes))
+    neighborhood, portability = (
+        tuple(Probe(probe.prompt, probe.answer, target_prefix) for probe in probes)
+        for probes in (request.neighborhood, request.portability)
+    )
+    return replace(
+        request, target_prefix=target_prefix, neighborhood=neighborhood, portability=portability
+    )
 
 
 def in_chat(
@@ -39,12 +44,16 @@ def in_chat(
 
 def _in_chat(request: EditRequest, wrapped: Callable[[str], str]) -> EditRequest:
     prompt = wrapped(request.prompt)
-    probes = (replace(probe, prompt=wrapped(probe.prompt)) for probe in request.neighborhood)
+    neighborhood, portability = (
+        tuple(replace(probe, prompt=wrapped(probe.prompt)) for probe in probes)
+        for probes in (request.neighborhood, request.portability)
+    )
     return replace(
         request,
         prompt=prompt,
         question="" if prompt == request.prompt else request.text,
         paraphrases=tuple(map(wrapped, request.paraphrases)),
-        neighborhood=tuple(probes),
+        neighborhood=neighborhood,
+        portability=portability,
         generation_prompts=tuple(map(wrapped, request.generation_prompts)),
     )

@@ -19,6 +19,8 @@ LIST_COLUMNS = frozenset(
         "generation_prompts",
         "reference_texts",
         "answers",
+        "aliases",
+        "portability",
     }
 )
 SEPARATOR = " | "

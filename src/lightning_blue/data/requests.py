@@ -26,8 +26,10 @@ class EditRequest:
     where that is None, what :func:`lightning_blue.language_model.joining.joint` decides.
     ``source`` says where the request was read (``facts.csv:12``) and stands in messages;
     ``question`` is the plain prompt with its subject where ``prompt`` carries a chat template that
-    the run has put around it. Treat as frozen; it is not, because Lightning copies batches field
-    by field under some precisions.
+    the run has put around it. ``aliases`` are other names of the new object, ``portability`` holds
+    prompts whose answers follow from the edit; both are read where answers are generated, and only
+    there. Treat as frozen; it is not, because Lightning copies batches field by field under some
+    precisions.
     """
 
     case_id: str
@@ -42,6 +44,8 @@ class EditRequest:
     source: str = ""
     target_prefix: str | None = None
     question: str = field(default="", compare=False)
+    aliases: tuple[str, ...] = field(default=(), repr=False)
+    portability: tuple[Probe, ...] = field(default=(), repr=False)
 
     @property
     def text(self) -> str:

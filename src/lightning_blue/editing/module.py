@@ -36,6 +36,7 @@ from lightning_blue.editing.prompts import (
     EditPrompts,
     context_templates,
     edit_prompts,
+    require_end_of_text,
     written_contexts,
 )
 from lightning_blue.editing.rounding import FinalRounding
@@ -118,6 +119,8 @@ class EditModule(LightningModule):
         self.covariance = covariance
         self.architecture = find_architecture(model, architecture)
         check_site(target.site, self.architecture)
+        if target.end_of_text:
+            require_end_of_text(tokenizer)
         self.seed = seed
         self.export_dtype = checkpoint_dtype(model)
         if export_dtype is not None:
@@ -379,6 +382,8 @@ class EditModule(LightningModule):
     def found_settings(self) -> dict[str, Any]:
         """Settings that were measured, under the names that a report shows them by."""
         found = dict(self.statistics)
+        if self.target.end_of_text:
+            found["end_of_text"] = True
         if not self.site.multiples:
             return found
         found["site"] = self.site.name
@@ -406,11 +411,11 @@ class EditModule(LightningModule):
 
     @property
     def contexts_length(self) -> int:
-        """How many tokens the longest context adds to a prompt, about."""
+        """How many tokens the longest context adds to a prompt, about, and an end of text."""
         if self.contexts is None:
-            return self.context_tokens + 2
+            return self.context_tokens + 2 + self.target.end_of_text
         texts = ["", *self.contexts]
-        return max(map(len, plain_ids(self.tokenizer, texts)))
+        return max(map(len, plain_ids(self.tokenizer, texts))) + self.target.end_of_text
 
     @property
     def max_length(self) -> int:
@@ -444,7 +449,7 @@ class EditModule(LightningModule):
     def _prompts(self, batch: Sequence[EditRequest]) -> list[EditPrompts]:
         """Tokenise a batch, once for all that is asked about it."""
         if self._tokenised is None or self._tokenised[0] is not batch:
-            prompts = edit_prompts(self.tokenizer, batch, self.templates)
+            prompts = edit_prompts(self.tokenizer, batch, self.templates, self.target.end_of_text)
             for request, prompt in zip(batch, prompts, strict=True):
                 ids = [token for row in prompt.rewriting for token in row.ids] + prompt.target
                 check_vocabulary(self.model, self.tokenizer, [request.text], [ids])

@@ -44,6 +44,8 @@ class TargetOptimization:
             (MEMIT-Merge, arXiv 2502.07322).
         loss_layer: the block whose output is read for the NLL, through the final norm and the
             head. None: the last.
+        end_of_text: whether the end-of-text token belongs to each target, so that the model learns
+            to stop behind the object too. No reference does so.
         tokens_per_batch: tokens optimised at once, from the lookup on, padding counted. None: as
             many as fit into free memory.
     """
@@ -59,6 +61,7 @@ class TargetOptimization:
     keep_norm: bool = False
     merge_subjects: bool = False
     loss_layer: int | None = None
+    end_of_text: bool = False
     tokens_per_batch: int | None = None
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from lightning_blue.language_model.tokens import (
     encode_with_subject,
     target_prefixes,
 )
+from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import distribute
 
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -29,7 +30,8 @@ class EditPrompts(NamedTuple):
     Attributes:
         rewriting: the request in every context, the bare one first, followed by the target's
             tokens but the last.
-        target: ids of the new object, with what stands between it and the prompt.
+        target: ids of the new object, with what stands between it and the prompt, and with an
+            end-of-text token behind it where that is asked for.
         subject: "{subject} is a", cut after the subject: what is said next must stay as it is.
     """
 
@@ -79,11 +81,17 @@ def edit_prompts(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
     templates: Sequence[str],
+    end_of_text: bool = False,
 ) -> list[EditPrompts]:
-    """Tokenise the rewriting prompts, each followed by its target but the last token, and KL's."""
+    """Tokenise the rewriting prompts, each followed by its target but the last token, and KL's.
+
+    With ``end_of_text`` the tokenizer's end-of-text token is the last one of each target.
+    """
     given = [r.target_prefix for r in requests]
     prefixes = target_prefixes(tokenizer, [r.text for r in requests], given)
     targets = encode_targets(tokenizer, [r.target_new for r in requests], prefixes)
+    if end_of_text:
+        targets = [[*target, int(tokenizer.eos_token_id)] for target in targets]
     subjects = [r.subject for r in requests]
     kl = encode_with_subject(tokenizer, [KL_PROMPT] * len(requests), subjects)
     groups = _encode(tokenizer, requests, templates)
@@ -95,6 +103,20 @@ def edit_prompts(
         )
         for group, target, kl_row in zip(groups, targets, kl, strict=True)
     ]
+
+
+def require_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that there is a token to end targets with.
+
+    Raises:
+        InputError: if the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "the tokenizer has no end-of-text token to end targets with",
+            where="model.target.end_of_text",
+            hint="leave it out",
+        )
 
 
 def written_contexts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -68,10 +68,8 @@ def generate(
             model has no embedding of.
     """
     distinct = list(dict.fromkeys(prompts))
-    encoded = encode_prompts(tokenizer, distinct)
-    check_vocabulary(model, tokenizer, distinct, encoded)
+    encoded = _encoded(model, tokenizer, distinct)
     lengths = [len(ids) for ids in encoded]
-    check_prompts(model, distinct, lengths, lengths)
     totals = [_total_length(model, length, max_length, max_new_tokens) for length in lengths]
     continued: dict[int, list[int]] = {}
     with (
@@ -91,6 +89,81 @@ def generate(
         for i, (prompt, ids) in enumerate(zip(distinct, encoded, strict=True))
     }
     return [texts[prompt] for prompt in prompts]
+
+
+@torch.no_grad()
+def continue_until(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    done: Callable[[int, list[int]], bool],
+    *,
+    max_new_tokens: int,
+    tokens_per_batch: int | None = None,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """Continue each prompt by its most probable tokens until it is done.
+
+    Args:
+        model: a causal language model on any device, in any dtype.
+        tokenizer: its tokenizer; a pad token is not needed.
+        prompts: n texts, each of them once.
+        done: called after each token with the place of a prompt and all its new tokens; says
+            whether the last one ends the text.
+        max_new_tokens: after which a text ends in any case; the context length may end it before.
+        tokens_per_batch: as in `generate`.
+        progress: the label of a progress bar; none is shown without it.
+
+    Returns:
+        The new tokens of each prompt, the last one included.
+
+    Raises:
+        InputError: as `generate`.
+    """
+    encoded = _encoded(model, tokenizer, prompts)
+    lengths = [len(ids) for ids in encoded]
+    totals = [_total_length(model, length, 0, max_new_tokens) for length in lengths]
+    continued: dict[int, list[int]] = {}
+    with inference(model), progress_bar(len(encoded), progress) as bar:
+        for batch in _similar(model, lengths, totals, tokens_per_batch or _fitting_tokens(model)):
+            growing = _GrowingTexts(batch, [totals[i] - lengths[i] for i in batch], done)
+            draws = torch.zeros(len(batch), max(growing.limits))
+            _sample(model, [encoded[i] for i in batch], draws, 1, growing.add)
+            continued |= dict(zip(batch, growing.written, strict=True))
+            bar.update(len(batch))
+    return [continued[i] for i in range(len(prompts))]
+
+
+class _GrowingTexts:
+    """Texts that are written together, and which of them go on."""
+
+    def __init__(
+        self, prompts: list[int], limits: list[int], done: Callable[[int, list[int]], bool]
+    ) -> None:
+        self.prompts, self.limits, self.done = prompts, limits, done
+        self.written: list[list[int]] = [[] for _ in prompts]
+        self.open = [limit > 0 for limit in limits]
+
+    def add(self, rows: list[int], tokens: list[int]) -> list[bool]:
+        """Add a token to the text of each row; say which of them are still open."""
+        for row, token in zip(rows, tokens, strict=True):
+            if self.open[row]:
+                text = self.written[row]
+                text.append(token)
+                full = len(text) >= self.limits[row]
+                self.open[row] = not (self.done(self.prompts[row], text) or full)
+        return [self.open[row] for row in rows]
+
+
+def _encoded(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> list[list[int]]:
+    """Encode prompts, and make sure that the model can read them."""
+    encoded = encode_prompts(tokenizer, list(prompts))
+    check_vocabulary(model, tokenizer, prompts, encoded)
+    lengths = [len(ids) for ids in encoded]
+    check_prompts(model, prompts, lengths, lengths)
+    return encoded
 
 
 def _total_length(
@@ -141,38 +214,59 @@ def prompt_noise(prompt: str, seed: int, n_new: int) -> Tensor:
 
 
 def _sample(
-    model: PreTrainedModel, prompts: Sequence[list[int]], uniform: Tensor, top_k: int
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    uniform: Tensor,
+    top_k: int,
+    going_on: Callable[[list[int], list[int]], list[bool]] | None = None,
 ) -> Tensor:
     """Extend n prompts, padded on the left, by one token for each column of ``uniform``.
 
+    ``going_on`` is told after each column which rows got which tokens, and says of each row whether
+    it goes on. Rows that do not are left out of the passes once they are half of those that are in.
+
     Returns:
-        ``(n, n_new)``. A text that is complete before the others goes on, in a last position that
-        the model has.
+        ``(n, n_new)``; 0 where a row was left out. A text that is complete before the others goes
+        on, in a last position that the model has.
     """
     width, n_new = max(map(len, prompts)), uniform.shape[1]
     padding = torch.tensor([width - len(ids) for ids in prompts], device=model.device)
     tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=model.device)
     columns = torch.arange(width + n_new, device=model.device) - padding[:, None]
     positions = columns.clamp(0, (context_length(model) or width + n_new) - 1)
-    padded = bool(padding.any())
+    placed = bool(padding.any())  # whether the model must be told where the tokens stand
     cache = growing_cache(model, width + n_new)
-    new, first = [tokens[:, :0]], 0
-    for draw in uniform.to(model.device).T:
+    rows = torch.arange(len(prompts), device=model.device)
+    new, first = tokens.new_zeros(len(prompts), n_new), 0
+    for step, draw in enumerate(uniform.to(model.device).T):
         last = first + tokens.shape[1]
         where = {
-            "attention_mask": (columns[:, :last] >= 0).long(),
-            "position_ids": positions[:, first:last],
+            "attention_mask": (columns[rows, :last] >= 0).long(),
+            "position_ids": positions[rows, first:last],
         }
         output = model(
             input_ids=tokens,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **(where if padded else {}),
+            **(where if placed else {}),
         )
-        tokens, first = next_token(output.logits[:, -1], draw, top_k), last
-        new.append(tokens)
-    return torch.cat(new, 1)
+        tokens, first = next_token(output.logits[:, -1], draw[rows], top_k), last
+        new[rows, step] = tokens[:, 0]
+        if going_on is None:
+            continue
+        going = torch.tensor(going_on(rows.tolist(), tokens[:, 0].tolist()), device=model.device)
+        if not going.any():
+            break
+        if 2 * int(going.sum()) <= len(rows) and _has_rows(cache):
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, tokens, placed = rows[going], tokens[going], True
+    return new
+
+
+def _has_rows(cache: DynamicCache) -> bool:
+    """Whether rows can be taken out of a cache: its layers hold keys and values alone."""
+    return all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 def growing_cache(model: PreTrainedModel, length: int) -> DynamicCache:
@@ -207,6 +301,13 @@ class _GrowingLayer(DynamicLayer):
             buffer[:, :, first:last] = new
         self.keys, self.values = (buffer[:, :, :last] for buffer in self._all)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some of the rows."""
+        if self.is_initialized:
+            length = self.get_seq_length()
+            self._all = [buffer[indices] for buffer in self._all]
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self._all)
 
 
 def next_token(logits: Tensor, uniform: Tensor, top_k: int) -> Tensor:

@@ -78,6 +78,15 @@ def joint(prompt: str, given: str | None = None, markers: Markers = NO_MARKERS) 
     return Joint(SPACE, "words")
 
 
+def writes_no_spaces(character: str) -> bool:
+    """Whether a character belongs to a script that writes no spaces between words.
+
+    >>> writes_no_spaces("黎"), writes_no_spaces("s")
+    (True, False)
+    """
+    return bool(_CHARACTER.match(character))
+
+
 def _opens_quotation(prompt: str) -> bool:
     """Whether a prompt ends with a quotation mark that opens.
 

@@ -32,9 +32,17 @@ from lightning_blue.metrics.evaluation import (
     evaluate_control_facts,
     flatten,
 )
+from lightning_blue.metrics.generated import (
+    GenerationSettings,
+    prompt_form,
+    unedited_continuations,
+    with_answers,
+)
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.metrics.protocols import choose, require_protocols
 from lightning_blue.metrics.retention import Retention, RetentionSettings, choose_sample
 from lightning_blue.metrics.retention_matrix import FOLLOWED, retention_matrix, three_numbers
+from lightning_blue.metrics.table import GENERATION
 from lightning_blue.metrics.unedited import UneditedMeasurements
 from lightning_blue.support.digests import digest
 from lightning_blue.support.errors import InputError, first_line
@@ -72,6 +80,13 @@ class MeasureEdits(Callback):
             the same model, requests and settings; None keeps nothing.
         retention: how much is spent on the retention matrix.
         ability: tasks of lm-evaluation-harness that the model is measured on.
+        protocols: how requests are scored, several in one run: ``probability`` (two objects are
+            compared), ``teacher_forced`` (right tokens are counted), ``generation`` (the model
+            answers freely). The metrics of the main protocol, the data's (``data.protocol``) if it
+            is named or none that scores objects is, have plain names; those of the others are named
+            by them. None: the data's alone.
+        generation: how answers are generated under ``generation``: for ``pre``, ``post`` and
+            ``test`` only, unless ``each_batch`` is set.
     """
 
     def __init__(
@@ -86,6 +101,8 @@ class MeasureEdits(Callback):
         unedited_cache: str | None = None,
         retention: RetentionSettings = RetentionSettings(),  # noqa: B008  (frozen)
         ability: AbilitySettings = AbilitySettings(),  # noqa: B008  (frozen)
+        protocols: list[str] | None = None,
+        generation: GenerationSettings = GenerationSettings(),  # noqa: B008  (frozen)
     ) -> None:
         self.text, self.text_split, self.text_tokens = text, text_split, text_tokens
         self.cumulative = cumulative
@@ -95,6 +112,8 @@ class MeasureEdits(Callback):
         self.unedited_cache = unedited_cache
         self.retention = retention
         self.ability = GeneralAbility(ability)
+        self.protocols, self.generation = protocols, generation
+        require_protocols(protocols)
         check_ranges(
             "measure",
             vars(self),
@@ -117,11 +136,17 @@ class MeasureEdits(Callback):
             return  # what was measured before stays
         data = trainer.datamodule  # type: ignore[attr-defined]
         known = markers(pl_module.tokenizer)
+        protocol, added = choose(self.protocols, data.protocol, data.protocol_given)
+        if GENERATION in added:
+            form = prompt_form(pl_module.tokenizer, self.generation.prompt)
+            form(data.requests[0].text)  # refused before any work is spent
         self.history = RunHistory(
             settings=self.history.settings,
             requests=data.requests,
             rejected=data.rejected,
-            protocol=data.protocol,
+            protocol=protocol,
+            added=added,
+            generation=self.generation if GENERATION in added else None,
             joints=[joint(r.text, r.target_prefix, known) for r in data.requests],
         )
         self._ability_of = None
@@ -149,7 +174,7 @@ class MeasureEdits(Callback):
             before = cache.shared(
                 identity, trainer.strategy, lambda: self._unedited(trainer, pl_module)
             )
-        self.history.before = before.outcomes
+        self.history.before, self.history.answers_before = before.outcomes, before.answers
         self._keep(trainer, "pre", before.metrics)
 
     def on_train_batch_start(
@@ -223,6 +248,9 @@ class MeasureEdits(Callback):
         requests = [history.requests[place] for place in in_force]
         after = self._evaluate(pl_module, requests, whole=True)
         history.after = dict(zip(in_force, after.outcomes, strict=True))
+        history.answers_after = [
+            replace(answer, request=in_force[answer.request]) for answer in after.answers
+        ]
         effects = self._side_effects(trainer, pl_module)
         ability = self._general_ability(trainer, pl_module)
         metrics = {**after.metrics, **effects, **self._retained(), **ability}
@@ -233,17 +261,22 @@ class MeasureEdits(Callback):
         requests = self.history.requests
         evaluation = self._evaluate(pl_module, requests, whole=True)
         self.history.after = dict(enumerate(evaluation.outcomes))
+        self.history.answers_after = evaluation.answers
         effects = self._side_effects(trainer, pl_module)
         metrics = {**evaluation.metrics, **effects, **self._general_ability(trainer, pl_module)}
         self.history.measurements.append(Measurement("test", 0, metrics))
         pl_module.log_dict({f"test/{key}": value for key, value in flatten(metrics).items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was measured until now."""
+        """Return what was measured until now, and by which protocols."""
         return self.history.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with what was measured until a checkpoint."""
+        """Go on with what was measured until a checkpoint.
+
+        Raises:
+            InputError: if it was measured by other protocols than the run is to go on with.
+        """
         self.history.load_state_dict(state_dict)
 
     def _evaluate(
@@ -255,6 +288,7 @@ class MeasureEdits(Callback):
             module.tokenizer,
             requests,
             protocol=self.history.protocol,
+            added=self.history.added,
             generate=self.generate and whole,
             continuation_tokens=CONTINUATION_TOKENS if whole else 0,
             seed=run_seed(self.seed),
@@ -262,6 +296,30 @@ class MeasureEdits(Callback):
             progress=whole,
         )
         self._count_seconds("evaluate", time.perf_counter() - started)
+        if self.history.generation is not None and (whole or self.generation.each_batch):
+            evaluation = self._with_answers(evaluation, module, requests, whole)
+        return evaluation
+
+    def _with_answers(
+        self,
+        evaluation: Evaluation,
+        module: EditModule,
+        requests: Sequence[EditRequest],
+        progress: bool,
+    ) -> Evaluation:
+        """Let the model answer freely; locality compares with what it wrote before any edit."""
+        started = time.perf_counter()
+        unedited = unedited_continuations(self.history.answers_before)
+        evaluation = with_answers(
+            evaluation,
+            module.model,
+            module.tokenizer,
+            requests,
+            self.generation,
+            unedited=unedited,
+            progress=progress,
+        )
+        self._count_seconds("answers", time.perf_counter() - started)
         return evaluation
 
     def _sample(self, requests: Sequence[EditRequest], batch_size: int) -> dict[int, list[int]]:
@@ -295,6 +353,7 @@ class MeasureEdits(Callback):
             "tokenizer": tokenizer_fingerprint(module.tokenizer),
             "data": trainer.datamodule.state_dict()["requests"],  # type: ignore[attr-defined]
             "protocol": self.history.protocol,
+            **self.history.added_settings,
             "text": None if self._text is None else sha256(self._text.encode()).hexdigest(),
             "text_tokens": self.text_tokens,
             "ability": self.ability.identity(),

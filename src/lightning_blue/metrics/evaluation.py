@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.scoring import TargetScore
 from lightning_blue.metrics import MeanOverRequests, numbers, table
 from lightning_blue.metrics import functional as F
+from lightning_blue.metrics.matching import GeneratedAnswer
 from lightning_blue.metrics.table import Measure, MetricSpec
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import distribute
@@ -56,11 +57,12 @@ class Evaluation:
 
     An estimate holds ``value`` (unless it is not finite), ``standard_error`` (where two or more
     requests allow one), ``count`` (of requests) and ``prompts``. A metric that no prompt belongs
-    to is absent.
+    to is absent. ``answers`` are those that the model wrote freely, where it was asked to.
     """
 
     metrics: Metrics
     outcomes: list[RequestOutcome]
+    answers: list[GeneratedAnswer] = field(default_factory=list)
 
     def flat(self) -> dict[str, float]:
         """Return the estimates under flat keys, see `flatten`."""
@@ -97,6 +99,7 @@ def evaluate(
     requests: Sequence[EditRequest],
     *,
     protocol: str = "counterfact",
+    added: Collection[str] = (),
     generate: bool = True,
     continuation_tokens: int = 12,
     idf_texts: Sequence[str] | None = None,
@@ -120,6 +123,8 @@ def evaluate(
         tokenizer: its tokenizer.
         requests: n edit requests.
         protocol: ``counterfact`` or ``zsre``.
+        added: of ``probability`` and ``teacher_forced``, the one by which the requests are scored
+            besides; its metrics are named by it.
         generate: whether to continue the requests' generation prompts, which fluency and
             consistency need and which takes most of the time.
         continuation_tokens: length of each outcome's continuation; 0 leaves it empty.
@@ -136,16 +141,18 @@ def evaluate(
         raise InputError(
             f"unknown protocol {protocol!r}", hint=f"choose one of {', '.join(PROTOCOLS)}"
         )
-    compare = protocol == "counterfact"
+    compare = protocol == "counterfact" or table.PROBABILITY in added
     questions = [q for i, request in enumerate(requests) for q in _ask(i, request, compare)]
     answers = _answer(model, tokenizer, questions, tokens_per_batch, progress)
     means = {
         spec.name: _judge(spec, measure, answers)
-        for spec, measure in table.of_protocol(protocol, table.COMPARISON, table.TEACHER_FORCED)
+        for spec, measure in table.of_protocol(
+            protocol, table.COMPARISON, table.TEACHER_FORCED, added=added
+        )
     }
     scores = {
         spec.name: _combine(spec, measure, means, len(requests))
-        for spec, measure in table.of_protocol(protocol, table.COMBINATION)
+        for spec, measure in table.of_protocol(protocol, table.COMBINATION, added=added)
     }
     if generate:
         texts = _write(model, tokenizer, requests, seed, progress)
@@ -380,7 +387,8 @@ def _outcomes(
     continuations: Sequence[str],
 ) -> list[RequestOutcome]:
     own_answers = {a.request: a for a in answers if a.prompts == table.OWN_PROMPT}
-    values = {name: means[name].by_request for name in table.per_request(means) if name in means}
+    names = [name for name in table.per_request(means, table.PROTOCOLS) if name in means]
+    values = {name: means[name].by_request for name in names}
     outcomes = []
     for index, request in enumerate(requests):
         new, true = own_answers[index].wanted, own_answers[index].other

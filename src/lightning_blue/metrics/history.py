@@ -11,7 +11,10 @@ from lightning_blue.data.checks import superseded
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.language_model.joining import Joint
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
+from lightning_blue.metrics.generated import GenerationSettings
+from lightning_blue.metrics.matching import GeneratedAnswer, answer_from
 from lightning_blue.metrics.retention import Retention
+from lightning_blue.support.errors import InputError
 
 
 class Measurement(NamedTuple):
@@ -53,6 +56,8 @@ class RunHistory:
         settings: what the reader of a report wants to know, as plain values: ``model``, ``plan``,
             ``layers``, ``covariance_weight``, ``past_keys``, ``batch_size``, ``data``.
         protocol: ``counterfact`` or ``zsre``.
+        added: the protocols that requests are scored by besides, see `table.PROTOCOLS`.
+        generation: how answers are generated; None where none are.
         requests: the requests of the run, in order.
         joints: what stands between the prompt and the object of each request, and why.
         rejected: requests that could not be used.
@@ -63,6 +68,8 @@ class RunHistory:
         retention: what was measured of earlier batches after later ones.
         before: outcome of each request on the unedited model.
         after: outcome of each request in force at the end, by its place in ``requests``.
+        answers_before: what the unedited model answered, with places in ``requests``.
+        answers_after: what the model answered at the end, likewise.
         seconds: time spent by part: ``editing``, ``evaluate``, ``prepare``, ``total``.
         resumed_after: edits applied where the run was resumed, each time.
         guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
@@ -73,6 +80,8 @@ class RunHistory:
 
     settings: dict[str, Any] = field(default_factory=dict)
     protocol: str = "counterfact"
+    added: tuple[str, ...] = ()
+    generation: GenerationSettings | None = None
     requests: list[EditRequest] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -83,6 +92,8 @@ class RunHistory:
     retention: Retention = field(default_factory=Retention)
     before: list[RequestOutcome] = field(default_factory=list)
     after: dict[int, RequestOutcome] = field(default_factory=dict)
+    answers_before: list[GeneratedAnswer] = field(default_factory=list)
+    answers_after: list[GeneratedAnswer] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     resumed_after: list[int] = field(default_factory=list)
     guard_events: list[dict[str, Any]] | None = None
@@ -107,6 +118,18 @@ class RunHistory:
         replaced = set(superseded([self.requests[place] for place in places]))
         return [place for index, place in enumerate(places) if index not in replaced]
 
+    @property
+    def added_settings(self) -> dict[str, Any]:
+        """What the measurement of added protocols depends on, as plain values; empty without any.
+
+        That is ``protocols`` and, where answers are generated, ``generation``.
+        """
+        settings: dict[str, Any] = {"protocols": [*self.added]} if self.added else {}
+        if self.generation is not None:
+            how = asdict(self.generation)
+            settings["generation"] = {**how, "stops": [*self.generation.stops]}
+        return settings
+
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""
         return [taken for taken in self.measurements if taken.stage == stage]
@@ -120,12 +143,26 @@ class RunHistory:
             "loss_curves": [curve._asdict() for curve in self.loss_curves],
             "retention": self.retention.state_dict(),
             "before": [asdict(outcome) for outcome in self.before],
+            "answers_before": [asdict(answer) for answer in self.answers_before],
             "seconds": self.seconds,
+            **self.added_settings,
             "resumed_after": self.resumed_after,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what was gathered until a checkpoint."""
+        """Take over what was gathered until a checkpoint.
+
+        Raises:
+            InputError: if other protocols were added until then, or answers generated otherwise.
+        """
+        until_then = {key: state[key] for key in ("protocols", "generation") if key in state}
+        if until_then != self.added_settings:
+            said = ", ".join(f"{key}: {value}" for key, value in until_then.items())
+            raise InputError(
+                f"the run was started with {said or 'no added protocols'}",
+                where="measure.protocols, measure.generation",
+                hint="resume it with the same, or start a new run",
+            )
         self.batches = state["batches"]
         self.measurements = [Measurement(**taken) for taken in state["measurements"]]
         self.logged = state["logged"]
@@ -135,6 +172,7 @@ class RunHistory:
             RequestOutcome(**{**outcome, "correct": tuple(outcome["correct"])})
             for outcome in state["before"]
         ]
+        self.answers_before = [answer_from(each) for each in state.get("answers_before", [])]
         self.seconds = state["seconds"]
         self.resumed_after = [*state["resumed_after"], self.applied]
 

@@ -3,7 +3,7 @@
 To add a metric, write its function in `functional` (and a metric class in `classes` if its state is
 more than a mean over requests), and give it a row here.
 
->>> [spec.name for spec in METRICS if spec.panel == "success"]
+>>> [spec.name for spec in of_group("scores") if spec.panel == "success"]
 ['efficacy', 'generalization', 'specificity']
 >>> by_name("retained_knowledge").label
 'retained knowledge (%)'
@@ -11,10 +11,9 @@ more than a mean over requests), and give it a row here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from lightning_blue.metrics import functional as F
 from lightning_blue.metrics.classes import (
@@ -28,97 +27,37 @@ from lightning_blue.metrics.classes import (
     Score,
     TokenAccuracy,
 )
+from lightning_blue.metrics.protocol_rows import GENERATION_METRICS, scored
+from lightning_blue.metrics.spec import (  # noqa: F401  (some are read as `table.NAME` only)
+    ALIASES,
+    ANSWERS,
+    COMBINATION,
+    COMPARISON,
+    CONTROL_FACTS,
+    GENERATED_ANSWERS,
+    GENERATED_TEXT,
+    GENERATION,
+    GENERATION_PROMPTS,
+    HARNESS,
+    MAIN,
+    NEIGHBOURS,
+    ORDINARY_TEXT,
+    OWN_PROMPT,
+    PARAPHRASES,
+    PERCENT,
+    PORTABILITY,
+    PROBABILITY,
+    PROTOCOLS,
+    REFERENCE_TEXTS,
+    RETENTION,
+    TEACHER_FORCED,
+    TEACHER_FORCING,
+    TRUE_OBJECT,
+    Measure,
+    MetricSpec,
+)
 
-PERCENT = "percent"
-
-# What a metric reads. The first two read answers to the prompts of requests.
-COMPARISON = "probability comparison"  # nats per token of two objects
-TEACHER_FORCED = "teacher-forced tokens"  # which of the wanted object's tokens are most probable
-COMBINATION = "combination"  # the values per request of other metrics
-GENERATED_TEXT = "generated text"
-ORDINARY_TEXT = "ordinary text"
-CONTROL_FACTS = "control facts"  # known facts that are not edited
-RETENTION = "retention matrix"  # the efficacy of each edit batch, over the run
-HARNESS = "lm-evaluation-harness"
-
-# What a request or a run must offer for a metric to be measured.
-TRUE_OBJECT = "true object"  # only where the probabilities of two objects are compared
-PARAPHRASES = "paraphrases"
-NEIGHBOURS = "neighbours"
-GENERATION_PROMPTS = "generation prompts"
-REFERENCE_TEXTS = "reference texts"
-
-OWN_PROMPT = "own prompt"  # the prompts of a metric that needs no other prompts
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How a metric is measured.
-
-    Attributes:
-        protocol: what is read: `COMPARISON`, `TEACHER_FORCED`, `COMBINATION`, `GENERATED_TEXT`,
-            `ORDINARY_TEXT`, `CONTROL_FACTS`, `RETENTION` or `HARNESS`.
-        metric: builds a `torchmetrics.Metric`, for instance ``ExactMatch``, or
-            ``partial(MeanOverRequests, function)`` for a function of the prompts' answers:
-            ``(nll_wanted, nll_other)`` under `COMPARISON`, ``(correct,)`` under `TEACHER_FORCED`
-            and `CONTROL_FACTS`, ``(texts,)`` under `GENERATED_TEXT`.
-        definition: what the number says, a phrase without a full stop.
-    """
-
-    protocol: str
-    metric: Callable[..., Any]
-    definition: str
-
-
-@dataclass(frozen=True)
-class MetricSpec:
-    """A metric: how it is named, measured and shown.
-
-    Attributes:
-        name: key in summaries, logs and outcomes.
-        title: as people read it.
-        measured: how it is measured, or that by data protocol (``counterfact``, ``zsre``).
-        unit: `PERCENT` or the number's unit; empty where it has none.
-        direction: whether higher or lower is better, or neither.
-        needs: what a request or the run must offer; without it the metric is absent.
-        combines: the metrics that a `COMBINATION` reads; their rows stand above this one.
-        group: the table that shows it: ``scores``, ``top-1`` for the strict variants,
-            ``retention``, or ``ability`` for general ability.
-        panel: how plots over edits applied show it: the batch just applied and all edits so far
-            (``success``, percent), one line (``side effects``), or not at all.
-        per_request: whether each outcome of a request holds its value.
-        side_effect: whether it shows what an edit did to the rest of the model.
-    """
-
-    name: str
-    title: str
-    measured: Measure | Mapping[str, Measure]
-    unit: str = PERCENT
-    direction: Literal["higher", "lower", "neither"] = "higher"
-    needs: tuple[str, ...] = ()
-    combines: tuple[str, ...] = ()
-    group: Literal["scores", "top-1", "retention", "ability"] = "scores"
-    panel: Literal["success", "side effects"] | None = None
-    per_request: bool = False
-    side_effect: bool = False
-
-    def measure(self, data_protocol: str) -> Measure:
-        """Return how it is measured under ``counterfact`` or ``zsre``."""
-        return self.measured if isinstance(self.measured, Measure) else self.measured[data_protocol]
-
-    @property
-    def prompts(self) -> str:
-        """The prompts of a request that it reads, for metrics that read their answers."""
-        return next((need for need in self.needs if need in (PARAPHRASES, NEIGHBOURS)), OWN_PROMPT)
-
-    @property
-    def label(self) -> str:
-        """Title and unit, as on an axis."""
-        unit = "%" if self.unit == PERCENT else self.unit
-        return f"{self.title} ({unit})" if unit else self.title
-
-
-METRICS: tuple[MetricSpec, ...] = (
+_MAIN: tuple[MetricSpec, ...] = (
     MetricSpec(
         "efficacy",
         "efficacy",
@@ -305,7 +244,6 @@ METRICS: tuple[MetricSpec, ...] = (
         group="retention",
     ),
 )
-GROUPS = ("scores", "top-1", "retention", "ability")  # the tables, in order
 
 ABILITY = "ability/"  # starts the name of each metric of a task of lm-evaluation-harness
 LOWER_IS_BETTER = (  # of the harness's metrics
@@ -316,6 +254,13 @@ LOWER_IS_BETTER = (  # of the harness's metrics
     "brier_score",
     "ter",
 )
+METRICS: tuple[MetricSpec, ...] = (
+    *_MAIN,
+    *scored(_MAIN, "probability"),
+    *scored(_MAIN, "teacher_forced"),
+    *GENERATION_METRICS,
+)
+GROUPS = ("scores", "top-1", *PROTOCOLS, "retention", "ability")  # the tables, in order
 
 
 def by_name(name: str) -> MetricSpec:
@@ -356,9 +301,18 @@ def _ability(name: str) -> MetricSpec:
     )
 
 
-def of_protocol(data_protocol: str, *protocols: str) -> list[tuple[MetricSpec, Measure]]:
-    """Return the metrics that read one of ``protocols`` under a data protocol, and how."""
-    measures = [(spec, spec.measure(data_protocol)) for spec in METRICS]
+def of_protocol(
+    data_protocol: str, *protocols: str, added: Collection[str] = ()
+) -> list[tuple[MetricSpec, Measure]]:
+    """Return the metrics that read one of ``protocols`` under a data protocol, and how.
+
+    Args:
+        data_protocol: ``counterfact`` or ``zsre``, the main protocol.
+        protocols: what is read, see `Measure`.
+        added: of `PROTOCOLS`, those that the run asks for beside the main one.
+    """
+    wanted = [spec for spec in METRICS if spec.protocol is None or spec.protocol in added]
+    measures = [(spec, spec.measure(data_protocol)) for spec in wanted]
     return [(spec, measure) for spec, measure in measures if measure.protocol in protocols]
 
 
@@ -367,6 +321,10 @@ def of_group(group: str) -> list[MetricSpec]:
     return [spec for spec in METRICS if spec.group == group]
 
 
-def per_request(values: Mapping[str, Any]) -> dict[str, Any]:
+def per_request(values: Mapping[str, Any], added: Collection[str] = ()) -> dict[str, Any]:
     """Return the value of each metric that outcomes hold, None where it was not measurable."""
-    return {spec.name: values.get(spec.name) for spec in METRICS if spec.per_request}
+    return {
+        spec.name: values.get(spec.name)
+        for spec in METRICS
+        if spec.per_request and (spec.protocol is None or spec.protocol in added)
+    }

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_blue import __version__
 from lightning_blue.metrics.evaluation import Evaluation, RequestOutcome
+from lightning_blue.metrics.matching import answer_from
 from lightning_blue.support.storage import make_folder, unless_full, write_atomic
 
 
@@ -83,4 +84,5 @@ def _evaluation(kept: Mapping[str, Any]) -> Evaluation:
         RequestOutcome(**{**outcome, "correct": tuple(outcome["correct"])})
         for outcome in kept["outcomes"]
     ]
-    return Evaluation(kept["metrics"], outcomes)
+    answers = [answer_from(each) for each in kept.get("answers", [])]
+    return Evaluation(kept["metrics"], outcomes, answers)

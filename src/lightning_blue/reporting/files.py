@@ -8,7 +8,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from lightning_blue.data.checks import CONTRADICTION, count_by_kind
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome, flatten
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.metrics.matching import GeneratedAnswer, contains, is_any, is_match
 from lightning_blue.reporting.views import (
     FinalLoss,
     batch_of,
@@ -53,13 +54,34 @@ def write_edits(path: Path, history: RunHistory) -> None:
             "target_new": request.target_new,
             "target_true": request.target_true,
             "batch": batch_of(history, index),
-            "before": _outcome(before),
-            "after": _outcome(after),
+            "before": _outcome(before, history.added),
+            "after": _outcome(after, history.added),
             "target_optimization": _ends(ends.get(index, {})),
         }
         for index, (request, before, after) in enumerate(outcome_pairs(history))
     )
     _write_lines(path, rows)
+
+
+def write_answers(path: Path, history: RunHistory) -> None:
+    """Write ``answers.jsonl``: every answer that the model wrote freely, if it was asked to.
+
+    A line holds the request (``case_id``), the ``stage`` (``pre``, ``post`` or ``test``), which of
+    its ``prompts`` was asked, that ``prompt`` as the data has it, the wanted object and its
+    aliases, the answer and the longer text, the answer's token ids, what ended it, and whether it
+    matches (`lightning_blue.metrics.matching`). For a neighbour's prompt ``same`` says whether the
+    ids are those of the unedited model. What does not apply is null.
+
+    Raises:
+        InputError: if the file cannot be written.
+    """
+    last = "test" if history.of("test") else "post"
+    taken = {"pre": history.answers_before, last: history.answers_after}
+    if any(taken.values()):
+        rows = (
+            _answer(history, stage, each) for stage, answers in taken.items() for each in answers
+        )
+        _write_lines(path, rows)
 
 
 def write_rejected(path: Path, history: RunHistory) -> None:
@@ -110,6 +132,7 @@ def summary(history: RunHistory) -> dict[str, Any]:
     A value that is not finite has none either, but its counts have.
 
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
+    ``protocol`` and, where more than one was measured, ``protocol/added``,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
     ``export/dtype`` and ``export/rounding_loss/...`` where the model is saved in another dtype than
     it was edited in, ``seconds/edit`` (of one edit), ``seconds/editing``, ``seconds/evaluate``,
@@ -130,6 +153,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
         "protocol": history.protocol,
         "protocol/known_objects": sum(r.target_true is not None for r in history.requests),
     }
+    if history.added:
+        numbers["protocol/added"] = ", ".join(history.added)
     if history.guard_events is not None:
         numbers["guard/events"] = len(history.guard_events)
     each = seconds_per_edit(history)
@@ -162,12 +187,33 @@ def versions() -> dict[str, str]:
     }
 
 
-def _outcome(outcome: RequestOutcome | None) -> dict[str, Any] | None:
+def _outcome(outcome: RequestOutcome | None, added: Sequence[str]) -> dict[str, Any] | None:
     if outcome is None:
         return None
     fields = asdict(outcome)
-    values = table.per_request(fields.pop("values"))
+    values = table.per_request(fields.pop("values"), added)
     return {"case_id": fields.pop("case_id"), **values, **fields}
+
+
+def _answer(history: RunHistory, stage: str, answer: GeneratedAnswer) -> dict[str, Any]:
+    known = answer.unedited is not None
+    of_request = answer.prompts != table.NEIGHBOURS
+    return {
+        "case_id": history.requests[answer.request].case_id,
+        "stage": stage,
+        "prompts": answer.prompts,
+        "prompt": answer.prompt,
+        "wanted": answer.wanted,
+        "aliases": answer.aliases,
+        "answer": answer.answer,
+        "longer": answer.longer,
+        "ids": answer.ids,
+        "ended_by": answer.ended_by,
+        "exact_match": is_match(answer.answer, answer.wanted) if of_request else None,
+        "containment": contains(answer.longer, answer.wanted) if of_request else None,
+        "alias_match": is_any(answer) if of_request and answer.aliases else None,
+        "same": answer.ids == answer.unedited if known else None,
+    }
 
 
 def _joined(history: RunHistory, index: int) -> dict[str, str | None]:

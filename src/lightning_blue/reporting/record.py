@@ -283,6 +283,7 @@ class RunRecord(Callback):
         outputs: list[Callable[[], None]] = [
             lambda: files.write_edits(folder / "edits.jsonl", history),
             lambda: files.write_summary(folder / "summary.json", history),
+            lambda: files.write_answers(folder / "answers.jsonl", history),
             lambda: files.write_rejected(folder / "rejected.jsonl", history),
             lambda: write_retention(folder / "retention.csv", history),
             write_metrics,

@@ -11,9 +11,15 @@ from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.reporting.answers import generated_answers
 from lightning_blue.reporting.plots import plots, png
 from lightning_blue.reporting.retention import retention_figure, retention_section
-from lightning_blue.reporting.tables import markdown_table, score_table, stages_table
+from lightning_blue.reporting.tables import (
+    markdown_table,
+    protocols_table,
+    score_table,
+    stages_table,
+)
 from lightning_blue.reporting.text import (
     CELL,
     definitions,
@@ -47,6 +53,10 @@ CAPTIONS = {
 }
 
 RETENTION = "Score of edit batches after later batches."
+SIDE_BY_SIDE = (
+    "Percent at the end, in brackets the unedited model. Generation: own prompt, paraphrases and "
+    "portability by exact match, neighbours by unchanged continuations."
+)
 
 Example = tuple[EditRequest, RequestOutcome | None, RequestOutcome | None]
 
@@ -81,11 +91,13 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
     pictures = set(pictures)
     sections = {
         "Scores": f"{score_table(history)}\n\n{fill(protocol_sentence(history))}".strip(),
+        "The protocols side by side": _protocols(history),
         "Guard": _guard(history),
         "Plots": _pictures(pictures),
         "Retention": _heat_map(history, pictures),
         "The first batch, right after it was applied and at the end": _retention(history),
         "Edits": _examples(history),
+        "Generated answers": generated_answers(history),
         "Between prompt and object": _joints(history),
         "Requests that could not be used": _rejected(history),
         "Settings": _table(settings_rows(history.settings), ["setting", "value"]),
@@ -162,6 +174,12 @@ def _heat_map(history: RunHistory, names: Collection[str]) -> str:
     )
     picture = f"{text}\n\n![{RETENTION}](plots/retention.png)" if "retention" in names else ""
     return "\n\n".join(filter(None, [picture, retention_section(history)]))
+
+
+def _protocols(history: RunHistory) -> str:
+    """Compare what the protocols say of the same prompts."""
+    compared = protocols_table(history)
+    return compared and f"{compared}\n\n{fill(SIDE_BY_SIDE)}"
 
 
 def _retention(history: RunHistory) -> str:

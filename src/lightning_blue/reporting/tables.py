@@ -9,12 +9,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.metrics.protocol_rows import TITLES
 from lightning_blue.metrics.table import MetricSpec
 from lightning_blue.reporting.views import metrics_at
 
 WIDTH = 80  # characters of a line in a terminal
 STAGES = {"pre": "unedited", "post": "edited", "test": "measured"}
 NOT_FINITE = "not finite"
+SAME_QUESTIONS = {  # what is asked, and what the protocols call the score of it
+    "own prompt": ("efficacy", "reliability"),
+    "paraphrases": ("generalization",),
+    "neighbours": ("specificity", "locality"),
+    "portability": ("portability",),
+}
 
 
 def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
@@ -40,7 +47,7 @@ def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 
 
 def score_table(history: RunHistory) -> str:
-    """Return the tables that a run ends with: metrics and their top-1 variants, before and after.
+    """Return the tables that a run ends with: a group of metrics each, before and after.
 
     Below them stands what each number is and rests on. Metrics that were not measured are left
     out; without any, the text says so.
@@ -73,6 +80,41 @@ def stages_table(stages: Mapping[str, Metrics], specs: Iterable[MetricSpec]) -> 
         for spec in rows
     ]
     return markdown_table(cells, ["metric", *columns]) if rows else ""
+
+
+def protocols_table(history: RunHistory) -> str:
+    """Put the protocols of a run side by side: what asks the same, one row each, at the end.
+
+    In brackets the unedited model. Empty where only one protocol was measured.
+    """
+    before, after = metrics_at(history, "pre"), metrics_at(history, "post")
+    if history.of("test"):
+        before, after = {}, metrics_at(history, "test")
+    if not history.added:
+        return ""
+    main = next(name for name, main in table.MAIN.items() if main == history.protocol)
+    columns = {name: f"_{name}" for name in table.PROTOCOLS if name in (main, *history.added)}
+    columns[main] = ""
+    rows = [
+        [row, *(_side_by_side(names, suffix, before, after) for suffix in columns.values())]
+        for row, names in SAME_QUESTIONS.items()
+    ]
+    shown = [row for row in rows if set(row[1:]) != {"-"}]
+    header = ["", *(TITLES[name] for name in columns)]
+    return markdown_table(shown, header) if shown else ""
+
+
+def _side_by_side(names: Sequence[str], suffix: str, before: Metrics, after: Metrics) -> str:
+    """Write what was measured at the end under one of the names, and before any edit."""
+    found = next((name + suffix for name in names if name + suffix in after), None)
+    if found is None:
+        return "-"
+    was = f" ({_value(before[found])})" if found in before else ""
+    return _value(after[found]) + was
+
+
+def _value(estimate: Mapping[str, float]) -> str:
+    return f"{estimate['value']:.1f}" if "value" in estimate else NOT_FINITE
 
 
 def legend(stages: Mapping[str, Metrics]) -> str:

@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.metrics.protocol_rows import TITLES
 from lightning_blue.metrics.table import HARNESS, ORDINARY_TEXT, RETENTION, MetricSpec
 
 LINE = 100  # characters of a line of running text
@@ -54,7 +55,39 @@ def rounding_lines(history: RunHistory) -> list[str]:
 
 
 def protocol_sentence(history: RunHistory) -> str:
-    """Say by which protocol the requests of a run were scored, and how many of them; or nothing."""
+    """Say by which protocols the requests of a run were scored, and how many; or nothing."""
+    return " ".join(filter(None, [_main_sentence(history), _added_sentence(history)]))
+
+
+def _added_sentence(history: RunHistory) -> str:
+    """Say which protocols were added to the main one, and how answers were generated."""
+    if not history.added:
+        return ""
+    text = (
+        f"Measured besides, and named by it: {', '.join(TITLES[name] for name in history.added)}."
+    )
+    how = history.generation
+    if how is None:
+        return text
+    ends = ", ".join(map(repr, how.stops))
+    forms = {"bare": "as they are", "qa": "behind an instruction", "chat": "in the chat template"}
+    return (
+        f"{text} Answers are generated greedily, at most {how.max_new_tokens} tokens, up to "
+        f"{ends or 'no stop string'} or an end-of-text token. Prompts are sent "
+        f"{forms[how.prompt]}: a request's own, and at most {how.prompts_per_kind} of each other "
+        f"kind.{_end_of_targets(history)}"
+    )
+
+
+def _end_of_targets(history: RunHistory) -> str:
+    """Say, of a run that edits, whether its targets end in an end-of-text token."""
+    if history.of("test"):
+        return ""
+    with_end = bool(history.settings.get("end_of_text"))
+    return f" Targets were optimised {'with' if with_end else 'without'} an end-of-text token."
+
+
+def _main_sentence(history: RunHistory) -> str:
     total = len(history.requests)
     if not total:
         return ""

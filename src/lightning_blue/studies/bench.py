@@ -115,7 +115,10 @@ class Bench:
     @cached_property
     def prompts(self) -> list[EditPrompts]:
         """The tokenised prompts of the requests."""
-        return edit_prompts(self.module.tokenizer, self.requests, self.module.templates)
+        module = self.module
+        return edit_prompts(
+            module.tokenizer, self.requests, module.templates, module.target.end_of_text
+        )
 
     @cached_property
     def targets(self) -> dict[int, Targets]:
