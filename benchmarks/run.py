@@ -102,10 +102,11 @@ def run_whole(workload: Workload, args: Namespace, clock: Clock) -> list[Row]:
         )
         module.prepare(args.layers, [WeightId(layer) for layer in args.layers])
     watcher = Evaluate(batches)
+    update = ClosedFormUpdate(args.layers, covariance_weight=settings(args).covariance_weight)
 
     clock.measure_rate()
     with clock.watched() as watch:
-        fit(module, batches, [ClosedFormUpdate(args.layers), watcher])
+        fit(module, batches, [update, watcher])
     clock.measure_rate()
     our_phases = {what: seconds / len(requests) for what, seconds in module.seconds.items()}
     our_phases["evaluation"] = watcher.evaluating / len(requests)

@@ -24,7 +24,7 @@ from transformers import (
 
 from conftest import ROOT, byte_level_tokenizer
 from lightning_blue.__main__ import main
-from lightning_blue.cli.parser import run_settings
+from lightning_blue.reporting.settings import run_settings
 
 CONF = ROOT / "conf"
 ROWS = CONF / "methods"

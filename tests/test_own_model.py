@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from conftest import ROOT
 from lightning_blue.__main__ import main
 from lightning_blue.cli.own_model import require_model
+from lightning_blue.editing.depth import layers_by_depth
 from lightning_blue.language_model.loading import PACKAGED
 from test_conf import flags, small_run  # noqa: F401  (a fixture)
 
@@ -48,7 +50,7 @@ def test_the_quick_starts_settings_are_refused_for_another_model(
     assert err.startswith("error: the settings of this run file")
     assert f"model.name_or_path = {small_run / 'gptj'}" in err
     given = f"--model.name_or_path={small_run / 'gptj'} --data.path={small_run / 'facts.json'}"
-    assert f"lightning-blue fit --config conf/own_model.yaml {given} --update.layers=[" in err
+    assert f"lightning-blue fit {given};" in err
 
 
 def test_its_text_is_refused_where_its_settings_are_insisted_on(run, small_run):  # noqa: F811
@@ -102,16 +104,40 @@ def test_one_command_edits_a_model_of_ones_own(run, small_run):  # noqa: F811
         assert "| covariance text | text.txt |" in text
 
 
+def test_a_model_and_data_are_enough(small_run, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Layers, the text and the units are decided, said, written down, and the same again."""
+    monkeypatch.chdir(tmp_path)
+    facts = [("Lyon", "{} is a twin city of", "Rome"), ("Basel", "{} lies in", "Italy")]
+    lines = ["subject,prompt,target_new", *(",".join(fact) for fact in facts)]
+    Path("facts.csv").write_text("\n".join(lines))
+    given = [f"--model.name_or_path={small_run / 'gptj'}", "--data.path=facts.csv"]
+    assert main(["fit", *given, "--run.wandb=off"]) == 0
+    _, err = capsys.readouterr()
+    summary = json.loads(Path("runs/edit/summary.json").read_text())
+    n_layers = AutoConfig.from_pretrained(small_run / "gptj").num_hidden_layers
+    layers = layers_by_depth(n_layers)
+    assert f"decided: critical layers {', '.join(map(str, layers))} of {n_layers}, by depth" in err
+    assert "decided: text of the covariance: plain_english" in err
+    assert summary["edits/applied"] == 2
+    assert summary["settings/covariance_text"] == "plain_english"
+    assert summary["settings/covariance_tokens"] == 480
+    report = unpadded(Path("runs/edit/report.md"))
+    assert f"| layers | {', '.join(map(str, layers))} |" in report
+    assert "| covariance weight | 48 |" in report
+    decided = "layers, covariance weight, learning rate, covariance text"
+    assert f"| decided by default | {decided} |" in report
+    config = yaml.safe_load(Path("runs/edit/config.yaml").read_text())
+    assert config["update"]["layers"] == layers
+    assert (
+        main(["fit", "--config=runs/edit/config.yaml", "--run.name=again", "--run.wandb=off"]) == 0
+    )
+    first, again = (load_file(f"runs/{name}/model/model.safetensors") for name in ("edit", "again"))
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
 def unpadded(page: Path) -> str:
     """Return a page with the cells of its tables as they are, not as wide as their column."""
     return re.sub(" +", " ", page.read_text())
-
-
-def test_layers_must_be_given(run):
-    code, _, err = run("fit", OWN)
-    assert code == 2
-    assert "update.layers" in err
-    assert "hint:  give the critical layers" in err
 
 
 def test_stats_says_what_it_collected(run, tmp_path, small_run):  # noqa: F811

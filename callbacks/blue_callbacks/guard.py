@@ -134,13 +134,17 @@ class EditGuard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the unedited model's numbers, the events and the newest readings."""
-        return {"unedited": self._unedited, "events": self.events, "readings": self.readings}
+        return {
+            "unedited": {**self._unedited},
+            "events": [*self.events],
+            "readings": {**self.readings},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` has returned."""
-        self._unedited = state_dict["unedited"]
-        self.events = state_dict["events"]
-        self.readings = state_dict["readings"]
+        self._unedited = {**state_dict["unedited"]}
+        self.events = [*state_dict["events"]]
+        self.readings = {**state_dict["readings"]}
 
     @property
     def notes(self) -> list[str]:

@@ -23,8 +23,9 @@ class EditableModule(Protocol):
     ``n`` is the number of edits in it; columns keep their order in every answer.
 
     Optional: ``weights_of(layer)`` returns the ids of a layer's edited weights (by default one,
-    without a name); ``prepare(critical, written, weight)`` is called once before the first batch
-    with the critical layers, the written weights' ids and the covariance's weight;
+    without a name); ``propose_layers()`` returns critical layers, ascending, for a callback that
+    was given none; ``prepare(critical, written, weight)`` is called once before the first batch
+    with the critical layers, the written weights' ids and the covariance's weight (None: d_in);
     ``output_multiple(weight)`` says by how much the outputs at a layer move for a unit of the
     weight's own output, where that is not 1; ``request_ids(batch)`` and ``edit_name(batch,
     column)`` name edits in records and in messages; ``ordinary_loss()`` and

@@ -22,14 +22,15 @@ class Solver:
 
     Args:
         kind: ``least_squares`` (MEMIT) or ``null_space`` (AlphaEdit).
-        covariance_weight: least squares: lambda of Eq. 5 and 8.
+        covariance_weight: least squares: lambda of Eq. 5 and 8; None: as many as the weight has
+            key dimensions, d_in.
         threshold: null space: eigenvalue below which a direction is kept.
         energy: null space: instead of it, the fraction of the trace that may be kept.
         ridge: null space: AlphaEdit's L2.
     """
 
     kind: Literal["least_squares", "null_space"] = "least_squares"
-    covariance_weight: float = 15000.0
+    covariance_weight: float | None = None
     threshold: float = 0.02
     energy: float | None = None
     ridge: float = 10.0
@@ -51,7 +52,7 @@ class Solver:
             SingularCovarianceError: see `least_squares` and `null_space`.
         """
         if self.kind == "least_squares":
-            return least_squares(covariance, self.covariance_weight)
+            return least_squares(covariance, self.covariance_weight or len(covariance))
         return null_space(covariance, self.ridge, self.threshold, self.energy)
 
 

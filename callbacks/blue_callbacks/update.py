@@ -55,10 +55,13 @@ class ClosedFormUpdate(Callback):
     ``on_edit_committed(trainer, module, record)`` when the batch is committed.
 
     Args:
-        layers: critical layers, ascending. Without them the callback cannot be used for editing.
+        layers: critical layers, ascending. None: those that the module proposes.
         plan: which layers are written with whose residual: ``boundary`` (BLUE), ``even`` (MEMIT),
             ``square_root`` (PMET), ``computed``, ``first`` or ``last``.
         covariance_weight: least squares: weight lambda of the covariance (mom2_update_weight).
+            None: as many as the weight has key dimensions. It counts tokens of ordinary text that
+            a key is weighed against, and published values (15,000 for 14,336 and for 16,384
+            dimensions, 20,000 for 6,400) are of that size.
         past_keys: whether keys of earlier batches are respected too (Eq. 8).
         solver: ``least_squares`` lets outputs at keys of ordinary text change, at a price;
             ``null_space`` (AlphaEdit) leaves them as they are.
@@ -75,9 +78,9 @@ class ClosedFormUpdate(Callback):
 
     def __init__(
         self,
-        layers: Sequence[int],
+        layers: Sequence[int] | None = None,
         plan: Literal["boundary", "even", "square_root", "computed", "first", "last"] = "boundary",
-        covariance_weight: float = 15000.0,
+        covariance_weight: float | None = None,
         past_keys: bool = True,
         solver: Literal["least_squares", "null_space"] = "least_squares",
         threshold: float = 0.02,
@@ -87,13 +90,18 @@ class ClosedFormUpdate(Callback):
         post_edit_transform: Literal["prune", "prune_official"] | None = None,
     ) -> None:
         check_ranges("update", {"rect_keep": rect_keep}, rect_keep=FRACTION)
-        self.layers = list(layers)
         self.plan = plan
         self.solver = Solver(solver, covariance_weight, threshold, energy, ridge)
         self.past_keys = past_keys
         self.rect_keep = rect_keep
         self.post_edit_transform = post_edit_transform
-        self.layer_updates = layer_updates(plan, self.layers)
+        self.layers: list[int] = []
+        self.layer_updates: list[LayerUpdate] = []
+        self.proposed = layers is None  # by the module, as soon as there is one
+        if layers is not None:
+            self._choose(layers)
+        else:
+            layer_updates(plan, [0])  # refuses an unknown plan at once
         self.committed = 0  # batches whose edits are in the weights
         self.original: dict[WeightId, Tensor] = {}  # unedited, kept for the post-edit transform
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
@@ -104,6 +112,27 @@ class ClosedFormUpdate(Callback):
         self._resumed: dict[WeightId, Tensor] = {}  # edited weights of a checkpoint, until they fit
         self._memory: dict[WeightId, KeyMemory] = {}
         self._resuming = False  # until the first batch after a resume is seen to be a new one
+
+    def find_layers(self, module: Any) -> None:
+        """Take the critical layers that the module proposes, where none were given.
+
+        Raises:
+            InputError: if it proposes none.
+        """
+        if self.layers:
+            return
+        propose = getattr(module, "propose_layers", None)
+        if propose is None:
+            raise InputError(
+                "no critical layers are given, and the module proposes none",
+                where="update.layers",
+                hint="give them, ascending: ClosedFormUpdate(layers=[4, 5, 6, 7, 8])",
+            )
+        self._choose(propose())
+
+    def _choose(self, layers: Sequence[int]) -> None:
+        self.layer_updates = layer_updates(self.plan, list(layers))
+        self.layers = list(layers)
 
     @property
     def written_layers(self) -> list[int]:
@@ -123,6 +152,7 @@ class ClosedFormUpdate(Callback):
         """
         if stage != "fit":
             return
+        self.find_layers(pl_module)
         check_trainer(trainer)
         leave_gradients_unscaled(trainer)
         held = getattr(pl_module, "edit_batches_held", 0)
@@ -348,13 +378,13 @@ class ClosedFormUpdate(Callback):
         return {
             "settings": self._settings(),
             "committed": self.committed,
-            "request_ids": self._request_ids,
+            "request_ids": [*self._request_ids],
             "past": {
                 str(weight): [batch._asdict() for batch in past]
                 for weight, past in self._past.items()
             },
             "original": {str(weight): tensor for weight, tensor in self.original.items()},
-            "covariances": self._covariances,
+            "covariances": {**self._covariances},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -372,7 +402,7 @@ class ClosedFormUpdate(Callback):
                     hint=f"resume it with {name} {before}, or start a new run",
                 )
         self.committed = state_dict["committed"]
-        self._request_ids = state_dict["request_ids"]
+        self._request_ids = [*state_dict["request_ids"]]
         self._past = {
             WeightId.parse(name): [PastBatch(**batch) for batch in past]
             for name, past in state_dict["past"].items()
@@ -380,7 +410,7 @@ class ClosedFormUpdate(Callback):
         self.original = {
             WeightId.parse(name): tensor for name, tensor in state_dict["original"].items()
         }
-        self._covariances = state_dict["covariances"]
+        self._covariances = {**state_dict["covariances"]}
         self._memory = {}
 
     def on_save_checkpoint(

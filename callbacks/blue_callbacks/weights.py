@@ -109,6 +109,10 @@ class EditableWeights:
         current.addmm_(*here)
         self._publish(weight, current)
 
+    def go_on_from(self, earlier: EditableWeights) -> None:
+        """Take over what another store of the same weights has summed up below their rounding."""
+        self._accumulated = {w: value.clone() for w, value in earlier._accumulated.items()}
+
     def _publish(self, weight: WeightId, current: Tensor) -> None:
         """Let the model see a weight that was changed, if it is finite in the model's precision."""
         view = self._view(weight)

@@ -35,9 +35,8 @@ def require_model(for_model: str, given: str, revision: str | None, data: str) -
         f"the settings of this run file (layers, targets, text) belong to the model {for_model!r}, "
         "and another one would be ruined by them",
         where=f"model.name_or_path = {given}",
-        hint=f"lightning-blue fit --config conf/own_model.yaml --model.name_or_path={given} "
-        f"--data.path={facts} --update.layers=[FIRST,...,LAST]; or --for_model=null, to use these "
-        "settings all the same",
+        hint=f"without the run file: lightning-blue fit --model.name_or_path={given} "
+        f"--data.path={facts}; or --for_model=null, to use these settings all the same",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -24,12 +25,13 @@ from lightning_blue.cli.help import program
 from lightning_blue.cli.own_model import require_model
 from lightning_blue.cli.run_files import explain, unresolved, with_bases
 from lightning_blue.data import EditDataModule
-from lightning_blue.data.memory import name_of
 from lightning_blue.editing import edit_module
+from lightning_blue.editing.decisions import decisions
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.guarded import guarded
 from lightning_blue.reporting.progress import EditProgressBar, ProgressLines
 from lightning_blue.reporting.record import read_status, run_to_resume
+from lightning_blue.reporting.settings import run_settings
 from lightning_blue.reporting.wandb_logger import require_key
 from lightning_blue.runs.journal import EditJournal
 from lightning_blue.support.checkpoints import (
@@ -41,6 +43,8 @@ from lightning_blue.support.checkpoints import (
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.processes import EditStrategy
 from lightning_blue.support.space import check_writable
+
+log = logging.getLogger(__name__)
 
 TRAINER_DEFAULTS = {
     "devices": 1,
@@ -204,10 +208,22 @@ class EditCLI(RunFileCLI):
         """Build everything; what fails leaves no empty folder to a run of the same name."""
         try:
             super().instantiate_classes()
+            if self.command != "evaluate":
+                self._decide()
         except BaseException:
             if hasattr(self, "config_init"):
                 self.record.give_folder_back()
             raise
+
+    def _decide(self) -> None:
+        """Settle with the model what the run file leaves open, say it, and write it down."""
+        update = self._get(self.config_init, "update")
+        update.find_layers(self.model)
+        if update.proposed:
+            self.config["update"]["layers"] = update.layers
+            self.record.config = self.parser.dump(self.config, skip_none=False, skip_check=True)
+        for sentence in decisions(self.model, update):
+            log.info("decided: %s", sentence)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the trainer the run's loggers, checkpoints and strategy beside the user's."""
@@ -325,45 +341,3 @@ def process_count(devices: int | str | list[int], accelerator: str) -> int:
     if isinstance(devices, str) and "," in devices:
         return len([part for part in devices.split(",") if part.strip()])
     return len(devices) if isinstance(devices, list) else int(devices)
-
-
-def run_settings(config: Any, command: str = "fit") -> dict[str, Any]:
-    """Pick what the reader of a report wants to know: settings that are in force, and no others."""
-    if command == "evaluate":
-        settings = {"model": "model.name_or_path", "data": "data.path"}
-    else:
-        settings = {"model": "model.name_or_path", "site": "model.target.site", "data": "data.path"}
-        settings |= {"batch_size": "data.batch_size"}
-        names = ["plan", "layers", "solver", "past_keys", *_solver_settings(config)]
-        settings |= {name: f"update.{name}" for name in names}
-    settings |= {name: f"data.{name}" for name in ("chat", "system") if config[f"data.{name}"]}
-    chosen = {} if command == "evaluate" else {"method": method_name(config)}
-    chosen |= {name: config[key] for name, key in settings.items()}
-    chosen |= {"data": name_of(chosen["data"]), "seed": config["seed_everything"]}
-    return {name: value for name, value in chosen.items() if value is not None}
-
-
-def method_name(config: Any) -> str:
-    """Name the method that a configuration amounts to: what it adds to MEMIT, and BLUE's plan.
-
-    >>> keys = ("model.target.site", "update.rect_keep", "update.post_edit_transform")
-    >>> chosen = {"update.solver": "null_space", "update.plan": "boundary"}
-    >>> method_name(dict.fromkeys(keys) | chosen)
-    'AlphaEdit + BLUE'
-    """
-    rows = {
-        "PMET": config["model.target.site"] == "attention_and_ffn",
-        "AlphaEdit": config["update.solver"] == "null_space",
-        "RECT": config["update.rect_keep"] is not None,
-        "PRUNE": config["update.post_edit_transform"] is not None,
-    }
-    names = [name for name, used in rows.items() if used] or ["MEMIT"]
-    return " + ".join([*names, "BLUE"] if config["update.plan"] == "boundary" else names)
-
-
-def _solver_settings(config: Any) -> list[str]:
-    """Return the names of the settings of the update that the chosen solver and transforms read."""
-    names = ["covariance_weight"]
-    if config["update.solver"] == "null_space":
-        names = ["threshold" if config["update.energy"] is None else "energy", "ridge"]
-    return [*names, "rect_keep", "post_edit_transform"]

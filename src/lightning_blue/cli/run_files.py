@@ -103,12 +103,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-_REQUIRED = {
-    "update.layers": "give the critical layers, ascending, as --update.layers=[4,5,6,7,8]: those "
-    "whose FFN recalls facts, in the first third to half (the paper: 4 to 8 of Llama-3-8B's 32)"
-}
-
-
 def unresolved(error: Exception) -> InputError:
     """Say of a ``${...}`` that cannot be resolved which it is, and where it stands."""
     if isinstance(error, RecursionError):
@@ -143,10 +137,7 @@ def require_text(values: Any, where: str) -> None:
 
 
 def explain(message: str, keys: Iterable[str]) -> str:
-    """Add to a message about a key how to give it, or the nearest one where it does not exist."""
-    for required, hint in _REQUIRED.items():
-        if required in message and "required" in message:
-            return f"{message}\n  hint:  {hint}"
+    """Add to a message about a key that does not exist the nearest one."""
     found = next(filter(None, (pattern.search(message) for pattern in _UNKNOWN_KEYS)), None)
     if found is None:
         return message

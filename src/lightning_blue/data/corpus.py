@@ -24,8 +24,14 @@ from lightning_blue.support.hub import asked, looks_local, missing_path, no_sour
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ASSETS = resources.files("lightning_blue") / "assets" / "almanac"
-PACKAGED = {"almanac": _ASSETS / "corpus.txt", "almanac-heldout": _ASSETS / "heldout.txt"}
+_ASSETS = resources.files("lightning_blue") / "assets"
+_ALMANAC = {
+    "almanac": _ASSETS / "almanac" / "corpus.txt",
+    "almanac-heldout": _ASSETS / "almanac" / "heldout.txt",
+}
+PLAIN_ENGLISH = "plain_english"
+PACKAGED = {**_ALMANAC, PLAIN_ENGLISH: _ASSETS / "plain_english" / "text.txt"}
+AUTO = "auto"  # the text of the package that fits a model
 LONGEST = 1_000_000  # characters that are tokenised at once
 
 
@@ -43,8 +49,8 @@ def corpus_texts(corpus: str, split: str = "train") -> Iterator[str]:
     """Yield the documents of a corpus.
 
     Args:
-        corpus: ``almanac`` or ``almanac-heldout`` from the package, a path, or a hub dataset, its
-            configuration after a colon.
+        corpus: ``plain_english``, ``almanac`` or ``almanac-heldout`` from the package, a path, or a
+            hub dataset, its configuration after a colon.
         split: split of a hub dataset.
 
     Raises:
@@ -123,7 +129,7 @@ def require_named(key: str, corpus: str) -> None:
         raise InputError(
             "no text is named",
             where=f"{key} = {corpus!r}",
-            hint="give a text file, the name of a dataset on the hub, or `almanac`",
+            hint="give a text file, the name of a dataset on the hub, or `plain_english`",
         )
 
 
@@ -135,25 +141,40 @@ def corpus_fingerprint(corpus: str, split: str = "train") -> str:
 
 
 def require_own_text(corpus: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a text of the package for a model that it was not written for.
+    """Refuse a text about the almanac for a model that it was not written for.
 
     It belongs to the model beside it in the package: to models with that one's tokenizer.
 
     Raises:
-        InputError: if it is a text of the package, and the tokenizer is not the package's.
+        InputError: if it is a text about the almanac, and the tokenizer is not the package's.
     """
-    if corpus not in PACKAGED:
-        return
-    own = Tokenizer.from_str((_ASSETS / "model" / "tokenizer.json").read_text(encoding="utf-8"))
-    if tokenizer.get_vocab() != own.get_vocab():
+    if corpus in _ALMANAC and not _reads_the_almanac(tokenizer):
         raise InputError(
             f"the text {corpus!r} belongs to the small model in the package: it is about an "
             "invented world, and the statistics of its keys say little of another model",
             where=f"model.covariance.corpus = {corpus}",
-            hint="give ordinary text, about ten tokens for each key dimension: "
-            "--model.covariance.corpus=FILE, or a dataset of the hub as name:configuration, e.g. "
-            "wikimedia/wikipedia:20231101.en",
+            hint="leave it out, for the plain English of the package; or give ordinary text, about "
+            "ten tokens for each key dimension: --model.covariance.corpus=FILE, or a dataset of "
+            "the hub as name:configuration, e.g. wikimedia/wikipedia:20231101.en",
         )
+
+
+def fitting_corpus(corpus: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what ``auto`` stands for: the almanac's text for its own model, else plain English.
+
+    Args:
+        corpus: a name that is returned as it is, or ``auto``.
+        tokenizer: of the model, by which the package's own is known.
+    """
+    if corpus != AUTO:
+        return corpus
+    return "almanac" if _reads_the_almanac(tokenizer) else PLAIN_ENGLISH
+
+
+def _reads_the_almanac(tokenizer: PreTrainedTokenizerBase) -> bool:
+    file = _ASSETS / "almanac" / "model" / "tokenizer.json"
+    own = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    return bool(tokenizer.get_vocab() == own.get_vocab())
 
 
 def _hub_texts(corpus: str, split: str) -> Iterator[str]:

@@ -24,18 +24,18 @@ class Change(NamedTuple):
     fraction: float
 
 
-def solved_keys(covariance: Tensor, keys: Tensor, weight: float) -> Tensor:
+def solved_keys(covariance: Tensor, keys: Tensor, weight: float | None) -> Tensor:
     """Return (weight C + K K^T)^-1 K, whose transpose Eq. 5 multiplies by the residuals.
 
     Args:
         covariance: C; (d_in, d_in).
         keys: K; (d_in, n).
-        weight: lambda of Eq. 5.
+        weight: lambda of Eq. 5; None: d_in.
 
     Returns:
         ``(d_in, n)`` in float64; not a number where so few tokens leave C singular.
     """
-    priced = weight * in_float64(covariance)
+    priced = (weight or len(covariance)) * in_float64(covariance)
     keys = in_float64(keys, priced.device)
     price_unused(priced)
     factor, failed = torch.linalg.cholesky_ex(priced)
@@ -61,10 +61,10 @@ class UpdateChange:
 
     Args:
         keys: layer -> keys that the covariance is not computed from; (d_in, n).
-        weight: lambda of Eq. 5.
+        weight: lambda of Eq. 5; None: d_in.
     """
 
-    def __init__(self, keys: Mapping[int, Tensor], weight: float) -> None:
+    def __init__(self, keys: Mapping[int, Tensor], weight: float | None) -> None:
         self.keys = keys
         self.weight = weight
         self.changes: dict[int, list[Change]] = {layer: [] for layer in keys}

@@ -15,7 +15,7 @@ import json
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blue_callbacks.precision import in_float64
 from blue_callbacks.ranges import COUNT, Range, check_ranges
 from lightning_blue.data.corpus import (
+    AUTO,
     corpus_fingerprint,
     corpus_texts,
+    fitting_corpus,
     is_local,
     require_named,
 )
@@ -73,13 +75,14 @@ class CovarianceSource:
     """Where covariances come from.
 
     Args:
-        corpus: ``almanac``, a text file, or the name of a dataset on the hub with a column
-            ``text``; a hub dataset's configuration follows a colon.
+        corpus: a text file, the name of a dataset on the hub with a column ``text`` (its
+            configuration follows a colon), or a text of the package: ``plain_english``,
+            ``almanac``. ``auto``: the almanac's for the model in the package, else plain English.
         split: split of a hub dataset.
         tokens_per_dim: tokens collected for each key dimension.
         max_length: tokens in a sequence, capped by the model's context.
         batch_tokens: tokens in a forward pass.
-        cache: folder of the cached files.
+        cache: folder of the cached files; None keeps nothing.
         path: one given file instead of the cache; refused if it was made from anything else.
         trust: whether ``path`` is taken as it is, from wherever it comes: safetensors with
             ``layerN`` or the ``.npz`` of ROME and MEMIT, see `lightning_blue.editing.brought`.
@@ -87,12 +90,12 @@ class CovarianceSource:
             keys of the text that follows still moves each time that the tokens double.
     """
 
-    corpus: str = "almanac"
+    corpus: str = AUTO
     split: str = "train"
     tokens_per_dim: float = 10.0
     max_length: int = 512
     batch_tokens: int = 8192
-    cache: str = "stats"
+    cache: str | None = "stats"
     path: str | None = None
     trust: bool = False
     report_change: bool = True
@@ -112,6 +115,10 @@ class CovarianceSource:
                 where="model.covariance.trust",
                 hint="say where they are: --model.covariance.path FILE",
             )
+
+    def fitting(self, tokenizer: PreTrainedTokenizerBase) -> CovarianceSource:
+        """Return it with the text that ``auto`` stands for with a model of this tokenizer."""
+        return replace(self, corpus=fitting_corpus(self.corpus, tokenizer))
 
 
 class Statistics(NamedTuple):
@@ -279,6 +286,7 @@ def covariance_file(
     """
     if source.path and source.trust:
         return BroughtStatistics(source.path, layers)
+    source = source.fitting(tokenizer)
     identity = {
         "model": model_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -297,7 +305,7 @@ def load_or_collect(
     tokenizer: PreTrainedTokenizerBase,
     projections: Mapping[int, nn.Module],
     source: CovarianceSource,
-    weight: float = 15_000,
+    weight: float | None = None,
 ) -> Statistics:
     """Return the covariances of layers, computing what no file holds.
 
@@ -306,7 +314,8 @@ def load_or_collect(
         tokenizer: its tokenizer.
         projections: layer -> the down projection whose input is the key.
         source: the text, and the file.
-        weight: lambda of Eq. 5, for the reported change of the update; the paper's by default.
+        weight: lambda of Eq. 5, for the reported change of the update; None: one for each key
+            dimension.
 
     Raises:
         InputError: if a given file belongs to something else, the corpus is too short, or what is
@@ -315,6 +324,10 @@ def load_or_collect(
     """
     if source.path and not source.trust and not Path(source.path).is_file():
         raise missing_path(source.path, where=f"model.covariance.path = {source.path}")
+    source = source.fitting(tokenizer)
+    if source.cache is None and not source.path:
+        new, how = _collect(model, tokenizer, projections, source, weight)
+        return Statistics(new, _about(None, source, how), how)
     file = covariance_file(model, tokenizer, source, list(projections))
     covariances = file.read({n: weight_view(p).shape[1] for n, p in projections.items()})
     collected = file.collected(list(projections))
@@ -337,7 +350,7 @@ def load_or_collect(
 
 
 def _about(
-    file: CovarianceFile, source: CovarianceSource, collected: Mapping[int, Collected]
+    file: CovarianceFile | None, source: CovarianceSource, collected: Mapping[int, Collected]
 ) -> dict[str, Any]:
     """Say what covariances are from; what an older file does not say is left out."""
     if isinstance(file, BroughtStatistics):
@@ -353,7 +366,8 @@ def _about(
         "covariance_documents": max((each.documents or 0 for each in layers), default=0),
     }
     known = {name: count for name, count in counts.items() if count}
-    return {"covariance_text": source.corpus, **known, "covariance_file": str(file.path)}
+    kept = {} if file is None else {"covariance_file": str(file.path)}
+    return {"covariance_text": source.corpus, **known, **kept}
 
 
 def _check_room(path: Path, missing: Mapping[int, nn.Module]) -> None:
@@ -378,7 +392,7 @@ def _collect(
     tokenizer: PreTrainedTokenizerBase,
     projections: Mapping[int, nn.Module],
     source: CovarianceSource,
-    weight: float,
+    weight: float | None,
 ) -> tuple[dict[int, Tensor], dict[int, Collected]]:
     """Collect covariances, and say from what, and how far the update moved as tokens doubled."""
     d_in = weight_view(next(iter(projections.values()))).shape[1]
@@ -401,7 +415,8 @@ def _collect(
             f"only {seen:,} of {wanted:,} tokens available in the corpus "
             f"({source.tokens_per_dim:g} for each of {d_in:,} key dimensions)",
             where=source.corpus,
-            hint="give a longer text, or lower --covariance.tokens_per_dim",
+            hint="give a longer text (--model.covariance.corpus), or lower "
+            f"--model.covariance.tokens_per_dim to {seen / d_in:.2g}, at the price of accuracy",
         )
     _require_finite(new, source.corpus, "the keys overflow: try --model.dtype=bfloat16 or float32")
     changes = {} if change is None else change.changes
@@ -436,7 +451,7 @@ def _path_of(
         return Path(source.path)
     key = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:12]
     name = Path(str(model.config.name_or_path)).name or model.config.model_type
-    return Path(source.cache) / f"{name}-{key}.safetensors"
+    return Path(source.cache or "") / f"{name}-{key}.safetensors"
 
 
 def sequence_length(model: PreTrainedModel, source: CovarianceSource) -> int:

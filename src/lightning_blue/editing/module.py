@@ -28,6 +28,7 @@ from lightning_blue.data.corpus import require_own_text
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
+from lightning_blue.editing.depth import proposed_layers
 from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.editing.health import first_texts, percent_known, text_loss
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
@@ -49,6 +50,7 @@ from lightning_blue.language_model.architectures import (
     down_projection,
     find_architecture,
     hidden_size,
+    projection_fault,
     site_modules,
     weight_view,
 )
@@ -111,12 +113,12 @@ class EditModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False
         self.model = model
-        self.frozen = FrozenModel(model)
         self.tokenizer = tokenizer
         self.target = target
         self.contexts = contexts
         self.context_tokens = context_tokens
-        self.covariance = covariance
+        self.covariance = covariance.fitting(tokenizer)
+        self.chose_text = covariance.corpus != self.covariance.corpus
         self.architecture = find_architecture(model, architecture)
         check_site(target.site, self.architecture)
         if target.end_of_text:
@@ -143,6 +145,7 @@ class EditModule(LightningModule):
         self._ordinary_text: str | None = ""  # read at first use
         self._warned_of: set[str] = set()  # subjects that several requests of a batch were about
         self._written: list[int] = []  # layers that the run writes, as far as is known
+        self.frozen = FrozenModel(model)  # last: what is refused above leaves the model alone
 
     # Lightning
 
@@ -342,15 +345,43 @@ class EditModule(LightningModule):
             f"given in memory for layers {given}; what model and text they are of was not checked"
         )
 
+    def propose_layers(self) -> list[int]:
+        """Return critical layers by depth, for an update that was given none.
+
+        Raises:
+            InputError: if none of them can be edited.
+        """
+        d_model = hidden_size(self.model)
+        faults = [projection_fault(block, self.architecture, d_model) for block in self.blocks]
+        usable = [layer for layer, fault in enumerate(faults) if fault is None]
+        return proposed_layers(len(self.blocks), usable)
+
+    def go_on_from(self, earlier: EditModule) -> None:
+        """Take over what was found on the unedited model by the module that edited it before.
+
+        Args:
+            earlier: of the same model, with its edits in the weights.
+        """
+        self._identity, self._templates = earlier.identity, earlier.templates
+        self._covariances, self.statistics = {**earlier._covariances}, {**earlier.statistics}
+        self._edited = [*earlier._edited]
+        self.edit_batches_held = earlier.edit_batches_held
+        self.site.load_state_dict(earlier.site.state_dict())
+        self.editable_weights.go_on_from(earlier.editable_weights)
+
     def prepare(
-        self, critical: Sequence[int], written: Sequence[WeightId], weight: float = 15_000.0
+        self,
+        critical: Sequence[int],
+        written: Sequence[WeightId],
+        weight: float | None = None,
     ) -> None:
         """Find out what must come from the unedited model: contexts, target site, covariances.
 
         Args:
             critical: all critical layers of the method, to be checked against the model.
             written: the weights whose covariance is needed.
-            weight: of the covariance in the update, for the report on whether its text was enough.
+            weight: of the covariance in the update, for the report on whether its text was enough;
+                None: one for each key dimension.
 
         Raises:
             InputError: if the model has no such layer, the weights do not move the target site's
@@ -406,8 +437,12 @@ class EditModule(LightningModule):
     @property
     def edited_names(self) -> list[str]:
         """Full names of the weights that :meth:`prepare` was told of."""
+        return self.weight_names(self._edited)
+
+    def weight_names(self, weights: Sequence[WeightId]) -> list[str]:
+        """Return the full names of weights, as ``model.named_parameters()`` has them."""
         names = {id(weight): name for name, weight in self.model.named_parameters()}
-        return [names[id(self._projection(weight).weight)] for weight in self._edited]
+        return [names[id(self._projection(weight).weight)] for weight in weights]
 
     @property
     def contexts_length(self) -> int:

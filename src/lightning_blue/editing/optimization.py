@@ -17,6 +17,7 @@ from blue_callbacks.ranges import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, c
 
 MAX_STEPS = 100_000  # the losses of all steps are kept in one tensor
 PMET_KL, PMET_FACTOR = 0.01, 0.1
+FIRST_STEP = 0.5  # of |h|, where no learning rate is given
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class TargetOptimization:
 
     Args:
         steps: forward passes; the last one only measures, so there are ``steps - 1`` updates.
-        learning_rate: Adam's, in units of the hidden state.
+        learning_rate: Adam's, in units of the hidden state. None: so that the first step moves
+            delta by half of ``|h|``, whatever numbers the model computes with:
+            ``|h| / (2 sqrt(d_model))``, for each edit its own.
         weight_decay: factor of ``|delta| / |h|^2``.
         clamp: radius of the ball delta is kept in, in units of ``|h|``.
         kl_weight: factor of the KL term that keeps what the model predicts behind the subject.
@@ -51,7 +54,7 @@ class TargetOptimization:
     """
 
     steps: int = 25
-    learning_rate: float = 0.5
+    learning_rate: float | None = None
     weight_decay: float = 0.5
     clamp: float = 0.75
     kl_weight: float = 0.0625
@@ -134,7 +137,8 @@ def optimize_targets(
     start = _mean_by(owner, initial.transpose(0, 1)).transpose(0, 1)
     norms = start.norm(dim=-1)  # (n_sites, n_targets)
     delta = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
+    rate, scale = _rates(settings.learning_rate, norms, start.shape[-1])
+    optimizer = torch.optim.Adam([delta], lr=rate)
     losses = initial.new_full((len(every), settings.steps, 4), torch.nan)
     factor = torch.ones_like(norms[0])  # of the NLL, by target
     edits, before = every, None
@@ -157,7 +161,7 @@ def optimize_targets(
         if step == settings.steps - 1 or not bool(running.any()):
             break
         (delta.grad,) = torch.autograd.grad(total[running].sum(), [delta])
-        _step_some(optimizer, delta, active[running])
+        _step_some(optimizer, delta, active[running], scale)
         _clamp(delta, settings.clamp * norms)
         edits = edits[running[which]]
     values = start + delta.detach()
@@ -192,11 +196,39 @@ def _mean_by(owner: Tensor, values: Tensor) -> Tensor:
     return total / count.view(-1, *[1] * (values.ndim - 1))
 
 
-def _step_some(optimizer: torch.optim.Optimizer, delta: Tensor, targets: Tensor) -> None:
-    """Let Adam move only the targets that still run; the others keep their delta."""
+def _rates(given: float | None, norms: Tensor, d_model: int) -> tuple[float, Tensor | None]:
+    """Return Adam's learning rate, and by what each target's steps are multiplied, if by anything.
+
+    Args:
+        given: the learning rate, if it was.
+        norms: ``|h|``, ``(n_sites, n_targets)``.
+        d_model: entries of h; Adam's first step moves each by the learning rate.
+    """
+    if given is not None:
+        return given, None
+    rates = FIRST_STEP * norms / d_model**0.5
+    largest = float(rates.max())
+    if not 0 < largest < float("inf"):
+        return 1.0, rates
+    return largest, rates / largest
+
+
+def _step_some(
+    optimizer: torch.optim.Optimizer, delta: Tensor, targets: Tensor, scale: Tensor | None
+) -> None:
+    """Let Adam move only the targets that still run; the others keep their delta.
+
+    Args:
+        optimizer: of ``delta``.
+        delta: ``(n_sites, n_targets, d_model)``.
+        targets: that still run.
+        scale: by which Adam's step of each delta is multiplied, ``(n_sites, n_targets)``.
+    """
     kept = delta.detach().clone()
     optimizer.step()
     with torch.no_grad():
+        if scale is not None:
+            delta.copy_(kept + (delta - kept) * scale[..., None])
         kept[:, targets] = delta[:, targets]
         delta.copy_(kept)
 

@@ -15,8 +15,10 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from blue_callbacks import EditGuard, NonFiniteError
+from blue_callbacks import ClosedFormUpdate, EditGuard, NonFiniteError
 from blue_callbacks.ranges import WHOLE, check_ranges
+from lightning_blue.editing.decisions import decided_settings
+from lightning_blue.editing.module import EditModule
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.reporting import files, wandb_run
@@ -326,7 +328,11 @@ class RunRecord(Callback):
     def _history(self, trainer: Trainer) -> RunHistory:
         """Return the history that the run is measured into, with the settings that it shows."""
         history = self._measuring(trainer).history
-        found = getattr(trainer.lightning_module, "found_settings", {})
+        module = trainer.lightning_module
+        found = dict(getattr(module, "found_settings", {}))
+        for update in (c for c in trainer.callbacks if isinstance(c, ClosedFormUpdate)):  # type: ignore[attr-defined]
+            if self._stage == "fit" and isinstance(module, EditModule):
+                found |= decided_settings(module, update)
         history.settings = self.settings | history.settings | found
         return history
 

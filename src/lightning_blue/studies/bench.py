@@ -123,7 +123,7 @@ class Bench:
     @cached_property
     def targets(self) -> dict[int, Targets]:
         """Layer -> targets optimised on the unedited model."""
-        folder = Path(self.module.covariance.cache)
+        folder = Path(self.module.covariance.cache or "stats")
         self._measure_site()
         found = load_or_optimise(self.module, self.requests, self.layers, folder)
         self.module.know(self.requests, found)

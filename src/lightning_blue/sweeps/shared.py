@@ -19,6 +19,9 @@ from lightning_blue.sweeps.tasks import StatsTask
 
 MODEL = ("model/name_or_path", "model/dtype", "model/revision")
 SOURCE = "model/covariance/"
+BY_DEPTH = range(
+    10**6, 10**6 + 5
+)  # stand for the layers that a model proposes, which are not known before
 GIVEN = "model/covariance/path"  # a file of the user's, from which nothing is collected
 
 
@@ -41,15 +44,17 @@ def covariance_tasks(runs: Sequence[PlannedRun]) -> list[StatsTask]:
             layers = _written(run)
             if not layers <= covered:
                 covered |= layers
-                named = "-".join(map(str, sorted(layers)))
+                chosen = run.config["update/layers"]
+                named = "-".join(map(str, sorted(layers))) if chosen else "by-depth"
                 name = f"stats-{key}-layers-{named}"
                 tasks.append(StatsTask(name, ("stats", *run.args), run.root))
     return tasks
 
 
 def _written(run: PlannedRun) -> set[int]:
-    """Return the layers that a run writes."""
-    updates = layer_updates(run.config["update/plan"], run.config["update/layers"])
+    """Return the layers that a run writes; stand-ins for those that it will propose by depth."""
+    layers = run.config["update/layers"] or BY_DEPTH
+    updates = layer_updates(run.config["update/plan"], layers)
     return {update.layer for update in updates}
 
 
