@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from conftest import ROOT
 from lightning_blue.__main__ import main
+from lightning_blue.api.call import DEFAULTS
+from lightning_blue.language_model.loading import load_language_model
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "src/lightning_blue/editing/fast/README.md", ROOT / "callbacks/README.md"]
@@ -82,6 +85,28 @@ def test_excerpts_are_the_textbooks():
     assert f"\n{measuring}" in evaluation
 
 
+def test_the_page_on_python_runs_as_a_notebook(tmp_path, monkeypatch, capsys):
+    """Its first cell is the README's example; less text, which takes most of the time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(DEFAULTS, "model.covariance.tokens_per_dim", 3.0)
+    text = (ROOT / "docs/python_api.md").read_text()
+    cells = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert f"```python\n{cells[0]}```" in (ROOT / "README.md").read_text()
+    scope: dict[str, Any] = {}
+    for cell in cells:
+        exec(compile(cell, "docs/python_api.md", "exec"), scope)
+    assert "10 facts edited with MEMIT + BLUE" in capsys.readouterr().out
+    result = scope["result"]
+    assert result.scores["efficacy"]["before"] == 0
+    assert result.scores["efficacy"]["after"] >= 80
+    assert not scope["second"].failed
+    assert (tmp_path / "edited/model.safetensors").is_file()
+    unedited, _ = load_language_model("almanac")
+    for name, value in unedited.state_dict().items():
+        assert torch.equal(scope["model"].state_dict()[name], value)
+    assert scope["tried"].history.settings["method"] == "RECT"
+
+
 KEYS = re.findall(
     r"^\|[^|]*\| `([a-z_.]+)` \| ([^|]*) \|",
     (ROOT / "docs/hyperparameters.md").read_text(),
@@ -96,7 +121,7 @@ def defaults():
     named = [f"--model.architecture.{key}={value}" for key, value in module.items()]
     printed = StringIO()
     with redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
-        main(["fit", "--update.layers=[0]", *named, "--print_config"])
+        main(["fit", *named, "--print_config"])
     assert stopped.value.code == 0
     return flat(yaml.safe_load(printed.getvalue())) | {
         f"model.architecture.{key}": None for key in module

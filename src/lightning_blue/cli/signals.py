@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
@@ -19,18 +21,24 @@ class Stopped(BaseException):
 
 def stop(number: int, _frame: FrameType | None) -> None:
     """Handle a signal: raise `Stopped`, and let a second signal end the process at once."""
-    for handled in (signal.SIGINT, signal.SIGTERM):
+    for handled in BOTH:
         signal.signal(handled, signal.SIG_DFL)
     raise Stopped(number)
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """Let both signals raise `Stopped` inside the block, in the main thread of a process."""
+def stoppable(numbers: Sequence[signal.Signals] = BOTH) -> Iterator[None]:
+    """Let signals raise `Stopped` inside the block, in the main thread of a process.
+
+    Args:
+        numbers: which; both by default.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in BOTH}
+    for number in numbers:
+        signal.signal(number, stop)
     try:
         yield
     finally:

@@ -7,7 +7,8 @@ import pickle
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ PARENT = "LIGHTNING_BLUE_PARENT"  # in the environment: the process that started
 
 _sharing: ContextVar[bool] = ContextVar("sharing", default=False)
 _meet: ContextVar[Callable[[], None]] = ContextVar("meet", default=lambda: None)
+_no_bars: ContextVar[bool] = ContextVar("no_bars", default=False)
 _speaks: ContextVar[bool | None] = ContextVar("speaks", default=None)
 
 
@@ -266,7 +268,17 @@ def _picklable(error: Exception, rank: int) -> Exception:
         return RuntimeError(f"process {rank} failed: {error!r}")
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Show no bar of a part of the work inside the block, where one stands for all of it."""
+    token = _no_bars.set(True)
+    try:
+        yield
+    finally:
+        _no_bars.reset(token)
+
+
 def progress_bar(total: int, label: str | None, unit: str = "it") -> tqdm[Any]:
     """Return a bar that a terminal shows for the first process's part; none without a label."""
-    hidden = label is None or rank_zero_only.rank != 0  # type: ignore[attr-defined]
+    hidden = label is None or _no_bars.get() or rank_zero_only.rank != 0  # type: ignore[attr-defined]
     return tqdm(total=total, desc=label, unit=unit, leave=False, disable=hidden or None)
