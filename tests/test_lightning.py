@@ -183,6 +183,12 @@ def test_validation_less_often_measures_less_often(module, facts):
     assert [taken.edits for taken in trainer.callbacks[1].history.of("cumulative")] == [6]
 
 
+def test_validation_may_come_after_a_time(module, facts):
+    trainer = trainer_of(val_check_interval="00:00:00:00", num_sanity_val_steps=0)
+    trainer.fit(module, datamodule=data_of(facts))
+    assert [m.edits for m in trainer.callbacks[1].history.of("cumulative")] == [2, 4, 6]
+
+
 def test_trainer_test_measures_without_editing(module, facts):
     before = weights(module)
     trainer = trainer_of()

@@ -48,7 +48,7 @@ def _check_gradients(trainer: Trainer) -> None:
 
 def _check_validation(trainer: Trainer) -> None:
     for name in ("val_check_interval", "check_val_every_n_epoch"):
-        value = getattr(trainer, name)
+        value = getattr(trainer, name, None)  # Lightning sets no interval that is a duration
         if isinstance(value, int | float) and value <= 0:  # Lightning divides by it, after a batch
             _refuse(name, value, "it is never time to validate", "give 1 or more, or leave it out")
 
