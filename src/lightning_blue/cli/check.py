@@ -6,54 +6,18 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch.cli import LightningArgumentParser
 
 from blue_callbacks import ClosedFormUpdate, EditGuard
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.data.hub import ALMANAC
-from lightning_blue.editing.depth import layers_by_depth
-from lightning_blue.language_model.loading import load_configuration
 from lightning_blue.preflight.checking import Plans, examine
 from lightning_blue.preflight.layout import as_text
 from lightning_blue.reporting import MeasureEdits
 from lightning_blue.support.storage import write_atomic
 
 STAND_INS = 100  # facts of the package that a run is estimated for where none are given
-
-
-class CheckCLI(EditCLI):
-    """What ``check`` is configured by: the keys of `fit`, of which it needs none.
-
-    Args:
-        args: of the command line.
-    """
-
-    def __init__(self, args: Sequence[str]) -> None:
-        self.proposed = False  # whether the layers are
-        super().__init__(args, "check")
-
-    def setting(self, key: str) -> Any:
-        """Return a value of the configuration, by its dotted key."""
-        return self._get(self.config, key)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the layers be left out."""
-        super().add_arguments_to_parser(parser)
-        if signature(ClosedFormUpdate).parameters["layers"].default is Parameter.empty:
-            parser.set_defaults({"update.layers": []})
-
-    def before_instantiate_classes(self) -> None:
-        """Propose layers where none are given."""
-        super().before_instantiate_classes()
-        if self.setting("update.layers") == []:
-            model = (self.setting("model.name_or_path"), self.setting("model.revision"))
-            depth = load_configuration(*model).get_text_config().num_hidden_layers
-            self.config["update"]["layers"] = layers_by_depth(depth)
-            self.proposed = True
 
 
 def check(own: Namespace, for_fit: Sequence[str]) -> int:
@@ -68,8 +32,8 @@ def check(own: Namespace, for_fit: Sequence[str]) -> int:
     """
     named = {"model.name_or_path": own.model, "data.path": own.data}
     args = [f"--{key}={value}" for key, value in named.items() if value is not None]
-    cli = CheckCLI([*for_fit, *args])
-    given = own.data is not None or cli.setting("data.path") != ALMANAC
+    cli = EditCLI([*for_fit, *args], "check")
+    given = own.data is not None or cli.datamodule.path != ALMANAC
     if not given and cli.datamodule.edits is None:
         cli.datamodule.edits = STAND_INS
     with warnings.catch_warnings():
@@ -84,7 +48,7 @@ def check(own: Namespace, for_fit: Sequence[str]) -> int:
     return 0 if report.fit_to_go else 1
 
 
-def _plans(cli: CheckCLI) -> Plans:
+def _plans(cli: EditCLI) -> Plans:
     """Gather what `fit` would be made of."""
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     (update,) = (c for c in callbacks if isinstance(c, ClosedFormUpdate))
@@ -97,5 +61,5 @@ def _plans(cli: CheckCLI) -> Plans:
         measure=measure,
         guard=guard,
         run=cli.record,
-        layers_proposed=cli.proposed or getattr(update, "proposed", False),
+        layers_proposed=update.proposed,
     )

@@ -56,17 +56,6 @@ def load_language_model(
         return _load(source, wanted)
 
 
-def load_configuration(name_or_path: str, revision: str | None = None) -> PretrainedConfig:
-    """Load the configuration of a model, of a GGUF file too, and no weights.
-
-    Raises:
-        InputError: if there is no such model, or its configuration cannot be read.
-    """
-    source = find_source(name_or_path, revision)
-    with _available(source):
-        return _config(source)
-
-
 @contextmanager
 def _available(source: Source) -> Iterator[None]:
     """Refuse a model that neither a folder, the hub nor its cache has; ask the hub once."""
