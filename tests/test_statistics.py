@@ -253,7 +253,7 @@ def test_the_packages_text_is_for_the_packages_model(gpt2):
         require_own_text(text, own)
         with pytest.raises(InputError, match=r"belongs to the small model(.|\n)*corpus=FILE"):
             require_own_text(text, gpt2.tokenizer)
-    module = EditModule(*gpt2, contexts=[])
+    module = EditModule(*gpt2, contexts=[], covariance=CovarianceSource("almanac"))
     for refused in (lambda: module.setup("fit"), lambda: module.prepare([1], [WeightId(1)])):
         with pytest.raises(InputError, match="belongs to the small model"):
             refused()

@@ -1,6 +1,6 @@
 """What a model can do besides the facts that are edited, by lm-evaluation-harness."""
 
-from .harness import GeneralAbility
-from .settings import AbilitySettings
+from lightning_blue.ability.harness import GeneralAbility
+from lightning_blue.ability.settings import AbilitySettings
 
 __all__ = ["AbilitySettings", "GeneralAbility"]

@@ -52,9 +52,17 @@ def parameters() -> Mapping[str, Parameter]:
 
 
 def places(name: str) -> list[str]:
-    """Return the dotted names that a name may stand for: its own, or those that end with it."""
+    """Return the dotted names that a name may stand for: its own, or those that end with it.
+
+    A section's own setting goes before one of a group inside a section: ``batch_size`` is
+    ``data.batch_size`` and not ``measure.ability.batch_size``.
+    """
     known = parameters()
-    return [name] if name in known else [key for key in known if key.endswith(f".{name}")]
+    if name in known:
+        return [name]
+    found = [key for key in known if key.endswith(f".{name}")]
+    least = min((key.count(".") for key in found), default=0)
+    return [key for key in found if key.count(".") == least]
 
 
 def resolved(named: Mapping[str, Any], where: str = "edit()") -> Settings:
