@@ -170,6 +170,9 @@ def test_a_function_is_all_that_a_mean_over_requests_needs() -> None:
     assert numbers(metric.compute())["value"] == pytest.approx(10 * 3 / 4)
     metric.reset()
     assert metric.by_request == {}
+    unscaled = MeanOverRequests(torch.sub)
+    unscaled.update(torch.tensor([5.0]), torch.tensor([2.0]), torch.tensor([11]))
+    assert numbers(unscaled.compute())["value"] == 3
 
 
 @pytest.mark.parametrize(
