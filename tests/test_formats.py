@@ -319,3 +319,33 @@ def test_all_reference_records_are_usable(shared: Path) -> None:
         assert (len(requests), rejected) == (total, [])
         for request, record in zip(requests, raw, strict=True):
             assert request.text == record.get("prompt", record.get("src"))
+
+
+def test_the_relation_is_read_and_is_no_part_of_the_fact() -> None:
+    record = {"subject": "Lyon", "prompt": "{} is a twin of", "target_new": "Rome"}
+    plain = parse_record(record, FORMATS["facts"], source="here", index=0)
+    assert isinstance(plain, EditRequest)
+    assert plain.relation == ""
+    for given, read in ((" twin ", "twin"), (190, "190"), (None, "")):
+        request = parse_record(
+            {**record, "relation": given}, FORMATS["facts"], source="here", index=0
+        )
+        assert isinstance(request, EditRequest)
+        assert request.relation == read
+        assert request == plain
+        assert repr(request) == repr(plain)  # by which a checkpoint knows its requests
+    refused = parse_record({**record, "relation": []}, FORMATS["facts"], source="here", index=0)
+    assert isinstance(refused, Rejected)
+    assert refused.reason == "the field 'relation' is a list ([]), not a number or a string"
+    rewrite = {
+        "subject": "Lyon",
+        "prompt": "{} is a twin of",
+        "target_new": {"str": "Rome"},
+        "target_true": {"str": "Beirut"},
+        "relation_id": "P190",
+    }
+    nested = parse_record(
+        {"case_id": 1, "requested_rewrite": rewrite}, FORMATS["counterfact"], source="", index=0
+    )
+    assert isinstance(nested, EditRequest)
+    assert nested.relation == "P190"

@@ -56,6 +56,7 @@ COUNTERFACT = Format(
             "prompt": "requested_rewrite.prompt",
             "target_new": "requested_rewrite.target_new.str",
             "target_true": "requested_rewrite.target_true.str",
+            "relation": "requested_rewrite.relation_id",
             "paraphrases": "paraphrase_prompts",
             "neighborhood_prompts": "neighborhood_prompts",
             "neighborhood_answer": "requested_rewrite.target_true.str",
@@ -135,6 +136,7 @@ FACTS = Format(
             "target_prefix": "target_prefix",
             "aliases": "aliases",
             "portability": "portability",
+            "relation": "relation",
         }
     ),
     unused=frozenset({"neighbourhood_prompts"}),  # read as its other spelling
@@ -258,6 +260,7 @@ def _request(record: Mapping[str, Any], row: Format, case_id: str, source: str) 
         target_prefix=target_prefix,
         aliases=_aliases(record, row, target_new),
         portability=_portability(record, row, target_prefix),
+        relation=_name(record, row.paths["relation"]) if "relation" in row.paths else "",
     )
 
 
@@ -290,17 +293,22 @@ def template(prompt: str, subject: str) -> str:
 
 def _case_id(record: Mapping[str, Any], row: Format, index: int) -> str:
     """The record's own case id, or its number."""
-    value = _at(record, row.paths["case_id"])
+    return _name(record, row.paths["case_id"]) or str(index)
+
+
+def _name(record: Mapping[str, Any], path: str) -> str:
+    """What a record calls something, by a text or a number; empty where it does not."""
+    value = _at(record, path)
     if value is None:
-        return str(index)
+        return ""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise _wrong_type(row.paths["case_id"], value, "a number or a string")
+        raise _wrong_type(path, value, "a number or a string")
     try:
         text = str(value)
     except ValueError:  # a number of thousands of digits
-        raise _wrong_type(row.paths["case_id"], value, "a shorter number") from None
-    _require_text(text, row.paths["case_id"])
-    return text.strip() or str(index)
+        raise _wrong_type(path, value, "a shorter number") from None
+    _require_text(text, path)
+    return text.strip()
 
 
 def _unify_spelling(record: Mapping[str, Any], row: Format) -> Mapping[str, Any]:

@@ -25,6 +25,7 @@ class EditRequest:
     around them: what stands between a prompt of the request and an object is ``target_prefix``, or,
     where that is None, what :func:`lightning_blue.language_model.joining.joint` decides.
     ``source`` says where the request was read (``facts.csv:12``) and stands in messages;
+    ``relation`` is the data's own name of r, to filter by, and changes nothing;
     ``question`` is the plain prompt with its subject where ``prompt`` carries a chat template that
     the run has put around it. ``aliases`` are other names of the new object, ``portability`` holds
     prompts whose answers follow from the edit; both are read where answers are generated, and only
@@ -46,6 +47,7 @@ class EditRequest:
     question: str = field(default="", compare=False)
     aliases: tuple[str, ...] = field(default=(), repr=False)
     portability: tuple[Probe, ...] = field(default=(), repr=False)
+    relation: str = field(default="", compare=False, repr=False)  # no part of what a run is
 
     @property
     def text(self) -> str:
