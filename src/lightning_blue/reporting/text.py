@@ -123,7 +123,7 @@ def inline(text: str, limit: int | None = None) -> str:
     flat = " ".join(text.split())
     if limit is not None and len(flat) > limit:
         flat = flat[: limit - 1].rstrip() + "…"
-    return re.sub(r"([\\`*_\[\]<>#~$])", r"\\\1", flat)
+    return re.sub(r"([\\`*_\[\]<>#~$]|&(?=#?\w+;))", r"\\\1", flat)
 
 
 def loaded_with(history: RunHistory) -> str:
