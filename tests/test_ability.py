@@ -28,8 +28,9 @@ from lightning_blue.comparison.scores import score_tables
 from lightning_blue.metrics import table
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import Measurement
+from lightning_blue.reporting.axes import fitted
 from lightning_blue.reporting.export import caution
-from lightning_blue.reporting.plots import _fitted, metrics_figure
+from lightning_blue.reporting.plots import metrics_figure
 from lightning_blue.reporting.tables import score_table
 from lightning_blue.support.errors import InputError
 from test_compare import make_run, values
@@ -333,7 +334,7 @@ def test_tables_and_plots_show_tasks_beside_metrics():
     assert figure is not None
     assert "sst f1" in " ".join(axis.get_title() for axis in figure.axes)
     nothing = table.by_name("ability/sst/f1"), [0.0, 0.0]  # of a model that says nothing sensible
-    low, high = _fitted(*nothing)
+    low, high = fitted(*nothing)
     assert low < 0 < high
     assert table.by_name("ability/words/perplexity").direction == "lower"
     assert table.by_name("ability/gsm8k/exact_match,strict-match").title == (

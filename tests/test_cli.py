@@ -57,6 +57,7 @@ def test_what_a_run_leaves_behind(run):
         "metrics.csv",
         "model",
         "plots",
+        "report.html",
         "report.md",
         "summary.json",
         "wandb",

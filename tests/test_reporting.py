@@ -596,6 +596,7 @@ def test_report_of_an_empty_run(tmp_path: Path) -> None:
 def test_inline_leaves_no_markup() -> None:
     assert inline("a\n <b>*c*_d_`e`[f](g) # $") == r"a \<b\>\*c\*\_d\_\`e\`\[f\](g) \# \$"
     assert inline("word " * 9, limit=10) == "word word…"
+    assert inline("&lt; &#60; AT&T R&D;") == r"\&lt; \&\#60; AT&T R\&D;"
 
 
 # W&B

@@ -16,8 +16,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics
-from lightning_blue.metrics.history import RunHistory
+from lightning_blue.metrics.history import LossCurve, RunHistory
 from lightning_blue.metrics.table import PERCENT, MetricSpec
+from lightning_blue.reporting.axes import fitted, log_steps, short, spread, titled, widened
 from lightning_blue.reporting.views import (
     Points,
     finite,
@@ -34,7 +35,6 @@ PALETTE = (BLUE, VERMILLION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # of t
 INK = "#333333"
 COLUMNS = 3  # of small multiples
 MARKERS_AT_MOST = 15  # on one line
-LOG_FROM = 20  # ratio from which an axis is logarithmic
 BAND = 0.2  # opacity
 BELOW: Style = {"loc": "outside lower center", "frameon": False, "fontsize": 9}  # a legend
 
@@ -51,6 +51,16 @@ LOSSES: tuple[tuple[str, Style], ...] = (  # label and style, in the order of th
     ("total", {"color": BLUE}),
     ("nll of the new object", {"color": VERMILLION, "linestyle": "--"}),
 )
+LOSS_BAND = (0.1, 0.9)  # quantiles of the total over edits
+CAPTIONS = {
+    "metrics": "Over edits applied: how well edits hold, and what the rest of the model lost. Axes "
+    "are fitted to the data.",
+    "before_after": "Before and after, over all requests.",
+    "losses": "Optimisation of the targets, over all edits: a finished one counts with its last "
+    "loss.",
+}
+
+Course = tuple[MetricSpec, list[tuple[str, Points, Style]]]
 
 
 def plots(history: RunHistory) -> dict[str, bytes]:
@@ -68,18 +78,30 @@ def plots(history: RunHistory) -> dict[str, bytes]:
     return {name: png(figure) for name, figure in figures.items() if figure is not None}
 
 
-def metrics_figure(history: RunHistory) -> Figure | None:
-    """Draw each metric over edits applied, in a panel of its own.
+def courses(history: RunHistory) -> list[Course]:
+    """Return each metric that has a course over edits applied, with its lines: label, points, look.
 
-    None where no metric was measured after two batches: one point is no course.
+    One that was measured after a single batch has none.
     """
-    before = finite(metrics_at(history, "pre"))
-    panels: list[tuple[MetricSpec, list[tuple[str, Points, Style]]]] = []
+    found: list[Course] = []
     for spec in table.among(name for taken in history.measurements for name in taken.metrics):
         kinds = {"success": SUCCESS, "side effects": SIDE_EFFECTS}.get(spec.panel or "", ())
         lines = [(label, series(history, stages, spec.name), look) for label, stages, look in kinds]
         if len({point.edits for _, line, _ in lines for point in line} - {0}) > 1:
-            panels.append((spec, lines))
+            found.append((spec, lines))
+    return found
+
+
+def curves_by_layer(history: RunHistory) -> dict[int, list[LossCurve]]:
+    """Return the loss curves of all batches by target layer, the lowest first."""
+    curves = sorted(history.loss_curves, key=lambda curve: curve.layer)
+    return {layer: list(part) for layer, part in groupby(curves, lambda curve: curve.layer)}
+
+
+def metrics_figure(history: RunHistory) -> Figure | None:
+    """Draw each metric over edits applied, in a panel of its own; None without `courses`."""
+    before = finite(metrics_at(history, "pre"))
+    panels = courses(history)
     if not panels:
         return None
     figure, axes = _grid(len(panels), 3.6, 2.6)
@@ -102,13 +124,12 @@ def losses_figure(history: RunHistory) -> Figure | None:
     Of the total the median over edits and the band in which eight of ten lie, of its nll part the
     median. None without curves.
     """
-    curves = sorted(history.loss_curves, key=lambda curve: curve.layer)
-    panels = {layer: list(part) for layer, part in groupby(curves, lambda curve: curve.layer)}
+    panels = curves_by_layer(history)
     if not panels:
         return None
     figure, axes = _grid(len(panels), 4.4, 3.2, sharey=True)
     for axis, (layer, part) in zip(axes, panels.items(), strict=True):
-        low, median, high = loss_quantiles(part, (0.1, 0.5, 0.9))
+        low, median, high = loss_quantiles(part, (LOSS_BAND[0], 0.5, LOSS_BAND[1]))
         steps = range(1, len(median) + 1)
         axis.fill_between(steps, low[:, 0], high[:, 0], color=BLUE, alpha=BAND, linewidth=0)
         for column, (_, look) in enumerate(LOSSES):
@@ -141,16 +162,16 @@ def before_after_figure(history: RunHistory) -> Figure | None:
         _draw_bars(axes[0], percent, before, after)
         axes[0].set_ylim(0, 112)
         axes[0].set_yticks(range(0, 101, 20))
-        axes[0].set_ylabel(_titled("percent", percent))
+        axes[0].set_ylabel(titled("percent", percent))
     for axis, spec in zip(axes[bool(percent) :], others, strict=True):
         _draw_bars(axis, [spec], before, after)
-        axis.set_ylabel(_titled(spec.label, [spec]))
+        axis.set_ylabel(titled(spec.label, [spec]))
         axis.set_xticks([])
         axis.margins(y=0.12)
         values = [
             metrics[spec.name]["value"] for metrics in (before, after) if spec.name in metrics
         ]
-        if _spread(values):
+        if spread(values):
             _logarithmic(axis, values)
     bars = [Patch(color=GREY, label="unedited"), Patch(color=BLUE, label="edited")]
     error = Line2D([], [], color=INK, marker="|", markersize=9, label="± standard error")
@@ -200,13 +221,13 @@ def _draw_course(
     for line, look in lines:
         _line(axis, spec, line, look)
     values = [value for line, _ in lines for point in line for value in point.span]
-    if _spread([point.value for line, _ in lines for point in line]):
+    if spread([point.value for line, _ in lines for point in line]):
         _logarithmic(axis, values)
     else:
-        axis.set_ylim(*_fitted(spec, values))
+        axis.set_ylim(*fitted(spec, values))
     if unedited is not None:
         _draw_unedited(axis, unedited["value"])
-    axis.set_title(_titled(spec.label, [spec]), fontsize=10, color=INK)
+    axis.set_title(titled(spec.label, [spec]), fontsize=10, color=INK)
 
 
 def _line(axis: Axes, spec: MetricSpec, points: Points, look: Style) -> None:
@@ -224,34 +245,17 @@ def _line(axis: Axes, spec: MetricSpec, points: Points, look: Style) -> None:
     axis.plot(edits, values, markevery=marked, markersize=4, linewidth=1.6, **look)
 
 
-def _fitted(spec: MetricSpec, values: Sequence[float]) -> tuple[float, float]:
-    """Return an axis that its data fill, yet do not turn into noise where it hardly moves."""
-    low, high = min(values), max(values)
-    if spec.unit == PERCENT:
-        low, high = max(0.0, low), min(100.0, high)
-    middle, least = (low + high) / 2, 4.0 if spec.unit == PERCENT else 0.05 * abs(low + high) or 0.1
-    half = max(high - low, least) / 2
-    low, high = middle - 1.1 * half, middle + 1.1 * half
-    if spec.unit == PERCENT and high > 101:  # percent that are not there
-        low, high = low - (high - 101), 101.0
-    if spec.unit == PERCENT and low < -1:
-        low, high = -1.0, high - (low + 1)
-    return low, high
-
-
 def _draw_unedited(axis: Axes, value: float) -> None:
     """Draw the unedited value as a line; where it is far off, say where it is instead."""
-    low, high = axis.get_ylim()
-    near = low - 0.6 * (high - low) <= value <= high + 0.6 * (high - low)
-    if near or axis.get_yscale() == "log":
+    logarithmic = axis.get_yscale() == "log"
+    limits = widened(axis.get_ylim(), value, logarithmic)
+    if limits is not None:
         axis.axhline(value, **UNEDITED)
-        pad = 0.05 * (high - low)
-        if value < low or value > high:
-            axis.set_ylim(min(low, value - pad), max(high, value + pad))
+        axis.set_ylim(*limits)
         return
-    below = value < low
+    below = value < axis.get_ylim()[0]
     axis.annotate(
-        f"unedited: {_short(value)} {'↓' if below else '↑'}",
+        f"unedited: {short(value)} {'↓' if below else '↑'}",
         (0.02, 0.03 if below else 0.97),
         xycoords="axes fraction",
         va="bottom" if below else "top",
@@ -260,31 +264,15 @@ def _draw_unedited(axis: Axes, value: float) -> None:
     )
 
 
-def _titled(label: str, specs: Sequence[MetricSpec]) -> str:
-    """Return a label and which direction is better, of each metric where they differ."""
-    directions = {spec.direction for spec in specs}
-    if directions == {"neither"}:
-        return label
-    if len(directions) == 1:
-        return f"{label}\n{directions.pop()} is better"
-    lower = [spec.title for spec in specs if spec.direction == "lower"]
-    return f"{label}\nhigher is better, lower of {', '.join(lower)}"
-
-
 def _band_handle(label: str, colour: str = GREY) -> Patch:
     return Patch(color=colour, alpha=BAND if colour != GREY else 0.4, linewidth=0, label=label)
-
-
-def _spread(values: Sequence[float]) -> bool:
-    """Say whether numbers are too far apart for a linear axis, and fit for a logarithmic one."""
-    return 0 < LOG_FROM * min(values) < max(values)
 
 
 def _logarithmic(axis: Axes, values: Sequence[float]) -> None:
     axis.set_yscale("log")
     positive = [value for value in values if value > 0]
-    fine = max(positive) < 1000 * min(positive)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if fine else (1,), numticks=8))
+    steps = log_steps(min(positive), max(positive))
+    axis.yaxis.set_major_locator(LogLocator(subs=steps, numticks=8))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
@@ -303,7 +291,7 @@ def _draw_bar(axis: Axes, x: float, estimate: Mapping[str, float], colour: str) 
     value, error = estimate["value"], estimate.get("standard_error", 0.0)
     axis.bar(x, value, 0.38, color=colour, yerr=error, ecolor=INK, capsize=3)
     axis.annotate(
-        _short(value),
+        short(value),
         (x, value + error),
         textcoords="offset points",
         xytext=(0, 3),
@@ -311,12 +299,3 @@ def _draw_bar(axis: Axes, x: float, estimate: Mapping[str, float], colour: str) 
         fontsize=9,
         color=INK,
     )
-
-
-def _short(value: float) -> str:
-    """Write a number in at most five characters."""
-    if value < 100:
-        return f"{value:.1f}"
-    if value < 10_000:
-        return f"{value:.0f}"
-    return f"{value / 1000:.0f}k" if value < 1e6 else f"{value:.0e}"

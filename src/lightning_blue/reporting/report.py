@@ -12,7 +12,8 @@ from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.answers import generated_answers
-from lightning_blue.reporting.plots import plots, png
+from lightning_blue.reporting.page import page
+from lightning_blue.reporting.plots import CAPTIONS, plots, png
 from lightning_blue.reporting.retention import retention_figure, retention_section
 from lightning_blue.reporting.tables import (
     markdown_table,
@@ -44,13 +45,6 @@ from lightning_blue.support.storage import write_atomic
 EXAMPLES = 10  # edits shown, and as many that failed
 REJECTED_SHOWN = 20
 EVENTS_SHOWN = 20
-CAPTIONS = {
-    "metrics": "Over edits applied: how well edits hold, and what the rest of the model lost. Axes "
-    "are fitted to the data.",
-    "before_after": "Before and after, over all requests.",
-    "losses": "Optimisation of the targets, over all edits: a finished one counts with its last "
-    "loss.",
-}
 
 RETENTION = "Score of edit batches after later batches."
 SIDE_BY_SIDE = (
@@ -62,7 +56,9 @@ Example = tuple[EditRequest, RequestOutcome | None, RequestOutcome | None]
 
 
 def write_report(folder: Path, history: RunHistory, model_folder: str | None = "model") -> Path:
-    """Write ``report.md`` and the pictures it shows, under ``plots/``.
+    """Write ``report.md``, the pictures it shows, under ``plots/``, and the same as a page.
+
+    The page, ``report.html``, is one file that needs no other.
 
     Args:
         folder: of the run.
@@ -70,7 +66,7 @@ def write_report(folder: Path, history: RunHistory, model_folder: str | None = "
         model_folder: where the edited model is, seen from ``folder``; None if it was not saved.
 
     Returns:
-        The path of the report.
+        The path of ``report.md``.
 
     Raises:
         InputError: if the disk is full or may not be written.
@@ -83,13 +79,30 @@ def write_report(folder: Path, history: RunHistory, model_folder: str | None = "
         write_atomic(folder / "plots" / f"{name}.png", picture)
     path = folder / "report.md"
     write_atomic(path, report(history, pictures, model_folder))
+    shown = sections(history, pictures, model_folder)
+    write_atomic(folder / "report.html", page(history, shown, pictures, title(history)))
     return path
 
 
 def report(history: RunHistory, pictures: Iterable[str], model_folder: str | None) -> str:
     """Return the report as markdown; ``pictures`` names the files under ``plots/``."""
+    first, *others = sections(history, pictures, model_folder).items()
+    body = [f"## {heading}\n\n{text}" for heading, text in others if text]
+    return "\n\n".join([f"# {title(history)}", first[1], *body]) + "\n"
+
+
+def title(history: RunHistory) -> str:
+    """Say what kind of run it was."""
+    return "Measurement" if history.of("test") else "Editing run"
+
+
+def sections(
+    history: RunHistory, pictures: Iterable[str], model_folder: str | None
+) -> dict[str, str]:
+    """Return the report's sections as markdown, by heading, in order; the first has no heading."""
     pictures = set(pictures)
-    sections = {
+    return {
+        "": _sentence(history),
         "Scores": f"{score_table(history)}\n\n{fill(protocol_sentence(history))}".strip(),
         "The protocols side by side": _protocols(history),
         "Guard": _guard(history),
@@ -105,9 +118,6 @@ def report(history: RunHistory, pictures: Iterable[str], model_folder: str | Non
         "The edited model": _reload(model_folder, history),
         "How the numbers are defined": definitions(measured(history), history.protocol),
     }
-    body = [f"## {title}\n\n{text}" for title, text in sections.items() if text]
-    title = "# Measurement" if history.of("test") else "# Editing run"
-    return "\n\n".join([title, _sentence(history), *body]) + "\n"
 
 
 def _sentence(history: RunHistory) -> str:
