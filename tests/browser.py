@@ -80,10 +80,18 @@ class Browser:
             point = {"x": x, "y": y, "button": "left", "clickCount": 1}
             self.send("Input.dispatchMouseEvent", type=kind, **point)
 
-    def point(self, selector: str) -> None:
-        """Move the mouse over an element."""
-        x, y = self.middle(selector)
-        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    def point(self, selector: str, until: str) -> None:
+        """Move the mouse over an element until an expression is true.
+
+        A page that is still being laid out may move under the mouse, so that it is moved again.
+        """
+        end = time.monotonic() + SECONDS
+        while not self.run(until):
+            assert time.monotonic() < end, f"never came true: {until}"
+            x, y = self.middle(selector)
+            for shift in (1, 0):
+                self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x + shift, y=y)
+            time.sleep(0.05)
 
     def middle(self, selector: str) -> tuple[float, float]:
         """Scroll an element into view and return where its middle is."""

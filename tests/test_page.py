@@ -449,8 +449,7 @@ def test_values_under_the_pointer_and_by_key(chromium: Browser, many: Path) -> N
     chromium.open(many)
     tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent"
     assert chromium.run(tip) == ""
-    chromium.point("svg.chart .column:nth-of-type(2) rect")
-    chromium.wait(f"({tip}) !== ''")
+    chromium.point("svg.chart .column:nth-of-type(2) rect", until=f"({tip}) !== ''")
     error = value_and_error(95.0, 5.0)
     assert chromium.run(tip) == (
         f"after 3 edits\nthe batch just applied: 90.0\nall edits so far (a sample): {error}"
