@@ -113,7 +113,11 @@ def stats(args: Sequence[str]) -> None:
     layers = sorted(set(update.written_layers))
     file = covariance_file(module.model, module.tokenizer, module.covariance, layers)
     if not file.holds(layers):
-        raise InputError("the covariances could not be written", where=str(file.path))
+        raise InputError(
+            "the covariances could not be written",
+            where=str(file.path),
+            hint="make room there, or give another folder: --model.covariance.cache=FOLDER",
+        )
     sys.stdout.write(f"covariance of layers {', '.join(map(str, layers))}: {file.path}\n")
     for name, value in module.statistics.items():
         if name != "covariance_file":

@@ -86,7 +86,7 @@ def export(args: Namespace) -> None:
     from lightning_blue.runs.journal import Journal
 
     if args.rank is not None and args.form != "adapter":
-        raise _refused("--rank is for an adapter")
+        raise _refused("--rank is for an adapter", "leave it out, or add --as adapter")
     journal = Journal(args.run)
     journal.require_edits()
     output = args.output or args.run / ("patch.safetensors" if args.form == "patch" else args.form)
@@ -222,10 +222,10 @@ def _positive(text: str) -> int:
     return number
 
 
-def _refused(message: str) -> Exception:
+def _refused(message: str, hint: str) -> Exception:
     from lightning_blue.support.errors import InputError
 
-    return InputError(message)
+    return InputError(message, hint=hint)
 
 
 def _quiet() -> None:

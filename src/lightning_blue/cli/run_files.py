@@ -60,7 +60,11 @@ def _chain(path: Path, above: list[Path]) -> list[Path]:
     """Return a file's bases, each with its own before it, and the file itself."""
     if path.resolve() in (other.resolve() for other in above):
         circle = " -> ".join(str(p) for p in [*above, path])
-        raise InputError(f"run files name each other as base: {circle}", where=str(path))
+        raise InputError(
+            f"run files name each other as base: {circle}",
+            where=str(path),
+            hint="leave out the base of one of them",
+        )
     chain: list[Path] = []
     for base in _bases(path):
         chain += _chain(located(path.parent / base), [*above, path])
@@ -93,12 +97,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError("there is no such run file", where=str(path), hint=hint) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # of a date, a number, brackets
         raise InputError(
-            f"the run file is not valid YAML: {' '.join(str(error).split())}", where=str(path)
+            f"the run file is not valid YAML: {' '.join(str(error).split())}",
+            where=str(path),
+            hint="correct it there; compare it with conf/quickstart.yaml",
         ) from None
     if not isinstance(content or {}, dict):
         raise InputError(
             f"the run file holds a {type(content).__name__}; it must hold keys and values",
             where=str(path),
+            hint="write it as SECTION: {KEY: VALUE}, as in conf/quickstart.yaml",
         )
     return content or {}
 

@@ -191,7 +191,9 @@ class EditDataModule(LightningDataModule):
             usable = [with_prefix(request, self.target_prefix) for request in usable]
         if self.chat and tokenizer is None:
             raise InputError(
-                "there is no tokenizer whose chat template could be used", where="data.chat"
+                "there is no tokenizer whose chat template could be used",
+                where="data.chat",
+                hint="leave it out, or give the trainer a module with the model's tokenizer",
             )
         if tokenizer is not None:
             if self.chat:

@@ -338,6 +338,7 @@ class EditModule(LightningModule):
                     f"a covariance of layer {layer} is ({size}, {size}), not "
                     f"{tuple(covariance.shape)}: one row and column for each key dimension",
                     where="covariances",
+                    hint="give the second moment of the inputs of the layer's down projection",
                 )
         self._covariances |= covariances
         given = ", ".join(map(str, sorted(covariances)))

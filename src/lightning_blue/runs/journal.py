@@ -272,7 +272,9 @@ class Journal:
         self.files = record_files(folder)
         for file in self.files:
             if (file.run, file.model) != (self.header.run, self.header.model.fingerprint):
-                raise InputError("this record belongs to another run", where=str(file.path))
+                raise InputError(
+                    "this record belongs to another run", where=str(file.path), hint=_RESTORE
+                )
 
     @property
     def request_ids(self) -> list[tuple[str, ...]]:
@@ -286,7 +288,11 @@ class Journal:
             InputError: if it has no committed batch.
         """
         if not self.files:
-            raise InputError("the run has no committed batch", where=str(self.run_folder))
+            raise InputError(
+                "the run has no committed batch",
+                where=str(self.run_folder),
+                hint="go on with it: the command it was started with, and --ckpt_path=last",
+            )
 
     def changes(self, weight: WeightId) -> Iterator[tuple[int, WeightChange]]:
         """Read what each batch did to a weight, one batch after the other, with its number."""
@@ -319,7 +325,9 @@ def record_files(folder: Path, count: int | None = None) -> list[RecordFile]:
             )
         files.append(RecordFile(path))
         if files[-1].batch != batch:
-            raise InputError(f"this is the record of batch {files[-1].batch}", where=str(path))
+            raise InputError(
+                f"this is the record of batch {files[-1].batch}", where=str(path), hint=_RESTORE
+            )
     return files
 
 

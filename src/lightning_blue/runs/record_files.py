@@ -148,7 +148,7 @@ def opened(path: Path, kind: str, version: str) -> Iterator[tuple[Any, dict[str,
             what it finds inside.
     """
     if not path.is_file():
-        raise InputError(f"there is no such {kind}", where=str(path))
+        raise InputError(f"there is no such {kind}", where=str(path), hint="check the path")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -166,7 +166,9 @@ def opened(path: Path, kind: str, version: str) -> Iterator[tuple[Any, dict[str,
 
 def _check_kind(metadata: Mapping[str, str], path: Path, kind: str, version: str) -> None:
     if metadata.get("format") != kind:
-        raise InputError(f"this file is no {kind}", where=str(path))
+        raise InputError(
+            f"this file is no {kind}", where=str(path), hint="check the path; another file is there"
+        )
     if metadata.get("version") != version:
         raise InputError(
             f"this {kind} has version {metadata.get('version')}; version {version} can be read",

@@ -142,14 +142,18 @@ def _rows(path: Path) -> list[Row]:
         lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
     except ValueError as error:
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+        raise InputError(
+            f"the file is damaged: {error}", where=str(path), hint="bring it back from a copy"
+        ) from error
 
 
 def _json(path: Path) -> Row:
     try:
         found: Row = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"the file is damaged: {error}", where=str(path)) from error
+        raise InputError(
+            f"the file is damaged: {error}", where=str(path), hint="bring it back from a copy"
+        ) from error
     return found
 
 

@@ -52,6 +52,7 @@ def one_batch(journal: Journal, batch: int) -> Removed:
         raise InputError(
             f"the run has no batch {batch}" + (f": they are 0 to {count - 1}" if count else ""),
             where=f"--batch {batch}",
+            hint="`lightning-blue show RUN` lists them",
         )
     return {batch: _every(journal, batch)}
 
@@ -177,7 +178,9 @@ def _solved_again(
     found = covariance.read({weight.layer: d_in})
     if weight.layer not in found:
         raise InputError(
-            f"the covariance file has no layer {weight.layer}", where=str(covariance.path)
+            f"the covariance file has no layer {weight.layer}",
+            where=str(covariance.path),
+            hint=_COMPUTE_AGAIN,
         )
     names = ("covariance_weight", "threshold", "energy", "ridge")
     solver = Solver(update["solver"], **{name: update[name] for name in names})

@@ -123,7 +123,11 @@ def _of_run(bench: Bench, run: Path, prompts: Sequence[str]) -> Tensor:
     model.to(bench.device)  # type: ignore[arg-type]
     states = last_states(model, module.tokenizer, module.architecture, prompts)
     if states.shape[1] != module.model.config.get_text_config().hidden_size:
-        raise InputError("the run's model has states of another size", where=str(run))
+        raise InputError(
+            "the run's model has states of another size",
+            where=str(run),
+            hint="give a run that edited the model of the run file",
+        )
     return states
 
 
