@@ -33,6 +33,13 @@ sweepkill: setup  ## kill a sweep of six small runs three times, compare its tab
 fuzz: setup  ## make up 1,000 records, files and configurations of each kind, and give them in
 	FUZZ=1000 $(BIN)/python -m pytest -n logical tests/test_fuzz.py
 
+docs: .venv/docs-ready  ## build the documentation as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +48,7 @@ types: setup  ## mypy
 	$(BIN)/mypy
 
 clean:  ## remove the environment, runs and caches
-	rm -rf .venv runs analyses stats .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv site runs analyses stats .hypothesis .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup quickstart test paper-small bench kill sweepkill fuzz lint types clean
+.PHONY: help setup quickstart test paper-small bench kill sweepkill fuzz docs lint types clean
 .DEFAULT_GOAL := help

@@ -30,6 +30,7 @@ commands:
 
   sweep     run the product of methods, plans, models, seeds; go on where it stopped
   compare   make tables and curves of runs, with paired tests
+  dashboard make a workspace in W&B that shows the runs of a project
 
   lightning-blue COMMAND --help            every key with its meaning, a line each
   lightning-blue COMMAND --help.SECTION    all about a section: data, model, ..., trainer
@@ -41,7 +42,7 @@ start here:
 """
 
 RUN_COMMANDS = ("show", "undo", "export", "apply")
-EXPERIMENT_COMMANDS = ("sweep", "compare")
+EXPERIMENT_COMMANDS = ("sweep", "compare", "dashboard")
 MODEL_COMMANDS = ("check", "ask")
 PLAIN_COMMANDS = (*MODEL_COMMANDS, *RUN_COMMANDS, *EXPERIMENT_COMMANDS)  # with their own parsers
 COMMANDS = ("fit", "evaluate", "stats", "pretrain", "analyze", *PLAIN_COMMANDS)

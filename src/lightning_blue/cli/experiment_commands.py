@@ -1,4 +1,4 @@
-"""The commands for many runs: sweep makes them, compare makes tables of them."""
+"""The commands for many runs: sweep makes, compare tabulates, dashboard shows them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ _COMPARE = """Make tables and curves of runs: metrics by method and plan, improv
 paired tests over the requests that runs share. Of two runs, show which requests
 changed their outcome."""
 
+_DASHBOARD = """Make a workspace in a project of W&B that shows its runs: scores over edits,
+retention, norms of updates and the guard, losses of the target optimisation, the
+table of edits, and runs compared by method and plan. Needs wandb-workspaces:
+pip install 'lightning-blue[dashboard]'."""
+
 
 def run_command(command: str, args: Sequence[str]) -> int:
     """Run a command; return 0, 1 if runs of a sweep failed, or 2 for input that cannot be used."""
@@ -35,6 +40,11 @@ def run_command(command: str, args: Sequence[str]) -> int:
             from lightning_blue.sweeps.command import sweep
 
             return sweep(chosen, rest)
+        if command == "dashboard":
+            from lightning_blue.reporting.workspace import dashboard
+
+            sys.stdout.write(f"{dashboard(chosen)}\n")
+            return 0
         from lightning_blue.comparison.command import compare
 
         compare(chosen)
@@ -50,7 +60,7 @@ def parse(command: str, args: Sequence[str]) -> tuple[Namespace, list[str]]:
         UsageError: for arguments that the command does not have.
     """
     parser = experiment_parser(command)
-    if command == "compare":
+    if command != "sweep":
         return parser.parse_args(args), []
     for_fit = [arg for arg in args if _is_key(arg)]
     return parser.parse_intermixed_args([arg for arg in args if arg not in for_fit]), for_fit
@@ -58,13 +68,18 @@ def parse(command: str, args: Sequence[str]) -> tuple[Namespace, list[str]]:
 
 def experiment_parser(command: str) -> Parser:
     """Return the parser of a command's arguments."""
+    description, arguments = {
+        "sweep": (_SWEEP, _sweep_arguments),
+        "compare": (_COMPARE, _compare_arguments),
+        "dashboard": (_DASHBOARD, _dashboard_arguments),
+    }[command]
     parser = Parser(
         prog=f"lightning-blue {command}",
-        description={"sweep": _SWEEP, "compare": _COMPARE}[command],
+        description=description,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    {"sweep": _sweep_arguments, "compare": _compare_arguments}[command](parser)
+    arguments(parser)
     return parser
 
 
@@ -113,6 +128,22 @@ def _compare_arguments(parser: Parser) -> None:
         choices=("offline", "online", "off"),
         default="off",
         help="log the tables to a W&B run; default: off",
+    )
+
+
+def _dashboard_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--project", default="lightning-blue", help="of the runs; default: lightning-blue"
+    )
+    parser.add_argument("--entity", help="who owns the project; default: your own")
+    parser.add_argument(
+        "--name", default="Model editing", help="of the workspace; default: Model editing"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="send nothing: list the sections and panels"
+    )
+    parser.add_argument(
+        "--spec", type=Path, metavar="FILE.json", help="write W&B's specification of it to a file"
     )
 
 
