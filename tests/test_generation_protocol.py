@@ -228,6 +228,20 @@ def test_metrics_are_those_of_the_answers(gpt2: LanguageModel) -> None:
     assert own.startswith(said[0, table.OWN_PROMPT].answer)
 
 
+def test_an_alias_of_a_multi_hop_answer_counts_as_such(gpt2: LanguageModel) -> None:
+    question = "The wife of Tower 1 is a citizen of"
+    said = gpt2.tokenizer.decode(greedy(gpt2, question, 3))
+    for alias, value in ((said, 100.0), (f"not {said}", 0.0)):
+        hop = Probe(question, "Chile", aliases=("Peru", alias))
+        requests = [request_of("1", portability=(hop,)), REQUESTS[0]]
+        scored = evaluate(*gpt2, requests, generate=False, continuation_tokens=0)
+        settings = GenerationSettings(max_new_tokens=3, stops=("never said",))
+        metrics = with_answers(scored, *gpt2, requests, settings).metrics
+        assert metrics["portability_generation"]["value"] == 0.0
+        assert metrics["portability_generation_alias"]["value"] == value
+        assert metrics["portability_generation_alias"]["count"] == 1
+
+
 def mean_over_requests(pairs: Sequence[tuple[int, bool]]) -> float:
     by_request: dict[int, list[bool]] = {}
     for request, flag in pairs:

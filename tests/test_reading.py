@@ -86,7 +86,7 @@ def test_format_can_be_forced(tmp_path: Path) -> None:
     assert read_requests(path)[0][0].target_true == "France"
     assert read_requests(path, "facts")[0][0].target_true is None
     assert "needs subject, src, answers" in message(path, "zsre")
-    assert "choose one of: auto, counterfact" in message(path, "hint")
+    assert "choose one of: auto, mquake, counterfact" in message(path, "hint")
 
 
 def test_csv_with_lists_quotes_and_lines_in_cells(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_columns_that_fit_no_format(tmp_path: Path) -> None:
     path = save(tmp_path, "facts.csv", "subject;prompt;target_new\na;{} is;b\n")
     assert "separate the columns by commas" in message(path)
     path = save(tmp_path, "other.json", [{"x": 1}])
-    assert "formats known: counterfact, zsre, zsre-alt, counterfact-flat, facts" in message(path)
+    assert "formats known: mquake, counterfact, ripple-edits, zsre, " in message(path)
 
 
 def test_columns_without_meaning_are_named(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from lightning_blue.data.checks import (
     superseded,
     take_distinct,
 )
+from lightning_blue.data.controls import control_facts_of
 from lightning_blue.data.formats import require_format
 from lightning_blue.data.hub import to_dataset
 from lightning_blue.data.joined import in_chat, with_prefix
@@ -71,8 +73,9 @@ class EditDataModule(LightningDataModule):
         batch_size: requests that are edited together.
         edits: how many requests to edit at most, None for all that there are.
         offset: how many usable requests to leave out before the first edit.
-        controls: how many control facts to measure retained knowledge on: known facts that are not
-            edited, after the edited requests and on other subjects.
+        controls: what retained knowledge is measured on: how many control facts, true facts of the
+            data behind the edited requests and on other subjects; or a source of facts as ``path``,
+            of which those are kept that the unedited model answers.
         on_unusable: ``stop`` at requests that cannot be used, or ``skip`` them.
         target_prefix: what stands between prompts and objects, for requests that do not say so
             themselves; None: decided prompt by prompt, see
@@ -94,7 +97,7 @@ class EditDataModule(LightningDataModule):
         batch_size: int = 100,
         edits: int | None = None,
         offset: int = 0,
-        controls: int = 0,
+        controls: int | str = 0,
         on_unusable: str = "stop",
         target_prefix: str | None = None,
         chat: bool = False,
@@ -102,10 +105,12 @@ class EditDataModule(LightningDataModule):
         protocol: str = "auto",
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "edits": edits, "offset": offset, "controls": controls}
+        counts = {"batch_size": batch_size, "edits": edits, "offset": offset}
+        if isinstance(controls, str):
+            require_source(controls, "data.controls")
         check_ranges(
             "data",
-            counts,
+            {**counts, "controls": 0 if isinstance(controls, str) else controls},
             batch_size=COUNT,
             edits=COUNT,
             offset=WHOLE,
@@ -138,6 +143,8 @@ class EditDataModule(LightningDataModule):
         self._requests: list[EditRequest] | None = None
         self._rejected: list[Rejected] = []
         self._controls: list[Probe] = []
+        self._asked: list[Probe] = []  # of these the control facts are
+        self._known: list[bool] | None = None  # which of them the unedited model answers
 
     def prepare(
         self,
@@ -164,11 +171,22 @@ class EditDataModule(LightningDataModule):
             log.warning("%d requests are superseded by later ones on the same prompt", replaced)
         self._warn_of_blanks(chosen)
         self._requests, self._rejected = chosen, rejected
-        self._controls = pick_control_facts(rest, chosen, self.controls_wanted)
+        wanted, at_most = self.controls_wanted, None
+        if isinstance(wanted, str):
+            self._asked = control_facts_of(
+                wanted,
+                self.split,
+                chosen,
+                self.on_unusable,
+                lambda facts: self._readable(facts, tokenizer, max_length, 0, embeddings),
+            )
+        else:
+            self._asked, at_most = pick_control_facts(rest, chosen, wanted), wanted
+        self._controls = self._asked
         log.info(
             "%s, %s",
             _amount(len(chosen), "requests", "edits", self.edits),
-            _amount(len(self._controls), "control facts", "controls", self.controls_wanted),
+            _amount(len(self._asked), "control facts", "controls", at_most),
         )
 
     def sort_out(
@@ -187,6 +205,20 @@ class EditDataModule(LightningDataModule):
         """
         usable, rejected = read_requests(self.path, self.format, self.split)
         total = len(usable) + len(rejected)
+        usable, faults = self._readable(usable, tokenizer, max_length, contexts_length, embeddings)
+        rejected += faults
+        chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits, self.batch_size)
+        return SortedOut(chosen, rest, [*rejected, *clashing], total)
+
+    def _readable(
+        self,
+        usable: list[EditRequest],
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int | None,
+        contexts_length: int,
+        embeddings: int | None,
+    ) -> tuple[list[EditRequest], list[Rejected]]:
+        """Join the prompts as the run does, and sort out what the model cannot read."""
         if self.target_prefix is not None:
             usable = [with_prefix(request, self.target_prefix) for request in usable]
         if self.chat and tokenizer is None:
@@ -195,15 +227,11 @@ class EditDataModule(LightningDataModule):
                 where="data.chat",
                 hint="leave it out, or give the trainer a module with the model's tokenizer",
             )
-        if tokenizer is not None:
-            if self.chat:
-                usable = in_chat(usable, tokenizer, self.system)
-            usable, faults = check_tokens(
-                usable, tokenizer, max_length, contexts_length, embeddings
-            )
-            rejected += faults
-        chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits, self.batch_size)
-        return SortedOut(chosen, rest, [*rejected, *clashing], total)
+        if tokenizer is None:
+            return usable, []
+        if self.chat:
+            usable = in_chat(usable, tokenizer, self.system)
+        return check_tokens(usable, tokenizer, max_length, contexts_length, embeddings)
 
     def setup(self, stage: str) -> None:
         """Prepare with the tokenizer and the ``max_length`` of the trainer's module, once."""
@@ -230,8 +258,41 @@ class EditDataModule(LightningDataModule):
 
     @property
     def controls(self) -> list[Probe]:
-        """The control facts: known facts that are not edited."""
+        """The control facts: known facts that are not edited.
+
+        Of a source of their own (``controls``) all, until `keep_known` was called.
+        """
         return self._controls
+
+    @property
+    def controls_at_most(self) -> int:
+        """How many control facts there can be; a source of their own is read for it."""
+        if isinstance(self.controls_wanted, int):
+            return self.controls_wanted
+        return len(read_requests(self.controls_wanted, "auto", self.split)[0])
+
+    @property
+    def controls_open(self) -> bool:
+        """Whether the unedited model has still to be asked for the control facts."""
+        return isinstance(self.controls_wanted, str) and self._known is None
+
+    @property
+    def controls_kept(self) -> tuple[int, int] | None:
+        """How many facts the unedited model answers, of how many; None where it was not asked."""
+        return None if self._known is None else (sum(self._known), len(self._known))
+
+    def keep_known(self, known: Sequence[bool]) -> None:
+        """Keep those control facts that the unedited model answers; ``known`` says it of each."""
+        self._known = list(known)
+        self._controls = [fact for fact, yes in zip(self._asked, known, strict=True) if yes]
+        kept, asked = len(self._controls), len(self._asked)
+        told = log.info if kept else log.warning
+        told(
+            "of %d facts in %s the unedited model answers %d: they are the control facts",
+            asked,
+            self.controls_wanted,
+            kept,
+        )
 
     @property
     def dataset(self) -> Dataset:
@@ -258,7 +319,8 @@ class EditDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells these requests, in this order and these batches, from others."""
-        return {"requests": self._fingerprint(), "batch_size": self.batch_size}
+        state = {"requests": self._fingerprint(), "batch_size": self.batch_size}
+        return state if self._known is None else {**state, "known_controls": self._known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Make sure that a resumed run goes on with the requests it was started with.
@@ -279,15 +341,22 @@ class EditDataModule(LightningDataModule):
                 where=f"data.path = {name_of(self.path)}",
                 hint="bring the data and the options under data back to what they were",
             )
+        if "known_controls" in state_dict:
+            self.keep_known(state_dict["known_controls"])
 
     def _fingerprint(self) -> str:
-        """Hash the requests in their order, and the control facts; not where they were read."""
+        """Hash the requests in their order, and the control facts; not where they were read.
+
+        Of control facts that the model is asked for, all: which it answers is the model's affair.
+        """
         digest = hashlib.sha256()
         for request in self.requests:
             digest.update(repr(replace(request, source="")).encode())
             if request.aliases or request.portability:  # older fingerprints know of neither
                 digest.update(repr((request.aliases, request.portability)).encode())
-        digest.update(repr(self.controls).encode())
+            if any(probe.aliases for probe in request.portability):
+                digest.update(repr([probe.aliases for probe in request.portability]).encode())
+        digest.update(repr(self._asked).encode())
         return digest.hexdigest()[:16]
 
     def val_dataloader(self) -> DataLoader[list[EditRequest]]:

@@ -74,12 +74,13 @@ def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
     import datasets
 
     texts = datasets.List(datasets.Value("string"))
-    probes = datasets.List({name: datasets.Value("string") for name in _PROBE})
+    texts_of = {name: datasets.Value("string") for name in _PROBE}
     features = datasets.Features(
         {
             **dict.fromkeys(_TEXT_COLUMNS, datasets.Value("string")),
             **dict.fromkeys(_LIST_COLUMNS, texts),
-            **dict.fromkeys(_PROBE_COLUMNS, probes),
+            "neighborhood_prompts": datasets.List(texts_of),
+            "portability": datasets.List({**texts_of, "aliases": texts}),
         }
     )
     rows = [to_record(request) for request in requests]
@@ -99,4 +100,6 @@ def to_record(request: EditRequest) -> dict[str, Any]:
     row |= {name: list(fields[name]) for name in _LIST_COLUMNS}
     for column, name in _PROBE_COLUMNS.items():
         row[column] = [{part: probe[part] for part in _PROBE} for probe in fields[name]]
+    for written, probe in zip(row["portability"], request.portability, strict=True):
+        written["aliases"] = list(probe.aliases)
     return row

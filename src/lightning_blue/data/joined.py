@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lightning_blue.data.requests import EditRequest, Probe
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.language_model.chat import markers, wrap
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def with_prefix(request: EditRequest, target_prefix: str) -> EditRequest:
     if request.target_prefix is not None:
         return request
     neighborhood, portability = (
-        tuple(Probe(probe.prompt, probe.answer, target_prefix) for probe in probes)
+        tuple(replace(probe, target_prefix=target_prefix) for probe in probes)
         for probes in (request.neighborhood, request.portability)
     )
     return replace(

@@ -15,7 +15,8 @@ from lightning_blue.data.formats import (
     Format,
     choose_format,
     columns_not_used,
-    parse_record,
+    parse_records,
+    unanswered,
 )
 from lightning_blue.data.hub import ALMANAC, load_rows
 from lightning_blue.data.memory import Facts, locate, name_of, rows_of
@@ -39,11 +40,12 @@ def read_requests(
     dataset on the Hugging Face hub, ``almanac`` for the facts that ship with the package, or facts
     in memory, see :func:`lightning_blue.data.memory.rows_of`.
     ``format``: ``counterfact`` (ROME's nested form), ``counterfact-flat``, ``zsre`` (MEND's form),
-    ``zsre-alt`` (the same, edited to ``alt``), ``facts`` (people's own), or ``auto`` to tell by the
-    columns. ``split`` matters for datasets.
+    ``zsre-alt`` (the same, edited to ``alt``), ``facts`` (people's own), another of ``FORMATS``, or
+    ``auto`` to tell by the columns. ``split`` matters for datasets.
 
-    Every record ends up in one of the two lists. Raises InputError where nothing can be read: no
-    such source, empty, malformed, not text, or columns that fit no format.
+    A record may make several requests. Every record ends up in one of the two lists. Raises
+    InputError where nothing can be read: no such source, empty, malformed, not text, or columns
+    that fit no format.
     """
     if isinstance(path, str | Path):
         require_source(path)
@@ -65,15 +67,18 @@ def read_requests(
             "--data.format=zsre-alt takes 'alt'",
             name,
         )
+    left_out = sum(unanswered(record, row) for record in mappings)
+    if left_out:
+        log.info("%s: %d prompts without an answer are left out", name, left_out)
     return _sort_out(located, row)
 
 
-def require_source(path: str | Path) -> None:
+def require_source(path: str | Path, key: str = "data.path") -> None:
     """Raise InputError if no source is named: an empty path would be the current folder."""
     if not str(path).strip():
         raise InputError(
             "no data is named",
-            where=f"data.path = {str(path)!r}",
+            where=f"{key} = {str(path)!r}",
             hint="give a file, a folder, the name of a dataset on the hub, or `almanac`",
         )
 
@@ -86,11 +91,11 @@ def _sort_out(located: Sequence[Located], row: Format) -> tuple[list[EditRequest
         if flaw is not None:
             rejected.append(Rejected(source, str(index), "malformed row", *flaw))
             continue
-        parsed = parse_record(record, row, source=source, index=index)
-        if isinstance(parsed, EditRequest):
-            requests.append(parsed)
-        else:
-            rejected.append(parsed)
+        for parsed in parse_records(record, row, source=source, index=index):
+            if isinstance(parsed, EditRequest):
+                requests.append(parsed)
+            else:
+                rejected.append(parsed)
     return requests, rejected
 
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 class Probe:
     """A prompt and the object that the unedited world puts after it.
 
-    ``target_prefix`` is what stands between them, where that is given, as in `EditRequest`.
+    ``target_prefix`` is what stands between them, where that is given, as in `EditRequest`;
+    ``aliases`` are other names of the answer, read where answers are generated.
     """
 
     prompt: str
     answer: str
     target_prefix: str | None = None
+    aliases: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(unsafe_hash=True)

@@ -71,11 +71,18 @@ def percent_known(
     asked = facts[:at_most]
     if not asked:
         return None
+    return 100 * sum(known(model, tokenizer, asked)) / len(asked)
+
+
+def known(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Probe]
+) -> list[bool]:
+    """Say of each fact whether a model knows it: each token of its answer is the most probable."""
     scores = score_targets(
         model,
         tokenizer,
-        [fact.prompt for fact in asked],
-        [fact.answer for fact in asked],
-        prefixes=[fact.target_prefix for fact in asked],
+        [fact.prompt for fact in facts],
+        [fact.answer for fact in facts],
+        prefixes=[fact.target_prefix for fact in facts],
     )
-    return 100 * sum(all(score.correct) for score in scores) / len(asked)
+    return [all(score.correct) for score in scores]

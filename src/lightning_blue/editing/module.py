@@ -30,7 +30,7 @@ from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
 from lightning_blue.editing.depth import proposed_layers
 from lightning_blue.editing.fingerprints import model_fingerprint
-from lightning_blue.editing.health import first_texts, percent_known, text_loss
+from lightning_blue.editing.health import first_texts, known, percent_known, text_loss
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.editing.prompts import (
@@ -298,9 +298,20 @@ class EditModule(LightningModule):
 
     def retained_knowledge(self) -> float | None:
         """Return the top-1 recall of the first 100 control facts in percent; None without any."""
+        self.settle_controls()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         facts = data.controls if isinstance(data, EditDataModule) else []
         return percent_known(self.model, self.tokenizer, facts)
+
+    def settle_controls(self) -> None:
+        """Keep those control facts that the model answers, if they are to be asked for.
+
+        It is done once in a run, before any edit; a checkpoint brings what was found then.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, EditDataModule) and data.controls_open:
+            found = known(self.model, self.tokenizer, data.controls)
+            data.keep_known(self.trainer.strategy.broadcast(found))
 
     # Set-up
 

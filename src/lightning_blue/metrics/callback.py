@@ -164,6 +164,9 @@ class MeasureEdits(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the unedited model; a resumed run has done so before."""
+        pl_module.settle_controls()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.history.controls_kept = data.controls_kept
         if self.history.before:
             return
         if self.unedited_cache is None:

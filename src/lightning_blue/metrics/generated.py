@@ -200,7 +200,7 @@ def _ask(index: int, request: EditRequest, most: int) -> Iterator[_Question]:
         (table.PORTABILITY, request.portability),
     ):
         for probe in probes[:most]:
-            yield _Question(index, kind, probe.prompt, probe.answer)
+            yield _Question(index, kind, probe.prompt, probe.answer, probe.aliases)
 
 
 def _answer(

@@ -61,6 +61,8 @@ class RunHistory:
         requests: the requests of the run, in order.
         joints: what stands between the prompt and the object of each request, and why.
         rejected: requests that could not be used.
+        controls_kept: how many facts the unedited model answers, of how many it was asked for; None
+            where control facts were not asked for.
         batches: of each committed batch, by its number, the places of its requests in ``requests``.
         measurements: in the order they were taken.
         logged: edits applied and flat values, as the loggers got them.
@@ -85,6 +87,7 @@ class RunHistory:
     requests: list[EditRequest] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    controls_kept: tuple[int, int] | None = None
     batches: dict[int, list[int]] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)

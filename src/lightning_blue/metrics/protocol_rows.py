@@ -96,7 +96,6 @@ GENERATION_METRICS: tuple[MetricSpec, ...] = (
         )
         for suffix, said, function, definition, needs in _MATCHES
         for name, answer, prompts in _ASKED
-        if not (needs and name == "portability")  # aliases are the new object's
     ),
     _generated(
         "locality_generation",

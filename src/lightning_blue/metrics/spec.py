@@ -29,7 +29,7 @@ TRUE_OBJECT = "true object"  # only where the probabilities of two objects are c
 PARAPHRASES = "paraphrases"
 NEIGHBOURS = "neighbours"
 PORTABILITY = "portability prompts"  # what follows from the edit
-ALIASES = "aliases"  # of the new object
+ALIASES = "aliases"  # of the wanted object
 GENERATION_PROMPTS = "generation prompts"
 REFERENCE_TEXTS = "reference texts"
 

@@ -130,7 +130,7 @@ def estimate_cost(plans: Plans, requests: Sequence[EditRequest], *, stand_ins: b
         missing_layers=len(missing),
         tokens=round(source.tokens_per_dim * d_in),
         compared=source.report_change,
-        controls=plans.data.controls_wanted,
+        controls=plans.data.controls_at_most,
     )
     timed = parts(work, measure_rates(module, update, requests, plans.measure.tokens_per_batch))
     seconds = sum(part.seconds for part in timed)

@@ -134,6 +134,7 @@ def summary(history: RunHistory) -> dict[str, Any]:
     ``pre/efficacy``, ``pre/efficacy/standard_error`` and so on for each stage and metric,
     ``protocol`` and, where more than one was measured, ``protocol/added``,
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
+    ``controls/kept`` and ``controls/asked`` where control facts were asked for,
     ``export/dtype`` and ``export/rounding_loss/...`` where the model is saved in another dtype than
     it was edited in, ``seconds/edit`` (of one edit), ``seconds/editing``, ``seconds/evaluate``,
     ``seconds/ability``, ``seconds/prepare`` and ``seconds/total`` (of the run), ``settings/...``
@@ -155,6 +156,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
     }
     if history.added:
         numbers["protocol/added"] = ", ".join(history.added)
+    if history.controls_kept is not None:
+        numbers["controls/kept"], numbers["controls/asked"] = history.controls_kept
     if history.guard_events is not None:
         numbers["guard/events"] = len(history.guard_events)
     each = seconds_per_edit(history)

@@ -55,8 +55,20 @@ def rounding_lines(history: RunHistory) -> list[str]:
 
 
 def protocol_sentence(history: RunHistory) -> str:
-    """Say by which protocols the requests of a run were scored, and how many; or nothing."""
-    return " ".join(filter(None, [_main_sentence(history), _added_sentence(history)]))
+    """Say by which protocols a run was scored, on how many requests and which control facts."""
+    said = [_main_sentence(history), _added_sentence(history), _controls_sentence(history)]
+    return " ".join(filter(None, said))
+
+
+def _controls_sentence(history: RunHistory) -> str:
+    """Say which facts retained knowledge is over, where the model was asked for them."""
+    if history.controls_kept is None:
+        return ""
+    kept, asked = history.controls_kept
+    return (
+        f"Control facts: of {asked:,} facts the unedited model answers {kept:,}, and retained "
+        "knowledge is over those."
+    )
 
 
 def _added_sentence(history: RunHistory) -> str:
