@@ -1,0 +1,48 @@
+"""A stream in which a fact is edited again, A to B and then B to C: the last one is in force."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_blue.data import EditDataModule
+from lightning_blue.metrics.evaluation import evaluate
+from lightning_blue.reporting.files import summary
+from test_lightning import corpus, module, trainer_of  # noqa: F401  (fixtures)
+
+VERSIONS = ("Rome", "Oslo", "Bern")
+
+
+def version(number: int) -> list[dict[str, Any]]:
+    """The batch of a version: the fact that changes, from what it was, and one that stays."""
+    true = ("Paris", *VERSIONS)[number]
+    tower = {"subject": "Tower 0", "prompt": "{} lies in", "target_true": true}
+    other = {"subject": f"Mill {number}", "prompt": "{} belongs to", "target_true": "Ann"}
+    return [tower | {"target_new": VERSIONS[number]}, other | {"target_new": "Bo"}]
+
+
+def test_scores_at_the_end_are_over_the_last_version_only(module, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "stream.json"
+    path.write_text(json.dumps([fact for number in range(3) for fact in version(number)]))
+    data = EditDataModule(str(path), batch_size=2)
+    trainer = trainer_of()
+    trainer.fit(module, datamodule=data)
+    history = trainer.callbacks[1].history
+    assert (history.applied, history.in_force) == (6, [1, 3, 4, 5])
+    assert sorted(history.after) == [1, 3, 4, 5]
+    numbers = summary(history)
+    assert (numbers["edits/superseded"], numbers["post/efficacy/count"]) == (2, 4)
+    counts = [taken.metrics["efficacy"]["count"] for taken in history.of("cumulative")]
+    assert counts == [2, 3, 4]  # the fact that changes counts once, as it is wanted by then
+    (first,) = history.of("first_batch")
+    assert first.metrics["efficacy"]["count"] == 1  # its first version is no longer wanted
+    wanted = [data.requests[place] for place in (1, 3, 4, 5)]
+    again = evaluate(module.model, module.tokenizer, wanted, generate=False, continuation_tokens=0)
+    (post,) = history.of("post")
+    for name in ("efficacy", "efficacy_top1"):
+        assert post.metrics[name]["value"] == again.metrics[name]["value"]
+    assert [history.after[place].values["efficacy"] for place in (1, 3, 4, 5)] == [
+        outcome.values["efficacy"] for outcome in again.outcomes
+    ]
+    assert history.after[4].values["efficacy"] > 0  # more probable than the version before it
