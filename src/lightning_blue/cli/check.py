@@ -38,7 +38,7 @@ def check(own: Namespace, for_fit: Sequence[str]) -> int:
         cli.datamodule.edits = STAND_INS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says what is worth it
-        report = examine(_plans(cli), facts=own.facts, tokens=own.tokens, given=given)
+        report = examine(plans_of(cli), facts=own.facts, tokens=own.tokens, given=given)
     if own.json == "-":
         sys.stdout.write(report.to_json())
     else:
@@ -48,7 +48,7 @@ def check(own: Namespace, for_fit: Sequence[str]) -> int:
     return 0 if report.fit_to_go else 1
 
 
-def _plans(cli: EditCLI) -> Plans:
+def plans_of(cli: EditCLI) -> Plans:
     """Gather what `fit` would be made of."""
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     (update,) = (c for c in callbacks if isinstance(c, ClosedFormUpdate))

@@ -6,6 +6,7 @@ one section, Lightning's ``trainer`` included. Importing what is described would
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,6 +87,16 @@ def sections_of(command: str) -> dict[str, list[str]]:
     return (_STUDY if command == "analyze" else {}) | _EDITING | _LIGHTNING
 
 
+def first_sentences(command: str) -> dict[str, str]:
+    """Return what is said first of each key, by its dotted name."""
+    keys = {
+        f"{section}.{key.name}": key
+        for section in sections_of(command)
+        for key in _section(command, section)
+    } | {key.name: key for key in _REST}
+    return {name: _first_sentence(key.doc) for name, key in keys.items()}
+
+
 def _section(command: str, section: str) -> list[Key]:
     """Return the keys of a section, in the order of the signatures."""
     sources = sections_of(command)[section]
@@ -154,5 +165,8 @@ def _ends(text: str, place: int) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Return text on one line, without the marks of code."""
-    return " ".join(text.replace("``", "").split())
+    """Return text on one line, without the marks of code and of references."""
+    return " ".join(_REFERENCE.sub(r"\1", text).replace("``", "").split())
+
+
+_REFERENCE = re.compile(r":\w+:`~?([^`]+)`")

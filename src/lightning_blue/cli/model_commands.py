@@ -1,4 +1,4 @@
-"""The commands that look at a model before and after: check, ask.
+"""The commands that look at a model before and after: check, init, ask.
 
 Plain argparse; what is heavy is imported when the arguments are known to be right.
 """
@@ -20,6 +20,14 @@ Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
 --config=FILE. Exit code 0: fit to go; 1: something must be mended first; 2:
 input that cannot be used."""
 
+_INIT = """Write a commented run file for a model and facts: all that `fit` would decide, where
+each value comes from, and what `check` found. It is `fit --config=FILE` from there.
+
+Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
+--config=FILE; they are written down too. Exit code 0: written; 1: written, and
+the file says what must be mended first; 2: input that cannot be used, and
+nothing is written."""
+
 _ASK = """Let a model go on behind prompts: its greedy continuation, and the most probable
 next tokens. Of a run, the edited model is asked; with --before the unedited one
 beside it."""
@@ -39,6 +47,10 @@ def run_command(command: str, args: Sequence[str]) -> int:
             from lightning_blue.cli.check import check
 
             return check(chosen, rest)
+        if command == "init":
+            from lightning_blue.cli.init import init
+
+            return init(chosen, rest)
         from lightning_blue.cli.ask import ask_model
 
         return ask_model(chosen)
@@ -47,7 +59,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
 
 
 def parse(command: str, args: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Parse the arguments of a command; of ``check``, keep what is for `fit`.
+    """Parse the arguments of a command; of ``check`` and ``init``, keep what is for `fit`.
 
     Raises:
         UsageError: for arguments that the command does not have.
@@ -75,11 +87,11 @@ def model_parser(command: str) -> Parser:
     """Return the parser of a command's arguments."""
     parser = Parser(
         prog=f"lightning-blue {command}",
-        description={"check": _CHECK, "ask": _ASK}[command],
+        description=_DESCRIPTIONS[command],
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    {"check": _check_arguments, "ask": _ask_arguments}[command](parser)
+    _ARGUMENTS[command](parser)
     return parser
 
 
@@ -99,6 +111,17 @@ def _check_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the report for programs; - prints that one instead"
     )
+
+
+def _init_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, GGUF file or name on the hub")
+    parser.add_argument(
+        "--data", metavar="FACTS", required=True, help="file or data set, as data.path"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", default="run.yaml", help="the run file; default: run.yaml"
+    )
+    parser.add_argument("--force", action="store_true", help="write over a file that is there")
 
 
 def _ask_arguments(parser: Parser) -> None:
@@ -126,6 +149,10 @@ def _ask_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--system", help="system text of the chat template")
     parser.add_argument("--json", action="store_true", help="print it for programs")
+
+
+_DESCRIPTIONS = {"check": _CHECK, "init": _INIT, "ask": _ASK}
+_ARGUMENTS = {"check": _check_arguments, "init": _init_arguments, "ask": _ask_arguments}
 
 
 def _positive(text: str) -> int:

@@ -145,7 +145,7 @@ def _later(class_type: type, *args: Any, **kwargs: Any) -> Any:
 
 
 class EditCLI(RunFileCLI):
-    """What ``fit``, ``evaluate``, ``stats``, ``analyze`` and ``check`` are configured by.
+    """What ``fit``, ``evaluate``, ``stats``, ``analyze``, ``check`` and ``init`` are configured by.
 
     Args:
         args: of the command line.
@@ -155,7 +155,7 @@ class EditCLI(RunFileCLI):
     def __init__(
         self,
         args: Sequence[str],
-        command: Literal["fit", "evaluate", "stats", "analyze", "check"] = "fit",
+        command: Literal["fit", "evaluate", "stats", "analyze", "check", "init"] = "fit",
     ) -> None:
         self.recorded = command in ("fit", "evaluate")
         self.resume_from: Path | None = None

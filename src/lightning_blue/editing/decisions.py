@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from blue_callbacks import ClosedFormUpdate
 from lightning_blue.editing.depth import COUNT, FIRST
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import FIRST_STEP
+
+
+class Decision(NamedTuple):
+    """A setting that a run decided for itself.
+
+    Attributes:
+        name: by which a report shows it.
+        key: that changes it.
+        value: as a report shows it; None where other places do.
+        sentence: what was decided, and by which rule.
+    """
+
+    name: str
+    key: str
+    value: Any
+    sentence: str
 
 
 def decisions(module: EditModule, update: ClosedFormUpdate) -> list[str]:
@@ -17,58 +33,48 @@ def decisions(module: EditModule, update: ClosedFormUpdate) -> list[str]:
         module: of the run.
         update: that edits it, with its layers.
     """
-    return [sentence for _, _, sentence in _decided(module, update)]
+    return [f"{each.sentence} ({each.key})" for each in decided(module, update)]
 
 
 def decided_settings(module: EditModule, update: ClosedFormUpdate) -> dict[str, Any]:
     """Return the settings that were decided by the names that a report shows them by."""
-    decided = _decided(module, update)
-    settings = {name: value for name, value, _ in decided if value is not None}
-    if decided:
-        settings["decided_by_default"] = ", ".join(name.replace("_", " ") for name, _, _ in decided)
+    found = decided(module, update)
+    settings = {each.name: each.value for each in found if each.value is not None}
+    if found:
+        names = ", ".join(each.name.replace("_", " ") for each in found)
+        settings["decided_by_default"] = names
     return settings
 
 
-def _decided(module: EditModule, update: ClosedFormUpdate) -> list[tuple[str, Any, str]]:
-    """Return name, value and sentence of each; the value is None where other places show it."""
-    found: list[tuple[str, Any, str]] = []
+def decided(module: EditModule, update: ClosedFormUpdate) -> list[Decision]:
+    """Return what was left open and decided, see `decisions`."""
+    found: list[Decision] = []
     if update.proposed and update.layers:
         named = ", ".join(map(str, update.layers))
-        found.append(
-            (
-                "layers",
-                update.layers,
-                f"critical layers {named} of {len(module.blocks)}, by depth: at most {COUNT} from "
-                f"1/{FIRST} of it on, in the first half (update.layers)",
-            )
+        sentence = (
+            f"critical layers {named} of {len(module.blocks)}, by depth: at most {COUNT} from "
+            f"1/{FIRST} of it on, in the first half"
         )
+        found.append(Decision("layers", "update.layers", update.layers, sentence))
     if update.solver.kind == "least_squares" and update.solver.covariance_weight is None:
-        widths = {module.editable_weights.read(w).shape[1] for w in update.written_weights(module)}
-        weight = ", ".join(f"{width:,}" for width in sorted(widths))
-        found.append(
-            (
-                "covariance_weight",
-                weight,
-                f"weight of the covariance {weight}: one for each key dimension "
-                "(update.covariance_weight)",
-            )
-        )
+        weight = ", ".join(f"{width:,}" for width in key_widths(module, update))
+        sentence = f"weight of the covariance {weight}: one for each key dimension"
+        found.append(Decision("covariance_weight", "update.covariance_weight", weight, sentence))
     if module.target.learning_rate is None:
-        found.append(
-            (
-                "learning_rate",
-                f"{FIRST_STEP:g} |h| / sqrt(d_model)",
-                "learning rate of targets by the length of h: a first step moves by "
-                f"{FIRST_STEP:g} of it (model.target.learning_rate)",
-            )
+        sentence = (
+            "learning rate of targets by the length of h: a first step moves by "
+            f"{FIRST_STEP:g} of it"
         )
+        rate = f"{FIRST_STEP:g} |h| / sqrt(d_model)"
+        found.append(Decision("learning_rate", "model.target.learning_rate", rate, sentence))
     if module.chose_text and not module.covariance.trust:
         text = module.covariance.corpus
-        found.append(
-            (
-                "covariance_text",
-                text,
-                f"text of the covariance: {text}, of the package (model.covariance.corpus)",
-            )
-        )
+        sentence = f"text of the covariance: {text}, of the package"
+        found.append(Decision("covariance_text", "model.covariance.corpus", text, sentence))
     return found
+
+
+def key_widths(module: EditModule, update: ClosedFormUpdate) -> list[int]:
+    """Return the key dimensions of the weights that are written, each once, ascending."""
+    weights = update.written_weights(module)
+    return sorted({module.editable_weights.read(weight).shape[1] for weight in weights})

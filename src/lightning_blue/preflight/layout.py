@@ -17,13 +17,18 @@ MARK = "[{}]"  # around the subject's last token
 SMALL = 1e-4  # a probability below it is not spelled in percent
 
 
-def as_text(report: Report) -> str:
-    """Lay a report out in lines of at most 80 characters."""
+def as_text(report: Report, *, facts: bool = True) -> str:
+    """Lay a report out in lines of at most 80 characters.
+
+    Args:
+        report: to be laid out.
+        facts: whether it is shown how the model reads single facts.
+    """
     sections = [
         _model(report.model),
         _settings(report.settings, report.additivity),
         [] if report.requests is None else _requests(report.requests),
-        _facts(report.facts, report.requests),
+        _facts(report.facts, report.requests) if facts else [],
         [] if report.cost is None else _cost(report.cost),
         [line for note in report.notes for line in _line("note", note)],
         _verdict(report.problems),
@@ -118,7 +123,7 @@ def _arrived(arrival: Arrival) -> str:
 
 
 def _requests(requests: Requests) -> Iterator[str]:
-    yield from _line("facts", f"{requests.usable:,} of {requests.total:,} can be edited")
+    yield from _line("facts", f"{requests.usable:,} of {requests.total:,} will be edited")
     for unusable in requests.unusable:
         why = f"{unusable.source}: {_visible(unusable.reason)}; {unusable.hint}"
         yield from _line("unusable", why)
