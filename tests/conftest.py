@@ -32,6 +32,12 @@ LLAMA3_PATTERN = (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG = ("test_processes.py", "test_readme.py", "test_kill.py", "test_sweep.py", "test_disk.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take minutes: with several workers none should come last."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def bytes_to_unicode() -> dict[int, str]:
