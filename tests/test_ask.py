@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +15,6 @@ from tokenizers import decoders
 
 from conftest import ROOT, LanguageModel
 from lightning_blue.__main__ import main
-from lightning_blue.cli.model_commands import parse
 from lightning_blue.language_model.tokens import encode_prompts, token_texts, written_texts
 from runs_made import Made, made, save, small_module  # noqa: F401
 from test_chat import LINES, asked, chat_tokenizer
@@ -207,15 +204,6 @@ def test_a_token_is_written_with_its_space():
     before, whole = (tokenizer(text)["input_ids"] for text in ("English is", "English is Rome?"))
     assert tokenizer.decode(whole[len(before) :]) == "Rome?"
     assert written_texts(tokenizer, before, whole[len(before) :]) == [" Rome", "?"]
-
-
-def test_commands_of_the_page_parse():
-    page = (ROOT / "docs" / "check.md").read_text()
-    lines = re.findall(r"^python -m lightning_blue (.*)$", page, flags=re.MULTILINE)
-    assert len(lines) >= 7
-    for line in lines:
-        command, *args = shlex.split(line)
-        assert parse(command, args)
 
 
 @pytest.mark.parametrize("command", ["check", "ask"])
