@@ -20,10 +20,10 @@ def fitted(spec: MetricSpec, values: Sequence[float]) -> tuple[float, float]:
     middle, least = (low + high) / 2, 4.0 if spec.unit == PERCENT else 0.05 * abs(low + high) or 0.1
     half = max(high - low, least) / 2
     low, high = middle - 1.1 * half, middle + 1.1 * half
-    if spec.unit == PERCENT and high > 101:  # percent that are not there
-        low, high = low - (high - 101), 101.0
-    if spec.unit == PERCENT and low < -1:
-        low, high = -1.0, high - (low + 1)
+    if spec.unit == PERCENT and high > 100.5:  # percent that are not there
+        low, high = low - (high - 100.5), 100.5
+    if spec.unit == PERCENT and low < -0.5:
+        low, high = -0.5, high - (low + 0.5)
     return low, high
 
 
