@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from tokenizers import decoders
 
-from conftest import ROOT, LanguageModel
+from conftest import LanguageModel
 from lightning_blue.__main__ import main
 from lightning_blue.language_model.tokens import encode_prompts, token_texts, written_texts
 from runs_made import Made, made, save, small_module  # noqa: F401
@@ -204,26 +201,3 @@ def test_a_token_is_written_with_its_space():
     before, whole = (tokenizer(text)["input_ids"] for text in ("English is", "English is Rome?"))
     assert tokenizer.decode(whole[len(before) :]) == "Rome?"
     assert written_texts(tokenizer, before, whole[len(before) :]) == [" Rome", "?"]
-
-
-@pytest.mark.parametrize("command", ["check", "ask"])
-def test_help_comes_without_torch(command):
-    code = f"""
-import sys
-from lightning_blue.__main__ import main
-try:
-    main([{command!r}, "--help"])
-except SystemExit as stopped:
-    assert stopped.code == 0
-assert "torch" not in sys.modules
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "80"},
-    )
-    assert f"usage: lightning-blue {command}" in done.stdout
-    assert all(len(line) <= 80 for line in done.stdout.splitlines())

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, LanguageModel
-from lightning_blue.__main__ import main
+from lightning_blue.__main__ import MODEL_COMMANDS, RUN_COMMANDS, main
 from lightning_blue.runs.adapter import truncated
 from lightning_blue.runs.journal import Journal
 from runs_made import (  # noqa: F401
@@ -215,7 +215,7 @@ def test_a_full_disk_is_named(made, tmp_path, capsys, monkeypatch):  # noqa: F81
         assert not (tmp_path / form).exists()
 
 
-@pytest.mark.parametrize("command", ["show", "undo", "export", "apply"])
+@pytest.mark.parametrize("command", [*RUN_COMMANDS, *MODEL_COMMANDS])
 def test_help_comes_without_torch(command):
     code = f"""
 import sys

@@ -20,8 +20,9 @@ Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
 --config=FILE. Exit code 0: fit to go; 1: something must be mended first; 2:
 input that cannot be used."""
 
-_INIT = """Write a commented run file for a model and facts: all that `fit` would decide, where
-each value comes from, and what `check` found. It is `fit --config=FILE` from there.
+_INIT = """Write a commented run file for a model and facts: all that `fit` would decide,
+where each value comes from, and what `check` found. It is `fit --config=FILE`
+from there.
 
 Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
 --config=FILE; they are written down too. Exit code 0: written; 1: written, and
