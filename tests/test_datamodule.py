@@ -59,6 +59,24 @@ def test_edits_and_offset_choose_usable_requests(tmp_path: Path) -> None:
     ]
 
 
+def test_shuffle_moves_the_edits_and_leaves_the_last_word_on_a_text_where_it_is(
+    tmp_path: Path,
+) -> None:
+    facts = [fact(i) for i in range(8)]
+    facts[2], facts[6] = fact(9, target_new="Old"), fact(9, target_new="New")
+    path = write(tmp_path, [*facts, fact(10)])
+    plain = prepared(path, batch_size=4, edits=8, controls=5)
+    orders = [prepared(path, batch_size=4, edits=8, shuffle=seed) for seed in (0, 1, 1)]
+    subjects = [[r.subject for r in data.requests] for data in (plain, *orders)]
+    assert len({*map(tuple, subjects)}) == 3
+    assert subjects[2] == subjects[3]
+    for data, order in zip(orders, subjects[1:], strict=True):
+        assert sorted(order) == sorted(subjects[0])  # the same edits
+        assert [data.requests[place].target_new for place in (2, 6)] == ["Old", "New"]
+    shuffled = prepared(path, batch_size=4, edits=8, controls=5, shuffle=1)
+    assert shuffled.controls == plain.controls
+
+
 def test_control_facts_come_after_the_edits_on_other_subjects(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

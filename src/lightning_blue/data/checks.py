@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -122,6 +123,19 @@ def superseded(requests: Sequence[EditRequest]) -> list[int]:
     """Return the places of requests whose text a later one wants another object after."""
     newest = {request.text: place for place, request in enumerate(requests)}
     return [place for place, request in enumerate(requests) if newest[request.text] != place]
+
+
+def shuffled(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:
+    """Return the requests in a random order, which ``seed`` decides.
+
+    Requests on the same text keep their places, since of them the last one wins.
+    """
+    often = Counter(request.text for request in requests)
+    free = [place for place, request in enumerate(requests) if often[request.text] == 1]
+    order = list(requests)
+    for place, other in zip(free, random.Random(seed).sample(free, len(free)), strict=True):
+        order[place] = requests[other]
+    return order
 
 
 def end_with_blank(requests: Sequence[EditRequest]) -> list[EditRequest]:

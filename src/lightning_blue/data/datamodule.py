@@ -13,12 +13,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from blue_callbacks import CommittedBatches
-from blue_callbacks.ranges import COUNT, WHOLE, check_ranges
+from blue_callbacks.ranges import COUNT, SEED, WHOLE, check_ranges
 from lightning_blue.data.checks import (
     apply_policy,
     check_tokens,
     end_with_blank,
     pick_control_facts,
+    shuffled,
     superseded,
     take_distinct,
 )
@@ -73,6 +74,8 @@ class EditDataModule(LightningDataModule):
         batch_size: requests that are edited together.
         edits: how many requests to edit at most, None for all that there are.
         offset: how many usable requests to leave out before the first edit.
+        shuffle: seed of a random order of the requests that are edited, the same ones; None keeps
+            the order of the source (:func:`lightning_blue.data.checks.shuffled`).
         controls: what retained knowledge is measured on: how many control facts, true facts of the
             data behind the edited requests and on other subjects; or a source of facts as ``path``,
             of which those are kept that the unedited model answers.
@@ -103,9 +106,10 @@ class EditDataModule(LightningDataModule):
         chat: bool = False,
         system: str | None = None,
         protocol: str = "auto",
+        shuffle: int | None = None,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "edits": edits, "offset": offset}
+        counts = {"batch_size": batch_size, "edits": edits, "offset": offset, "shuffle": shuffle}
         if isinstance(controls, str):
             require_source(controls, "data.controls")
         check_ranges(
@@ -114,6 +118,7 @@ class EditDataModule(LightningDataModule):
             batch_size=COUNT,
             edits=COUNT,
             offset=WHOLE,
+            shuffle=SEED,
             controls=WHOLE,
         )
         # what else makes no sense whatever the data is
@@ -138,6 +143,7 @@ class EditDataModule(LightningDataModule):
             require_source(self.path)
         self.format, self.split = format, split
         self.batch_size, self.edits, self.offset = batch_size, edits, offset
+        self.shuffle = shuffle
         self.on_unusable = on_unusable
         self.controls_wanted = controls
         self._requests: list[EditRequest] | None = None
@@ -208,6 +214,8 @@ class EditDataModule(LightningDataModule):
         usable, faults = self._readable(usable, tokenizer, max_length, contexts_length, embeddings)
         rejected += faults
         chosen, rest, clashing = take_distinct(usable[self.offset :], self.edits, self.batch_size)
+        if self.shuffle is not None:
+            chosen = shuffled(chosen, self.shuffle)
         return SortedOut(chosen, rest, [*rejected, *clashing], total)
 
     def _readable(
