@@ -216,6 +216,18 @@ def test_seeds_are_averaged_and_other_settings_are_not(tmp_path):
     assert cell.runs == 3
 
 
+def test_seconds_per_edit_are_a_mean_and_its_range(tmp_path, capsys):
+    for seed, seconds in enumerate((2.0, 4.0, None)):
+        each = make_run(tmp_path, f"run-{seed}", values(seed, 0.5), seed_everything=seed)
+        if seconds is not None:
+            summary = json.loads((each / "summary.json").read_text())
+            (each / "summary.json").write_text(json.dumps(summary | {"seconds/edit": seconds}))
+    assert main(["compare", str(tmp_path)]) == 0
+    assert re.search(r"\| tiny +\| MEMIT +\| even +\| +3 \(2 to 4\) \|", capsys.readouterr().out)
+    with (tmp_path / "comparison" / "seconds.csv").open() as file:
+        assert [line["seconds_per_edit"] for line in csv.DictReader(file)] == ["2.0", "4.0"]
+
+
 def test_a_seed_that_is_not_finite_leaves_the_mean_so(tmp_path, capsys):
     for seed, number in enumerate((3.0, None, 4.0)):
         changed = {"seed_everything": seed, "post": {"perplexity": number}}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_blue.comparison import presented
+from lightning_blue.comparison import presented, records
 from lightning_blue.comparison.changes import changes, shared_requests
 from lightning_blue.comparison.curves import curves, figures
 from lightning_blue.comparison.differences import between_runs, differences
@@ -84,13 +84,16 @@ def _add_scores(made: Comparison, scores: Sequence[ScoreTable]) -> None:
     for group in table.GROUPS[1:]:
         for each in scores:
             made.add(presented.score_grid(each, group))
-    made.records["scores"] = presented.score_records(scores)
-    made.records["improvement"] = presented.improvement_records(improved)
+    for each in scores:
+        made.add(presented.seconds_grid(each))
+    made.records["scores"] = records.score_records(scores)
+    made.records["seconds"] = records.seconds_records(scores)
+    made.records["improvement"] = records.improvement_records(improved)
 
 
 def _add_differences(made: Comparison, scores: Sequence[ScoreTable]) -> None:
     """Test BLUE against the classic plan, and each method against the first one, plan by plan."""
-    records = []
+    lines = []
     for each in scores:
         parts = {
             "BLUE against the classic plan": each.pairs(),
@@ -100,8 +103,8 @@ def _add_differences(made: Comparison, scores: Sequence[ScoreTable]) -> None:
             found = differences(each, pairs)
             name = f"differences-{each.setting.edits}-{each.setting.batch_size}-{number}"
             made.add(presented.difference_grid(name, f"{title}, {each.setting.title}", found))
-            records += presented.difference_records(found)
-    made.records["differences"] = records
+            lines += records.difference_records(found)
+    made.records["differences"] = lines
 
 
 def _add_changes(made: Comparison, first: FinishedRun, second: FinishedRun) -> None:
@@ -118,8 +121,8 @@ def _add_changes(made: Comparison, first: FinishedRun, second: FinishedRun) -> N
     names = first.folder.name, second.folder.name
     made.add(presented.difference_grid("differences", f"{names[1]} less {names[0]}", tested))
     made.add(presented.changes_grid(found, shared, names))
-    made.records["differences"] = presented.difference_records(tested)
-    made.records["changed"] = presented.change_records(found)
+    made.records["differences"] = records.difference_records(tested)
+    made.records["changed"] = records.change_records(found)
 
 
 def _add_paper(made: Comparison, name: str, scores: Sequence[ScoreTable]) -> None:
@@ -130,16 +133,16 @@ def _add_paper(made: Comparison, name: str, scores: Sequence[ScoreTable]) -> Non
 
 
 def _add_curves(made: Comparison, scores: Sequence[ScoreTable]) -> None:
-    records = []
+    lines = []
     for each in scores:
         found = curves(each)
-        records += [
+        lines += [
             {"edits_in_all": each.setting.edits, "batch_size": each.setting.batch_size, **line}
-            for line in presented.curve_records(found)
+            for line in records.curve_records(found)
         ]
         for name, picture in figures(found, each).items():
             made.pictures[f"curves-{each.setting.edits}-{each.setting.batch_size}-{name}"] = picture
-    made.records["curves"] = records
+    made.records["curves"] = lines
 
 
 def _common(paths: Sequence[Path]) -> Path:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from statistics import fmean
 
 from lightning_blue.comparison import paper
 from lightning_blue.comparison.changes import Change
-from lightning_blue.comparison.curves import Curves
 from lightning_blue.comparison.differences import Difference
 from lightning_blue.comparison.grids import Cell, Grid
 from lightning_blue.comparison.improvement import Improvement
 from lightning_blue.comparison.labels import plan_title
+from lightning_blue.comparison.runs import FinishedRun
 from lightning_blue.comparison.scores import Column, Estimate, Row, ScoreTable
 from lightning_blue.metrics import table
 from lightning_blue.reporting.tables import NOT_FINITE, value_and_error
@@ -51,7 +51,34 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
         f"scores-{scores.setting.edits}-{scores.setting.batch_size}{suffix.replace(', ', '-')}",
         f"{scores.setting.title}{suffix}",
         caption,
-        ["model", "method", "plan", *_titles(columns)],
+        ["model", "method", "plan", *column_titles(columns)],
+        rows,
+        texts=3,
+    )
+
+
+def seconds_grid(scores: ScoreTable) -> Grid | None:
+    """Return what an edit cost in each run's row: wall-clock seconds without measuring."""
+    places = [place for place, runs in scores.runs.items() if seconds_of(runs)]
+    if not places:
+        return None
+    data_names = list(dict.fromkeys(data for _, data in places))
+    rows = [
+        [
+            *map(Cell, (row.model, row.method, plan_title(row.plan))),
+            *(Cell(_mean_and_range(scores.runs.get((row, data), []))) for data in data_names),
+        ]
+        for row in scores.rows
+        if any(row == place for place, _ in places)
+    ]
+    named = [f"{data}: seconds per edit" for data in data_names]
+    return Grid(
+        f"seconds-{scores.setting.edits}-{scores.setting.batch_size}",
+        f"Seconds per edit, {scores.setting.title}",
+        "Wall-clock seconds of the edit batches over the edits, without measuring: mean over runs, "
+        "in brackets the least and the most. They compare only where the runs had the same machine "
+        "to themselves.",
+        ["model", "method", "plan", *(named if len(named) > 1 else ["seconds per edit"])],
         rows,
         texts=3,
     )
@@ -67,7 +94,7 @@ def improvement_grid(scores: ScoreTable, found: Sequence[Improvement]) -> Grid |
             Cell(each.row.method),
             Cell("-" if each.percent is None else f"{each.percent:.2f}"),
             Cell(f"{each.improved} of {each.columns + len(each.undefined)}"),
-            Cell(", ".join(_titles(each.undefined)) or "-"),
+            Cell(", ".join(column_titles(each.undefined)) or "-"),
         ]
         for each in found
     ]
@@ -188,77 +215,6 @@ def changes_grid(found: Sequence[Change], shared: int, names: tuple[str, str]) -
     return Grid("changed", f"Requests that changed from {first} to {second}", caption, header, rows)
 
 
-def score_records(scores: Sequence[ScoreTable]) -> list[dict[str, Any]]:
-    """Return every estimate as one line of a CSV file."""
-    return [
-        {
-            "edits": each.setting.edits,
-            "batch_size": each.setting.batch_size,
-            **row._asdict(),
-            **column._asdict(),
-            **vars(each.cells[row, column]),
-            "best": each.best(row, column),
-            "improved_by_blue": each.improved(row, column) if each.classic(row) else None,
-        }
-        for each in scores
-        for row in each.rows
-        for column in each.columns
-        if (row, column) in each.cells
-    ]
-
-
-def difference_records(found: Sequence[Difference]) -> list[dict[str, Any]]:
-    """Return every test as one line of a CSV file."""
-    return [
-        {
-            **{f"first_{key}": value for key, value in each.first._asdict().items()},
-            **{f"second_{key}": value for key, value in each.second._asdict().items()},
-            **{k: v for k, v in vars(each).items() if k not in ("first", "second")},
-        }
-        for each in found
-    ]
-
-
-def improvement_records(found: Sequence[Improvement]) -> list[dict[str, Any]]:
-    """Return every average improvement as one line of a CSV file."""
-    return [
-        {
-            **each.row._asdict(),
-            "percent": each.percent,
-            "columns": each.columns,
-            "improved": each.improved,
-            "undefined": "; ".join(_titles(each.undefined)),
-        }
-        for each in found
-    ]
-
-
-def curve_records(found: Curves) -> list[dict[str, Any]]:
-    """Return every point of the curves as one line of a CSV file."""
-    return [
-        {**row._asdict(), "data": data, "metric": metric, **point._asdict()}
-        for (data, metric, row), points in found.items()
-        for point in points
-    ]
-
-
-def change_records(found: Sequence[Change]) -> list[dict[str, Any]]:
-    """Return every request that changed as one line of a CSV file."""
-    return [
-        {
-            **dict(zip(("case_id", "prompt", "target_new"), change.request, strict=True)),
-            **{
-                f"{name}_{run}": value
-                for name, pair in change.metrics.items()
-                for run, value in zip("ab", pair, strict=True)
-            },
-            **dict(zip(("probability_a", "probability_b"), change.probability, strict=True)),
-            **dict(zip(("text_a", "text_b"), change.text, strict=True)),
-        }
-        for change in found
-    ]
-
-
 def _paper_grid(
     part: str,
     data: str,
@@ -302,6 +258,19 @@ def _protocol(scores: ScoreTable, data: str) -> str:
     )
 
 
+def seconds_of(runs: Sequence[FinishedRun]) -> list[float]:
+    """Return each run's seconds per edit; nothing of one that did not note them."""
+    return [float(run.summary["seconds/edit"]) for run in runs if "seconds/edit" in run.summary]
+
+
+def _mean_and_range(runs: Sequence[FinishedRun]) -> str:
+    seconds = seconds_of(runs)
+    if not seconds:
+        return "-"
+    mean = f"{fmean(seconds):.3g}"
+    return mean if len(seconds) == 1 else f"{mean} ({min(seconds):.3g} to {max(seconds):.3g})"
+
+
 def _score(scores: ScoreTable, row: Row, column: Column) -> Cell:
     estimate = scores.cells.get((row, column))
     return Cell(_text(estimate), scores.best(row, column), scores.improved(row, column))
@@ -319,7 +288,7 @@ def _text(estimate: Estimate | None) -> str:
     return text
 
 
-def _titles(columns: Sequence[Column]) -> list[str]:
+def column_titles(columns: Sequence[Column]) -> list[str]:
     """Name columns; by data set too where there are several."""
     several = len({column.data for column in columns}) > 1
     return [
