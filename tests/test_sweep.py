@@ -197,6 +197,10 @@ def test_identity_knows_the_content_of_local_files(planned, tmp_path):
     (after,) = planned(path, tmp_path, f"--data.path={facts}")
     assert before.config == after.config
     assert before.identity != after.identity
+    (controls,) = planned(path, tmp_path, f"--data.controls={facts}")
+    facts.write_text(facts.read_text().replace("Lyon", "Pisa"))
+    _fingerprint.cache_clear()
+    assert planned(path, tmp_path, f"--data.controls={facts}")[0].identity != controls.identity
 
 
 def test_two_combinations_that_are_the_same_run_are_refused(planned, tmp_path):
@@ -548,6 +552,17 @@ def check_same(root: Path, uninterrupted: Path, tmp_path: Path) -> None:
     for name in names:
         assert run_files(root / "sweep", name) == run_files(uninterrupted, name), name
     assert table(root / "sweep", tmp_path) == table(uninterrupted, tmp_path)
+
+
+def test_a_run_that_decides_its_layers_is_the_one_that_was_asked_for(small_sweep, tmp_path):
+    path, args = small_sweep
+    open_ = ["--update.layers=null", "--model.target.steps=1", "--data.edits=1"]
+    run = plan_runs(read_sweep(path), tmp_path, [*args, *open_])[0]
+    with redirect_stdout(io.StringIO()):
+        assert main(run.command) == 0
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert written["update"]["layers"]
+    assert run.state == "finished"
 
 
 @pytest.mark.skipif(WHOLE, reason="the whole test kills the sweep itself")

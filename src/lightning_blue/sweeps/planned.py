@@ -30,12 +30,14 @@ ELSEWHERE = re.compile(
 SOURCES = (
     "model/name_or_path",
     "data/path",
+    "data/controls",
     "measure/text",
     "measure/ability/data",
     "model/covariance/corpus",
 )
 BUNDLED = resources.files("lightning_blue") / "assets" / "almanac"
 SEED = "PL_GLOBAL_SEED"
+DECIDED = ("update/layers",)  # what a run writes into its configuration where nothing was asked for
 DIGITS = 10  # of the identity, in a folder's name
 LONGEST = 100  # characters of a folder's name before them
 _SAMPLES, _SAMPLE = 64, 65536  # blocks of a large file that are read, and their bytes
@@ -90,7 +92,11 @@ class PlannedRun:
             written = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             return False
-        return isinstance(written, dict) and content(written) == self.config
+        if not isinstance(written, dict):
+            return False
+        found = content(written)
+        decided = {key: None for key in DECIDED if self.config.get(key) is None and key in found}
+        return {**found, **decided} == self.config
 
 
 def plan_runs(sweep: Sweep, root: Path, more: Sequence[str] = ()) -> list[PlannedRun]:
