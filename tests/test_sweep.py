@@ -119,7 +119,11 @@ def test_axes_can_be_narrowed(tmp_path):
             sweep.narrowed([choice])
 
 
-@pytest.mark.parametrize("path", sorted(PAPER.glob("*table2.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(CONF.glob("*/*table2.yaml")), CONF / "real" / "orders.yaml"],
+    ids=lambda p: p.stem,
+)
 def test_a_wandb_agent_takes_the_same_file(path):
     """W&B's own code makes the command of each combination; it asks for that combination alone."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
@@ -141,7 +145,7 @@ def test_a_wandb_agent_takes_the_same_file(path):
             "-m",
             "lightning_blue",
             "sweep",
-            f"conf/paper/{path.name}",
+            f"conf/{path.parent.name}/{path.name}",
         ]
         chosen, for_fit = parse("sweep", command[5:])
         assert not for_fit
@@ -241,8 +245,17 @@ COUNTS = {
     "fig6": (8, []),
     "small_table2": (24, ["seed_everything=1"]),
     "smollm_table2": (8, []),
+    "held_back": (12, ["update.covariance_weight=500"]),
+    "smollm_counterfact": (10, []),
+    "gemma_counterfact": (10, []),
+    "orders": (12, ["data.shuffle=1"]),
 }
-SWEEPS = [path for path in sorted(PAPER.glob("*.yaml")) if "parameters" in path.read_text()]
+SWEEPS = [
+    path
+    for folder in (PAPER, CONF / "real")
+    for path in sorted(folder.glob("*.yaml"))
+    if "parameters" in path.read_text()
+]
 
 
 def test_every_committed_sweep_has_a_test():
