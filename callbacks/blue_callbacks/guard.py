@@ -238,6 +238,8 @@ def change_norm(change: WeightChange, weight: Tensor) -> float:
 
     From the factors; what a transform has cut (RECT) is formed, on the weight's device.
     """
+    if change.whole is not None:
+        return spectral_norm(change.whole)
     if change.kept is None:
         return spectral_norm(change.left, change.right)
     kept = unpack_bits(change.kept, weight.numel()).view(weight.shape).to(weight.device)

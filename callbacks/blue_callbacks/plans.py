@@ -49,6 +49,11 @@ def last(layers: Sequence[int]) -> list[LayerUpdate]:
     return [LayerUpdate(layers[-1], layers[-1], 1.0)]
 
 
+def none(layers: Sequence[int]) -> list[LayerUpdate]:
+    """Write no layer; the plan of methods that leave the weights alone (in-context editing)."""
+    return []
+
+
 Plan = Callable[[Sequence[int]], list[LayerUpdate]]
 
 PLANS: dict[str, Plan] = {
@@ -58,6 +63,7 @@ PLANS: dict[str, Plan] = {
     "computed": computed,
     "first": first,
     "last": last,
+    "none": none,
 }
 
 

@@ -32,6 +32,13 @@ class EditableModule(Protocol):
     ``retained_knowledge()`` are what `EditGuard` watches beside the weights; ``single_edit(batch,
     column)`` returns a batch of one edit, by which that is told from the others whose numbers are
     not finite.
+
+    The baselines ask for other methods. Fine-tuning: ``edit_gradient(batch, columns, weight)``
+    returns the losses ``(k,)`` of k edits, in nats per target token, and the gradient of their mean
+    with respect to the weight, ``(d_out, d_in)``; ``propose_trained_layers()`` is asked in the
+    place of ``propose_layers()``. In-context editing: ``remembering(batch)`` returns a context
+    manager that puts a batch's facts where they are retrieved from, and takes them out again if its
+    block raises.
     """
 
     @property

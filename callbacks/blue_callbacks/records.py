@@ -15,9 +15,10 @@ class WeightChange:
     """What a batch of n edits added to one weight.
 
     The change is ``left @ right``; where a transform has cut it (RECT), the entries that stayed are
-    kept as one bit each, ``d_out * d_in / 8`` bytes, since the rest follows from the factors. A
-    post-edit transform (PRUNE) belongs to no batch: it is a function of the unedited and the edited
-    weight, and so needs nothing but its name.
+    kept as one bit each, ``d_out * d_in / 8`` bytes, since the rest follows from the factors. Where
+    it is no sum over edits (fine-tuning), it is kept ``whole``, and left, right, keys and residual
+    are of no edit. A post-edit transform (PRUNE) belongs to no batch: it is a function of the
+    unedited and the edited weight, and so needs nothing but its name.
 
     Attributes:
         weight: which.
@@ -34,6 +35,8 @@ class WeightChange:
             ``(ceil(d_out * d_in / 8),)``; None: all.
         change_norm: Frobenius norm of what was added.
         residual_norm: mean over edits of the norm of ``share * (target - output)``.
+        whole: the change itself, ``(d_out, d_in)``, the weight's precision, on the CPU; None: it is
+            ``left @ right``.
     """
 
     weight: WeightId
@@ -47,12 +50,15 @@ class WeightChange:
     kept: Tensor | None
     change_norm: float
     residual_norm: float
+    whole: Tensor | None = None
 
     def apply(self, before: Tensor) -> Tensor:
         """Return the weight after the batch, given the one before it, ``(d_out, d_in)``.
 
         The arithmetic is that of the run: on the same processor the same bits.
         """
+        if self.whole is not None:
+            return before + self.whole.to(before)
         return apply_factors(before, self.left, self.right, self.kept)
 
 

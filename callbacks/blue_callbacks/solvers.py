@@ -16,12 +16,17 @@ NEARLY_ALL, NEARLY_NONE = 0.98, 0.02  # fractions of key dimensions worth a warn
 NAMED = 5  # dimensions that a note lists
 
 
+Kind = Literal["least_squares", "null_space", "fine_tuning", "in_context"]
+CLOSED_FORMS = ("least_squares", "null_space")
+
+
 @dataclass(frozen=True)
 class Solver:
     """Settings that turn a covariance into a whitening map.
 
     Args:
-        kind: ``least_squares`` (MEMIT) or ``null_space`` (AlphaEdit).
+        kind: ``least_squares`` (MEMIT) or ``null_space`` (AlphaEdit); of the baselines that solve
+            nothing, ``fine_tuning`` or ``in_context``.
         covariance_weight: least squares: lambda of Eq. 5 and 8; None: as many as the weight has
             key dimensions, d_in.
         threshold: null space: eigenvalue below which a direction is kept.
@@ -29,7 +34,7 @@ class Solver:
         ridge: null space: AlphaEdit's L2.
     """
 
-    kind: Literal["least_squares", "null_space"] = "least_squares"
+    kind: Kind = "least_squares"
     covariance_weight: float | None = None
     threshold: float = 0.02
     energy: float | None = None
@@ -44,6 +49,11 @@ class Solver:
             energy=FRACTION,
             ridge=POSITIVE,
         )
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether updates are solved for in closed form, from a covariance of keys."""
+        return self.kind in CLOSED_FORMS
 
     def whitening(self, covariance: Tensor) -> Whitening:
         """Return the whitening map for a covariance, ``(d_in, d_in)``.

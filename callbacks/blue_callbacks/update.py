@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blue_callbacks.closed_form import KeyMemory, SingularCovarianceError, Whitening
 from blue_callbacks.errors import InputError, NonFiniteError, UnsolvableError
+from blue_callbacks.fine_tuning import FineTuning, check_baseline, fine_tuned_change
 from blue_callbacks.plans import LayerUpdate, layer_updates
 from blue_callbacks.protocol import (
     EditableModule,
@@ -57,14 +58,16 @@ class ClosedFormUpdate(Callback):
     Args:
         layers: critical layers, ascending. None: those that the module proposes.
         plan: which layers are written with whose residual: ``boundary`` (BLUE), ``even`` (MEMIT),
-            ``square_root`` (PMET), ``computed``, ``first`` or ``last``.
+            ``square_root`` (PMET), ``computed``, ``first`` or ``last``; ``none`` writes no layer.
         covariance_weight: least squares: weight lambda of the covariance (mom2_update_weight).
             None: as many as the weight has key dimensions. It counts tokens of ordinary text that
             a key is weighed against, and published values (15,000 for 14,336 and for 16,384
             dimensions, 20,000 for 6,400) are of that size.
         past_keys: whether keys of earlier batches are respected too (Eq. 8).
         solver: ``least_squares`` lets outputs at keys of ordinary text change, at a price;
-            ``null_space`` (AlphaEdit) leaves them as they are.
+            ``null_space`` (AlphaEdit) leaves them as they are. Two baselines solve nothing:
+            ``fine_tuning`` trains the one layer of the plan ``first`` or ``last`` on the edits, and
+            ``in_context``, with the plan ``none``, has facts put before prompts.
         threshold: null space: directions whose eigenvalue in the covariance is below it are kept.
         energy: null space: instead of a threshold, the fraction of the covariance's trace that the
             kept directions may hold.
@@ -74,30 +77,38 @@ class ClosedFormUpdate(Callback):
         post_edit_transform: what is done once, after the last batch: ``prune`` compresses the
             singular values of the whole update; ``prune_official`` is what BLUE's published code
             does.
+        fine_tuning: how the solver ``fine_tuning`` trains.
     """
 
     def __init__(
         self,
         layers: Sequence[int] | None = None,
-        plan: Literal["boundary", "even", "square_root", "computed", "first", "last"] = "boundary",
+        plan: Literal[
+            "boundary", "even", "square_root", "computed", "first", "last", "none"
+        ] = "boundary",
         covariance_weight: float | None = None,
         past_keys: bool = True,
-        solver: Literal["least_squares", "null_space"] = "least_squares",
+        solver: Literal[
+            "least_squares", "null_space", "fine_tuning", "in_context"
+        ] = "least_squares",
         threshold: float = 0.02,
         energy: float | None = None,
         ridge: float = 10.0,
         rect_keep: float | None = None,
         post_edit_transform: Literal["prune", "prune_official"] | None = None,
+        fine_tuning: FineTuning = FineTuning(),  # noqa: B008  (frozen)
     ) -> None:
         check_ranges("update", {"rect_keep": rect_keep}, rect_keep=FRACTION)
         self.plan = plan
         self.solver = Solver(solver, covariance_weight, threshold, energy, ridge)
-        self.past_keys = past_keys
+        self.fine_tuning = fine_tuning
+        self.past_keys = past_keys and self.solver.closed_form
         self.rect_keep = rect_keep
         self.post_edit_transform = post_edit_transform
         self.layers: list[int] = []
         self.layer_updates: list[LayerUpdate] = []
         self.proposed = layers is None  # by the module, as soon as there is one
+        check_baseline(solver, plan, rect_keep, post_edit_transform)
         if layers is not None:
             self._choose(layers)
         else:
@@ -109,7 +120,7 @@ class ClosedFormUpdate(Callback):
         self._request_ids: list[list[str]] = []  # of each committed batch
         self._past: dict[WeightId, list[PastBatch]] = {}
         self._covariances: dict[str, str] = {}  # weight -> fingerprint
-        self._resumed: dict[WeightId, Tensor] = {}  # edited weights of a checkpoint, until they fit
+        self._resumed: dict[WeightId, Tensor] | None = None  # of a checkpoint, until they fit
         self._memory: dict[WeightId, KeyMemory] = {}
         self._resuming = False  # until the first batch after a resume is seen to be a new one
 
@@ -119,9 +130,11 @@ class ClosedFormUpdate(Callback):
         Raises:
             InputError: if it proposes none.
         """
-        if self.layers:
+        if self.layers or self.plan == "none":
             return
-        propose = getattr(module, "propose_layers", None)
+        trained = self.solver.kind == "fine_tuning"
+        name = "propose_trained_layers" if trained else "propose_layers"
+        propose = getattr(module, name, None)
         if propose is None:
             raise InputError(
                 "no critical layers are given, and the module proposes none",
@@ -168,31 +181,37 @@ class ClosedFormUpdate(Callback):
         module = cast(EditableModule, pl_module)
         weights = self.written_weights(module)
         prepare = getattr(pl_module, "prepare", None)
-        if prepare is not None:
+        if prepare is not None and self.solver.closed_form:
             prepare(self.layers, weights, self.solver.covariance_weight)
+        elif prepare is not None:
+            prepare(self.layers, weights, covariances=False)
         with torch.no_grad():
             for weight in weights:
-                self._same_covariance(weight, module.key_covariance(weight))
-                self._memory_of(module, weight)
+                if self.solver.closed_form:
+                    self._same_covariance(weight, module.key_covariance(weight))
+                    self._memory_of(module, weight)
                 if self.post_edit_transform is not None and weight not in self.original:
                     self.original[weight] = module.editable_weights.read(weight).clone()
-            for weight, value in self._resumed.items():
+            for weight, value in (self._resumed or {}).items():
                 module.editable_weights.write(weight, value)
-        if self._resumed:
-            self._resumed, self._resuming = {}, True
+        if self._resumed is not None:
+            self._resumed, self._resuming = None, True
             cast(Any, module).edit_batches_held = self.committed
 
     def on_edit_batch(self, trainer: Trainer, module: EditableModule, batch: Any) -> None:
         """Walk the plan over one edit batch, then remember its keys."""
         weights = self.written_weights(module)
         self._refuse_a_second_time(module, batch)
-        with restored_on_error(module.editable_weights, weights) as before:
-            changes = self._write_all(module, batch)
+        with (
+            restored_on_error(module.editable_weights, weights) as before,
+            self._remembering(module, batch),
+        ):
+            changes = self._changes(trainer, module, batch)
             if self.rect_keep is not None:
                 changes = self._cut(module, before, changes, self.rect_keep)
             if self.past_keys and self.rect_keep is not None:
                 changes = self._keys_read_again(module, batch, changes)
-            ids = request_ids(module, batch, changes[0].keys.shape[1])
+            ids = request_ids(module, batch, changes[0].keys.shape[1] if changes else 0)
             record = EditRecord(self.committed, ids, tuple(changes))
             self.norms |= _norms(changes)
             for hook in edit_hooks(trainer, "on_edit_written"):
@@ -238,6 +257,30 @@ class ClosedFormUpdate(Callback):
                 where="the dataloader",
                 hint="let it start at batch trainer.global_step, as CommittedBatches does",
             )
+
+    def _remembering(self, module: EditableModule, batch: Any) -> AbstractContextManager[Any]:
+        """Hold a batch's facts where they are retrieved from, if that is the method."""
+        if self.solver.kind != "in_context":
+            return nullcontext()
+        if not hasattr(module, "remembering"):
+            raise InputError(
+                "the module retrieves no facts, which in-context editing needs",
+                where="update.solver = in_context",
+                hint="choose least_squares, null_space or fine_tuning",
+            )
+        return cast("AbstractContextManager[Any]", cast(Any, module).remembering(batch))
+
+    def _changes(self, trainer: Trainer, module: EditableModule, batch: Any) -> list[WeightChange]:
+        """Write a batch by the chosen solver."""
+        if self.solver.closed_form:
+            return self._write_all(module, batch)
+        changes = []
+        for weight in self.written_weights(module):
+            how, number = self.fine_tuning, self.committed
+            change, norms = fine_tuned_change(trainer, module, batch, weight, how, number)
+            changes.append(change)
+            self.norms |= norms
+        return changes
 
     def _write_all(self, module: EditableModule, batch: Any) -> list[WeightChange]:
         """Write every layer of the plan; a target layer's targets are found when first needed."""
@@ -433,6 +476,7 @@ class ClosedFormUpdate(Callback):
 
     def _settings(self) -> dict[str, Any]:
         """Return what must not change within a run, as plain values."""
+        kind = self.solver.kind
         return {
             "layers": self.layers,
             "plan": self.plan,
@@ -440,6 +484,7 @@ class ClosedFormUpdate(Callback):
             "rect_keep": self.rect_keep,
             "post_edit_transform": self.post_edit_transform,
             **{"solver" if k == "kind" else k: v for k, v in asdict(self.solver).items()},
+            **({"fine_tuning": asdict(self.fine_tuning)} if kind == "fine_tuning" else {}),
         }
 
     def _same_covariance(self, weight: WeightId, covariance: Tensor) -> None:
@@ -483,6 +528,7 @@ def _norms(changes: Sequence[WeightChange]) -> dict[str, float]:
             ("delta_norm", change.change_norm),
             ("residual_norm", change.residual_norm),
         )
+        if change.whole is None or name == "delta_norm"  # what is not solved has no residual
     }
 
 

@@ -59,7 +59,8 @@ def edit(
         facts: what it should say: dictionaries with ``subject``, ``prompt`` (with ``{}`` for the
             subject) and ``target_new``, tuples of these three, with ``target_true`` behind or
             without, a pandas DataFrame, a split of ``datasets``, or the path of a file.
-        method: a row of ``conf/methods``: ``memit``, ``rect``, ``prune``, ``alphaedit``, ``pmet``.
+        method: a row of ``conf/methods``: ``memit``, ``rect``, ``prune``, ``alphaedit``, ``pmet``;
+            or ``locft_bf``, a baseline that fine-tunes.
             None: that of ``after``, or ``memit``.
         plan: which layers are written with whose residual. None: that of ``after``, or
             ``boundary`` (BLUE).
@@ -137,10 +138,16 @@ def _build(
     after: EditResult | None,
 ) -> _Parts:
     """Build what a run is made of; data and settings are refused before the model is touched."""
-    seeded = {"model.seed": seed, "measure.seed": seed, **values}
+    seeded = {"model.seed": seed, "measure.seed": seed, "update.fine_tuning.seed": seed, **values}
     path = str(facts) if isinstance(facts, Path) else facts
     data = EditDataModule(path, **by_name.arguments("data", seeded))
     update = ClosedFormUpdate(**by_name.arguments("update", seeded))
+    if update.solver.kind == "in_context":
+        raise InputError(
+            "in-context editing changes no weight, and so there would be no edited model",
+            where="edit(method)",
+            hint="measure it with `lightning-blue fit --config conf/methods/in_context.yaml`",
+        )
     guard = EditGuard(**by_name.arguments("guard", seeded))
     measure = MeasureEdits(**by_name.arguments("measure", seeded))
     module = EditModule(model, tokenizer, **by_name.arguments("model", seeded))

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from blue_callbacks import ClosedFormUpdate
 from lightning_blue import __version__
+from lightning_blue.cli.baselines import require_closed_form
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.reporting import MeasureEdits
 from lightning_blue.studies.bench import Bench, StudySettings
@@ -102,6 +103,7 @@ def make_bench(cli: AnalyzeCLI) -> Bench:
         InputError: if the data or the layers cannot be used.
     """
     (update,) = (c for c in cli.trainer.callbacks if isinstance(c, ClosedFormUpdate))  # type: ignore[attr-defined]
+    require_closed_form(update, "analyze")
     (measure,) = (c for c in cli.trainer.callbacks if isinstance(c, MeasureEdits))  # type: ignore[attr-defined]
     module = cli.model.to(cli.trainer.strategy.root_device)
     data = cli.datamodule

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blue_callbacks import ClosedFormUpdate, EditGuard
+from lightning_blue.cli.baselines import require_closed_form
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.data.hub import ALMANAC
 from lightning_blue.preflight.checking import Plans, examine
@@ -52,6 +53,7 @@ def plans_of(cli: EditCLI) -> Plans:
     """Gather what `fit` would be made of."""
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     (update,) = (c for c in callbacks if isinstance(c, ClosedFormUpdate))
+    require_closed_form(update, cli.command)
     (measure,) = (c for c in callbacks if isinstance(c, MeasureEdits))
     (guard,) = (c for c in callbacks if isinstance(c, EditGuard))
     return Plans(

@@ -24,6 +24,7 @@ from blue_callbacks import (
     UnsolvableError,
 )
 from lightning_blue.cli.analyze import analyze
+from lightning_blue.cli.baselines import require_closed_form
 from lightning_blue.cli.parser import EditCLI, RunFileCLI
 from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.editing.covariance_file import Collected
@@ -107,6 +108,7 @@ def stats(args: Sequence[str]) -> None:
     """Collect the covariance of the layers that the update would write."""
     cli = EditCLI(args, "stats")
     update = _only(cli.trainer, ClosedFormUpdate)
+    require_closed_form(update, "stats")
     module = cli.model.to(cli.trainer.strategy.root_device)
     weights = update.written_weights(module)
     module.prepare(update.layers, weights, update.solver.covariance_weight)

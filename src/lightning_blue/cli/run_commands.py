@@ -69,6 +69,7 @@ def undo(args: Namespace) -> None:
     journal = Journal(args.run)
     journal.require_edits()
     removed, name = _removal(journal, args)
+    taking_out.require_possible(journal, removed, args.replay)
     replay = args.replay and not taking_out.is_exact(journal, removed)
     output = args.output or args.run / (name + ("-replay" if replay else ""))
     check_output(output, args.force)

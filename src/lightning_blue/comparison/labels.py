@@ -36,10 +36,12 @@ TITLES = {  # in the order of the paper's tables
     "rect": "RECT",
     "alphaedit": "AlphaEdit",
     "pmet": "PMET",
+    "locft_bf": "LocFT-BF",
+    "in_context": "in-context",
 }
 BLUE = "boundary"  # the plan
 CLASSIC = {"PMET": "square_root"}  # of every other method: even
-PLANS = ("even", "square_root", BLUE, "computed", "first", "last")  # order in tables
+PLANS = ("even", "square_root", BLUE, "computed", "first", "last", "none")  # order in tables
 UNEDITED = "unedited"
 
 

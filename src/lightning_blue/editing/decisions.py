@@ -49,6 +49,8 @@ def decided_settings(module: EditModule, update: ClosedFormUpdate) -> dict[str, 
 def decided(module: EditModule, update: ClosedFormUpdate) -> list[Decision]:
     """Return what was left open and decided, see `decisions`."""
     found: list[Decision] = []
+    if not update.solver.closed_form:
+        return _decided_for_baseline(module, update)
     if update.proposed and update.layers:
         named = ", ".join(map(str, update.layers))
         sentence = (
@@ -72,6 +74,15 @@ def decided(module: EditModule, update: ClosedFormUpdate) -> list[Decision]:
         sentence = f"text of the covariance: {text}, of the package"
         found.append(Decision("covariance_text", "model.covariance.corpus", text, sentence))
     return found
+
+
+def _decided_for_baseline(module: EditModule, update: ClosedFormUpdate) -> list[Decision]:
+    """Return what was decided for a baseline: the layer that is trained, where none was given."""
+    if not (update.proposed and update.layers):
+        return []
+    [layer] = update.layers
+    sentence = f"layer {layer} of {len(module.blocks)} is trained, at 0.7 of the depth"
+    return [Decision("layers", "update.layers", update.layers, sentence)]
 
 
 def key_widths(module: EditModule, update: ClosedFormUpdate) -> list[int]:

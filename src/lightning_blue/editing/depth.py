@@ -28,6 +28,23 @@ def layers_by_depth(n_layers: int) -> list[int]:
     return list(range(first, max(first, last) + 1))
 
 
+def trained_layer(n_layers: int, usable: Sequence[int]) -> int:
+    """Return the layer that fine-tuning trains where none is given: at 0.7 of the depth.
+
+    LocFT-BF's published settings train 22 of 32 (Llama-3-8B), 23 of 32 (Mistral-7B) and, far below
+    these, 6 of 28 (Qwen2.5-7B); its paper finds late layers the most reliable.
+
+    Args:
+        n_layers: of the model.
+        usable: layers with a down projection that can be written, at least one.
+
+    >>> [trained_layer(n, range(n)) for n in (32, 12, 4, 1)]
+    [22, 8, 3, 0]
+    """
+    wanted = min(round(0.7 * n_layers), n_layers - 1)
+    return min(usable, key=lambda layer: (abs(layer - wanted), layer))
+
+
 def proposed_layers(n_layers: int, usable: Sequence[int]) -> list[int]:
     """Return those of `layers_by_depth` that can be edited.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,25 +63,30 @@ def percent_known(
     tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Probe],
     at_most: int = CONTROL_FACTS,
+    sent: Callable[[str], str] = str,
 ) -> float | None:
     """Return how many of the first facts are known, in percent; None without facts.
 
-    A fact is known if each token of its answer is the most probable one.
+    A fact is known if each token of its answer is the most probable one, behind what ``sent``
+    makes of its prompt.
     """
     asked = facts[:at_most]
     if not asked:
         return None
-    return 100 * sum(known(model, tokenizer, asked)) / len(asked)
+    return 100 * sum(known(model, tokenizer, asked, sent)) / len(asked)
 
 
 def known(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Probe]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Sequence[Probe],
+    sent: Callable[[str], str] = str,
 ) -> list[bool]:
     """Say of each fact whether a model knows it: each token of its answer is the most probable."""
     scores = score_targets(
         model,
         tokenizer,
-        [fact.prompt for fact in facts],
+        [sent(fact.prompt) for fact in facts],
         [fact.answer for fact in facts],
         prefixes=[fact.target_prefix for fact in facts],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from lightning_blue.data.corpus import require_own_text
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
-from lightning_blue.editing.depth import proposed_layers
+from lightning_blue.editing.depth import proposed_layers, trained_layer
+from lightning_blue.editing.fine_tuning import losses_and_gradient
 from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.editing.health import first_texts, known, percent_known, text_loss
+from lightning_blue.editing.in_context import Fact, FactMemory, InContext
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.editing.prompts import (
@@ -55,6 +58,7 @@ from lightning_blue.language_model.architectures import (
     weight_view,
 )
 from lightning_blue.language_model.batching import context_length
+from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.frozen_model import FrozenModel
 from lightning_blue.language_model.loading import (
     checkpoint_dtype,
@@ -63,7 +67,7 @@ from lightning_blue.language_model.loading import (
 )
 from lightning_blue.language_model.multimodal import LOADER, auto_class
 from lightning_blue.language_model.quantized import require_unquantized_model
-from lightning_blue.language_model.tokens import plain_ids
+from lightning_blue.language_model.tokens import plain_ids, target_prefixes
 from lightning_blue.language_model.vocabulary import check_vocabulary, vocabulary
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
@@ -90,6 +94,7 @@ class EditModule(LightningModule):
         seed: of the contexts that the model writes; None: the one of ``seed_everything``.
         export_dtype: of the edited model as it is saved: ``float32``, ``bfloat16`` or ``float16``.
             None: that of its checkpoint.
+        in_context: how facts stand before prompts, where the update's solver is ``in_context``.
 
     The model is frozen and in eval mode until the end of ``fit``, ``validate`` or ``test``; then it
     is as it was found, but for the edits.
@@ -106,6 +111,7 @@ class EditModule(LightningModule):
         architecture: Architecture | None = None,
         seed: int | None = None,
         export_dtype: str | None = None,
+        in_context: InContext = InContext(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
         check_contexts(context_tokens, seed, most=(context_length(model) or MAX_CONTEXT_TOKENS) - 1)
@@ -132,6 +138,7 @@ class EditModule(LightningModule):
         self.blocks = self.target_finder.blocks  # a plain list: already in self.model
         self.editable_weights = EditableWeights(self._weight_view)
         self.rounding = FinalRounding(self.editable_weights, self.export_dtype)
+        self.memory = FactMemory(in_context, markers(tokenizer))  # empty: prompts stay as they are
         self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
@@ -162,7 +169,10 @@ class EditModule(LightningModule):
                 self.check_layers(update.layers)
                 for part in update.layer_updates:
                     self._check_loss_layer(part.target_layer)
-            if not self._covariances:
+            closed = all(
+                each.solver.closed_form for each in callbacks if isinstance(each, ClosedFormUpdate)
+            )
+            if not self._covariances and closed:
                 self._require_own_text()
 
     def configure_callbacks(self) -> list[Callback]:
@@ -193,6 +203,7 @@ class EditModule(LightningModule):
             "model": self.identity,
             "templates": self.templates,
             "site": self.site.state_dict(),
+            "memory": self.memory.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -211,6 +222,8 @@ class EditModule(LightningModule):
         self._templates = saved["templates"]
         if "site" in saved:
             self.site.load_state_dict(saved["site"])
+        if "memory" in saved:
+            self.memory.load_state_dict(saved["memory"])
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -271,6 +284,26 @@ class EditModule(LightningModule):
         self.target_values[layer] = values.to(self.device)
         return self.target_values[layer][-1].T
 
+    def edit_gradient(
+        self, batch: Sequence[EditRequest], columns: Sequence[int], weight: WeightId
+    ) -> tuple[Tensor, Tensor]:
+        """Return losses of edits, ``(k,)``, and the gradient of their mean."""
+        prompts = self._prompts(batch)
+        chosen = [prompts[column] for column in columns]
+        return losses_and_gradient(self.model, self._projection(weight), chosen)
+
+    def remembering(self, batch: Sequence[EditRequest]) -> AbstractContextManager[None]:
+        """Put the facts of a batch before the prompts about them; no more if the block raises."""
+        prefixes = target_prefixes(
+            self.tokenizer, [r.shown for r in batch], [r.target_prefix for r in batch]
+        )
+        return self.memory.holding(
+            [
+                Fact(r.case_id, r.subject, r.shown, f"{r.shown}{prefix}{r.target_new}")
+                for r, prefix in zip(batch, prefixes, strict=True)
+            ]
+        )
+
     def request_ids(self, batch: Sequence[EditRequest]) -> list[str]:
         """Return the id of each request of a batch."""
         return [request.case_id for request in batch]
@@ -301,7 +334,7 @@ class EditModule(LightningModule):
         self.settle_controls()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         facts = data.controls if isinstance(data, EditDataModule) else []
-        return percent_known(self.model, self.tokenizer, facts)
+        return percent_known(self.model, self.tokenizer, facts, sent=self.memory)
 
     def settle_controls(self) -> None:
         """Keep those control facts that the model answers, if they are to be asked for.
@@ -363,10 +396,20 @@ class EditModule(LightningModule):
         Raises:
             InputError: if none of them can be edited.
         """
+        return proposed_layers(len(self.blocks), self._usable_layers())
+
+    def propose_trained_layers(self) -> list[int]:
+        """Return the one layer that fine-tuning trains where none is given.
+
+        Raises:
+            InputError: if no layer can be edited.
+        """
+        return [trained_layer(len(self.blocks), self._usable_layers() or self.propose_layers())]
+
+    def _usable_layers(self) -> list[int]:
         d_model = hidden_size(self.model)
         faults = [projection_fault(block, self.architecture, d_model) for block in self.blocks]
-        usable = [layer for layer, fault in enumerate(faults) if fault is None]
-        return proposed_layers(len(self.blocks), usable)
+        return [layer for layer, fault in enumerate(faults) if fault is None]
 
     def go_on_from(self, earlier: EditModule) -> None:
         """Take over what was found on the unedited model by the module that edited it before.
@@ -386,6 +429,7 @@ class EditModule(LightningModule):
         critical: Sequence[int],
         written: Sequence[WeightId],
         weight: float | None = None,
+        covariances: bool = True,
     ) -> None:
         """Find out what must come from the unedited model: contexts, target site, covariances.
 
@@ -394,6 +438,7 @@ class EditModule(LightningModule):
             written: the weights whose covariance is needed.
             weight: of the covariance in the update, for the report on whether its text was enough;
                 None: one for each key dimension.
+            covariances: whether the method needs covariances, and targets at the site.
 
         Raises:
             InputError: if the model has no such layer, the weights do not move the target site's
@@ -405,10 +450,10 @@ class EditModule(LightningModule):
         _ = self.identity, self.templates
         self._written = sorted({each.layer for each in written})
         data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-        if isinstance(data, EditDataModule):
+        if covariances and isinstance(data, EditDataModule):
             self.measure_site(self._written, data.requests[:PROMPTS])
         missing = sorted(set(self._written) - set(self._covariances))
-        if missing:
+        if missing and covariances:
             self._require_own_text()
             projections = {layer: self._projection(WeightId(layer)) for layer in missing}
             found = load_or_collect(

@@ -38,6 +38,7 @@ def generate(
     top_k: int = 5,
     seed: int = 0,
     stop_at_end: bool = False,
+    lengths_of: Sequence[str] | None = None,
     tokens_per_batch: int | None = None,
     progress: str | None = None,
 ) -> list[str]:
@@ -56,6 +57,8 @@ def generate(
         seed: of the sampling.
         stop_at_end: cut each text at its first end-of-text token. ROME's evaluation goes on, so
             that all texts are equally long.
+        lengths_of: n texts that count towards ``max_length`` in the prompts' place, where what is
+            sent to the model holds more than the prompt.
         tokens_per_batch: tokens written together, prompts included; by default as many as
             their keys and values take 2 GiB, or half of what is free on a GPU.
         progress: the label of a progress bar; none is shown without it.
@@ -70,7 +73,15 @@ def generate(
     distinct = list(dict.fromkeys(prompts))
     encoded = _encoded(model, tokenizer, distinct)
     lengths = [len(ids) for ids in encoded]
-    totals = [_total_length(model, length, max_length, max_new_tokens) for length in lengths]
+    counted = dict(zip(prompts, prompts if lengths_of is None else lengths_of, strict=True))
+    more = [0] * len(distinct)
+    if lengths_of is not None:
+        plain = encode_prompts(tokenizer, [counted[prompt] for prompt in distinct])
+        more = [length - len(ids) for length, ids in zip(lengths, plain, strict=True)]
+    totals = [
+        _total_length(model, length, max_length + extra, max_new_tokens)
+        for length, extra in zip(lengths, more, strict=True)
+    ]
     continued: dict[int, list[int]] = {}
     with (
         inference(model),

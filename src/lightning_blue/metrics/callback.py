@@ -297,6 +297,7 @@ class MeasureEdits(Callback):
             seed=run_seed(self.seed),
             tokens_per_batch=self.tokens_per_batch,
             progress=whole,
+            sent=module.memory,
         )
         self._count_seconds("evaluate", time.perf_counter() - started)
         if self.history.generation is not None and (whole or self.generation.each_batch):
@@ -321,6 +322,7 @@ class MeasureEdits(Callback):
             self.generation,
             unedited=unedited,
             progress=progress,
+            sent=module.memory,
         )
         self._count_seconds("answers", time.perf_counter() - started)
         return evaluation
@@ -378,6 +380,7 @@ class MeasureEdits(Callback):
             trainer.datamodule.controls,  # type: ignore[attr-defined]
             protocol=self.history.protocol,
             tokens_per_batch=self.tokens_per_batch,
+            sent=module.memory,
         )
         if self._text is not None:
             metrics["perplexity"] = perplexity(

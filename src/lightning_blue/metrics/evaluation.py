@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,6 +106,7 @@ def evaluate(
     seed: int = 0,
     tokens_per_batch: int = 4096,
     progress: bool = False,
+    sent: Callable[[str], str] = str,
 ) -> Evaluation:
     """Measure what a model says about edit requests, before or after they are applied.
 
@@ -133,6 +134,7 @@ def evaluate(
         seed: of the sampling of generated texts.
         tokens_per_batch: tokens in one forward pass.
         progress: whether to show progress bars.
+        sent: what the model is sent for a prompt of the data, the prompt itself by default.
 
     Raises:
         InputError: for an unknown protocol, or a prompt that the model's context cannot hold.
@@ -143,7 +145,7 @@ def evaluate(
         )
     compare = protocol == "counterfact" or table.PROBABILITY in added
     questions = [q for i, request in enumerate(requests) for q in _ask(i, request, compare)]
-    answers = _answer(model, tokenizer, questions, tokens_per_batch, progress)
+    answers = _answer(model, tokenizer, questions, tokens_per_batch, progress, sent)
     means = {
         spec.name: _judge(spec, measure, answers)
         for spec, measure in table.of_protocol(
@@ -155,10 +157,10 @@ def evaluate(
         for spec, measure in table.of_protocol(protocol, table.COMBINATION, added=added)
     }
     if generate:
-        texts = _write(model, tokenizer, requests, seed, progress)
+        texts = _write(model, tokenizer, requests, seed, progress, sent)
         for spec, measure in table.of_protocol(protocol, table.GENERATED_TEXT):
             means[spec.name] = _read(spec, measure, texts, requests, idf_texts)
-    continuations = _continue(model, tokenizer, requests, continuation_tokens, progress)
+    continuations = _continue(model, tokenizer, requests, continuation_tokens, progress, sent)
     outcomes = _outcomes(requests, answers, means, continuations)
     return Evaluation(_compute({**means, **scores}), outcomes)
 
@@ -171,6 +173,7 @@ def evaluate_control_facts(
     protocol: str = "counterfact",
     tokens_per_batch: int = 4096,
     progress: bool = False,
+    sent: Callable[[str], str] = str,
 ) -> Metrics:
     """Measure what a model still knows of control facts: known before the run, and not edited.
 
@@ -183,6 +186,7 @@ def evaluate_control_facts(
         protocol: ``counterfact`` or ``zsre``.
         tokens_per_batch: tokens in one forward pass.
         progress: whether to show a progress bar.
+        sent: as in `evaluate`.
 
     Returns:
         An estimate by metric name, ``retained_knowledge``; empty without facts.
@@ -192,7 +196,7 @@ def evaluate_control_facts(
         lambda part: scoring.score_targets(
             model,
             tokenizer,
-            [fact.prompt for fact in part],
+            [sent(fact.prompt) for fact in part],
             [fact.answer for fact in part],
             prefixes=[fact.target_prefix for fact in part],
             tokens_per_batch=tokens_per_batch,
@@ -232,6 +236,7 @@ def _answer(
     questions: Sequence[Question],
     tokens_per_batch: int,
     progress: bool,
+    sent: Callable[[str], str],
 ) -> list[Answer]:
     """Score the objects of all questions, each process those of its part in one go."""
 
@@ -242,7 +247,7 @@ def _answer(
             scoring.score_targets(
                 model,
                 tokenizer,
-                [prompt for prompt, _, _ in pairs],
+                [sent(prompt) for prompt, _, _ in pairs],
                 [target for _, target, _ in pairs],
                 prefixes=[prefix for _, _, prefix in pairs],
                 tokens_per_batch=tokens_per_batch,
@@ -294,16 +299,23 @@ def _write(
     requests: Sequence[EditRequest],
     seed: int,
     progress: bool,
+    sent: Callable[[str], str],
 ) -> list[tuple[int, str]]:
     """Continue all generation prompts; return each whole text with its request.
 
-    A chat template is no part of the text.
+    A chat template is no part of the text, and neither is what is sent besides the prompt: as much
+    is written behind it as without it.
     """
     prompts = [(i, p) for i, request in enumerate(requests) for p in request.generation_prompts]
     continuations = distribute(
         [prompt for _, prompt in prompts],
         lambda part: generation.generate(
-            model, tokenizer, part, seed=seed, progress="texts" if progress else None
+            model,
+            tokenizer,
+            [sent(prompt) for prompt in part],
+            lengths_of=part,
+            seed=seed,
+            progress="texts" if progress else None,
         ),
     )
     known = markers(tokenizer)
@@ -319,12 +331,13 @@ def _continue(
     requests: Sequence[EditRequest],
     tokens: int,
     progress: bool,
+    sent: Callable[[str], str],
 ) -> list[str]:
     """Return the model's greedy continuation of each request's prompt."""
     if not tokens:
         return [""] * len(requests)
     return distribute(
-        [request.text for request in requests],
+        [sent(request.text) for request in requests],
         lambda prompts: generation.generate(
             model,
             tokenizer,

@@ -88,6 +88,7 @@ def with_answers(
     *,
     unedited: Unedited | None = None,
     progress: bool = False,
+    sent: Callable[[str], str] = str,
 ) -> Evaluation:
     """Let a model answer the prompts of requests; add what that gives to an evaluation of them.
 
@@ -102,6 +103,7 @@ def with_answers(
         unedited: what the unedited model wrote after neighbourhood prompts, see
             `unedited_continuations`; locality is measured on the prompts among them.
         progress: whether to show a progress bar.
+        sent: what the model is sent for a prompt in its form, that itself by default.
 
     Returns:
         The evaluation with the metrics of the protocol ``generation``, their values in its
@@ -111,7 +113,7 @@ def with_answers(
         InputError: if a prompt cannot be brought into the form that is asked for, or does not fit
             the model's context.
     """
-    written = _answer(model, tokenizer, requests, settings, progress)
+    written = _answer(model, tokenizer, requests, settings, progress, sent)
     known = unedited or {}
     answers = [
         replace(each, unedited=known.get(each.prompt)) if each.prompts == table.NEIGHBOURS else each
@@ -209,6 +211,7 @@ def _answer(
     requests: Sequence[EditRequest],
     settings: GenerationSettings,
     progress: bool,
+    sent: Callable[[str], str],
 ) -> list[GeneratedAnswer]:
     """Let the model answer everything, each process its part in one go."""
     form = prompt_form(tokenizer, settings.prompt)
@@ -219,7 +222,7 @@ def _answer(
         continued = continue_prompts(
             model,
             tokenizer,
-            [form(each.prompt) for each in part],
+            [sent(form(each.prompt)) for each in part],
             [_passed_over(each, settings.stops) for each in part],
             stops=settings.stops,
             max_new_tokens=settings.max_new_tokens,

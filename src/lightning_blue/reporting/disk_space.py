@@ -86,8 +86,9 @@ def size_of_run(
 
     A checkpoint holds the edited weights, ``(d_out, d_in)`` each, the unedited ones too where a
     transform at the end needs them, and the past keys, ``(d_in, n)``. Records hold factors and keys
-    of each edit, ``d_out + 2 d_in`` values, and under RECT a bit for each entry of the weight. The
-    model is counted in the dtype that it is saved in, all else as float32 or what is wider.
+    of each edit, ``d_out + 2 d_in`` values, and under RECT a bit for each entry of the weight; of a
+    fine-tuned batch, the whole change. The model is counted in the dtype that it is saved in, all
+    else as float32 or what is wider.
 
     Args:
         updates: the callbacks that write edits.
@@ -98,8 +99,9 @@ def size_of_run(
         checkpoint_every: batches from one checkpoint to the next; 0 writes none.
         records: whether a record of each batch is kept.
     """
-    batches = -(-n // batch_size)
-    parameters = module.model.parameters() if export else []
+    updates, batches = list(updates), -(-n // batch_size)
+    writes = any(update.plan != "none" for update in updates)  # or the model is not saved
+    parameters = module.model.parameters() if export and writes else []
     model = sum(weight.numel() * module.export_dtype.itemsize for weight in parameters)
     kept = min(NEWEST, batches // checkpoint_every) if checkpoint_every else 0
     weights = keys = recorded = 0
@@ -109,7 +111,8 @@ def size_of_run(
             d_out, d_in = weight.shape
             weights += copies * weight.numel() * weight.element_size()
             keys += 4 * n * d_in if update.past_keys else 0
-            recorded += 4 * n * (d_out + 2 * d_in)
+            solved = update.solver.closed_form  # what is fine-tuned is recorded whole
+            recorded += 4 * (n * (d_out + 2 * d_in) if solved else batches * weight.numel())
             recorded += 0 if update.rect_keep is None else batches * weight.numel() // 8
     return Estimate(model, weights if kept else 0, keys, kept, recorded if records else 0)
 

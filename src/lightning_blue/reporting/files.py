@@ -32,6 +32,7 @@ from lightning_blue.reporting.views import (
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import write_atomic
 
+FACTS = "facts.json"  # of a run that changes no weight, in the place of a model
 SUMMARY_STAGES = ("pre", "post", "first_batch", "test")
 
 

@@ -51,7 +51,8 @@ class RunRecord(Callback):
         root: folder of all runs.
         wandb: ``offline`` (no key, no network), ``online`` or ``off``.
         project: the project of the W&B run.
-        export: whether to save the edited model in Hugging Face format.
+        export: whether to save the edited model in Hugging Face format; in-context editing changes
+            no weight, and its facts are saved in any case.
         checkpoint_every: batches from one checkpoint to the next; 0 writes none.
     """
 
@@ -264,7 +265,9 @@ class RunRecord(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
 
         def write_model() -> None:
-            if export:
+            if module.memory.facts:  # no weight was changed
+                write_atomic(folder / files.FACTS, module.memory.to_json())
+            elif export:
                 export_model(
                     folder / "model",
                     module.model,

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from blue_callbacks.solvers import CLOSED_FORMS
 from lightning_blue.data.memory import name_of
+
+BASELINES = {"fine_tuning": "LocFT-BF", "in_context": "in-context"}
+_BASELINE_SETTINGS = {
+    "fine_tuning": ("lr", "epochs", "mini_batch", "converged", "norm_constraint"),
+    "in_context": ("most", "fact", "lead"),
+}
 
 
 def run_settings(config: Any, command: str = "fit") -> dict[str, Any]:
@@ -13,8 +20,13 @@ def run_settings(config: Any, command: str = "fit") -> dict[str, Any]:
         settings = {"model": "model.name_or_path", "data": "data.path"}
     else:
         settings = {"model": "model.name_or_path", "site": "model.target.site", "data": "data.path"}
+        if config["update.solver"] not in CLOSED_FORMS:
+            del settings["site"]
         settings |= {"batch_size": "data.batch_size"}
         names = ["plan", "layers", "solver", "past_keys", *_solver_settings(config)]
+        if config["update.solver"] not in CLOSED_FORMS:
+            names = ["plan", "layers", "solver", "post_edit_transform"]
+        settings |= _baseline_settings(config)
         settings |= {name: f"update.{name}" for name in names}
     settings |= {name: f"data.{name}" for name in ("chat", "system") if config[f"data.{name}"]}
     chosen = {} if command == "evaluate" else {"method": method_name(config)}
@@ -31,6 +43,8 @@ def method_name(config: Any) -> str:
     >>> method_name(dict.fromkeys(keys) | chosen)
     'AlphaEdit + BLUE'
     """
+    if config["update.solver"] in BASELINES:
+        return BASELINES[config["update.solver"]]
     rows = {
         "PMET": config["model.target.site"] == "attention_and_ffn",
         "AlphaEdit": config["update.solver"] == "null_space",
@@ -47,3 +61,13 @@ def _solver_settings(config: Any) -> list[str]:
     if config["update.solver"] == "null_space":
         names = ["threshold" if config["update.energy"] is None else "energy", "ridge"]
     return [*names, "rect_keep", "post_edit_transform"]
+
+
+def _baseline_settings(config: Any) -> dict[str, str]:
+    """Return the settings of a baseline by the names that a report shows them by."""
+    solver = config["update.solver"]
+    section = {"fine_tuning": "update", "in_context": "model"}.get(solver, "")
+    return {
+        f"{solver}_{name}": f"{section}.{solver}.{name}"
+        for name in _BASELINE_SETTINGS.get(solver, ())
+    }

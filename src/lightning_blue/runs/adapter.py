@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blue_callbacks import WeightId
+from blue_callbacks.solvers import CLOSED_FORMS
 from lightning_blue.runs.base import UneditedModel
 from lightning_blue.runs.journal import Journal, JournalHeader
 from lightning_blue.runs.undo import transformed
@@ -48,8 +49,8 @@ def write_adapter(
     Args:
         folder: where to.
         journal: of the run.
-        base: loads the unedited model; called only where RECT or PRUNE made the change more than
-            a product of factors.
+        base: loads the unedited model; called only where RECT, PRUNE or fine-tuning made the
+            change more than a product of factors.
         rank: the highest rank allowed; None: any.
 
     Returns:
@@ -59,7 +60,8 @@ def write_adapter(
         InputError: if a record is damaged, or the disk is full or may not be written.
     """
     header = journal.header
-    if header.update["rect_keep"] is None and header.update["post_edit_transform"] is None:
+    plain = header.update["rect_keep"] is None and header.update["post_edit_transform"] is None
+    if plain and header.update["solver"] in CLOSED_FORMS:
         found = {weight: _from_factors(journal, weight, rank) for weight in header.weights}
     else:
         unedited = base()

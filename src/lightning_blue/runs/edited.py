@@ -47,6 +47,7 @@ def models_of(run: Path, before: bool, base: str | None = None) -> Iterator[Load
         yield _exported(run)
         return
     journal = Journal(run)
+    journal.require_weights()
     unedited = UneditedModel(journal.header.model, journal.header.weights, base)
     if before:
         yield unedited.model, unedited.tokenizer

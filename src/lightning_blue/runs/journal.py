@@ -25,7 +25,7 @@ from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.editing.module import EditModule
 from lightning_blue.language_model.architectures import down_projection
 from lightning_blue.language_model.loading import loaded_name
-from lightning_blue.reporting.files import versions
+from lightning_blue.reporting.files import FACTS, versions
 from lightning_blue.runs.record_files import RecordFile, write_record
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import NotWritten, make_folder, write_atomic
@@ -285,13 +285,28 @@ class Journal:
         """Refuse a run of which nothing can be made.
 
         Raises:
-            InputError: if it has no committed batch.
+            InputError: if it wrote no weight, or has no committed batch.
         """
+        self.require_weights()
         if not self.files:
             raise InputError(
                 "the run has no committed batch",
                 where=str(self.run_folder),
                 hint="go on with it: the command it was started with, and --ckpt_path=last",
+            )
+
+    def require_weights(self) -> None:
+        """Refuse a run that wrote no weight, where an edited model is wanted.
+
+        Raises:
+            InputError: if its facts stand in prompts.
+        """
+        if not self.header.weights:
+            raise InputError(
+                "the run changed no weight: its facts stand in front of prompts",
+                where=str(self.run_folder),
+                hint="take the unedited model, and the facts and their wording from "
+                f"{self.run_folder / FACTS}",
             )
 
     def changes(self, weight: WeightId) -> Iterator[tuple[int, WeightChange]]:
@@ -339,8 +354,11 @@ def describe(module: EditModule, update: ClosedFormUpdate) -> JournalHeader:
     """
     model = module.model
     module.check_layers(update.layers)
-    layers = update.written_layers
-    statistics = covariance_file(model, module.tokenizer, module.covariance, layers)
+    covariance: dict[str, Any] = {}
+    if update.solver.closed_form:
+        source, layers = module.covariance, update.written_layers
+        statistics = covariance_file(model, module.tokenizer, source, layers)
+        covariance = {"path": str(statistics.path), "identity": statistics.identity}
     return JournalHeader(
         run=uuid.uuid4().hex[:16],
         model=BaseModel(
@@ -352,7 +370,7 @@ def describe(module: EditModule, update: ClosedFormUpdate) -> JournalHeader:
             export_dtype=str(module.export_dtype).removeprefix("torch."),
         ),
         update=_plain(_settings(update)),
-        covariance={"path": str(statistics.path), "identity": statistics.identity},
+        covariance=covariance,
         weights=_written(module, update.written_weights(module)),
         versions=versions(),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blue_callbacks import WeightId
 from blue_callbacks.records import apply_factors
+from blue_callbacks.solvers import CLOSED_FORMS
 from lightning_blue.reporting.files import versions
 from lightning_blue.runs.base import UneditedModel
 from lightning_blue.runs.journal import BaseModel, Journal, WrittenWeight
@@ -132,9 +133,10 @@ def load_for(patch: Patch, path: str) -> UneditedModel:
 
 
 def _form(journal: Journal, weight: WeightId) -> str:
-    """Choose the smaller form; a transformed weight is no sum of batches."""
+    """Choose the smaller form; a transformed or fine-tuned weight is no sum of factors."""
     header = journal.header
-    if header.update["post_edit_transform"] is not None:
+    update = header.update
+    if update["post_edit_transform"] is not None or update["solver"] not in CLOSED_FORMS:
         return WHOLE
     d_out, d_in = header.weights[weight].shape
     edits = sum(map(len, journal.request_ids))

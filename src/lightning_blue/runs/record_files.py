@@ -23,7 +23,7 @@ from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import whole_file, writing
 
 FORMAT, VERSION = "lightning-blue edit record", "1"
-_TENSORS = ("left", "right", "keys", "residual", "past_keys", "kept")
+_TENSORS = ("left", "right", "keys", "residual", "past_keys", "kept", "whole")
 _PLAIN = ("target_layer", "share", "change_norm", "residual_norm")
 
 
@@ -107,12 +107,14 @@ class RecordFile:
         plain = self._changes[index]
         if digest(found) != plain["sha256"]:
             raise ValueError("its numbers are not those that were written")
-        n = len(self.request_ids)
+        n = 0 if "whole" in found else len(self.request_ids)  # what is whole has no columns
         d_out, d_in = found["left"].shape[0], found["right"].shape[1]
         wanted = {"left": (d_out, n), "right": (n, d_in), "keys": (d_in, n), "residual": (d_out, n)}
         for name, shape in wanted.items():
             if tuple(found[name].shape) != shape:
                 raise ValueError(f"{name} of {n} edits has the shape {tuple(found[name].shape)}")
+        if "whole" in found and tuple(found["whole"].shape) != (d_out, d_in):
+            raise ValueError(f"the whole change has the shape {tuple(found['whole'].shape)}")
         return WeightChange(
             weight=self._ids[index],
             target_layer=plain["target_layer"],
@@ -125,6 +127,7 @@ class RecordFile:
             kept=found.get("kept"),
             change_norm=plain["change_norm"],
             residual_norm=plain["residual_norm"],
+            whole=found.get("whole"),
         )
 
 

@@ -67,7 +67,7 @@ def _head(folder: Path, journal: Journal | None) -> Iterator[str]:
         yield f"model:    {model.name_or_path} ({model.type}, {model.dtype})"
         yield f"          unedited fingerprint {model.fingerprint}"
         update = header.update
-        layers = ", ".join(map(str, update["layers"]))
+        layers = ", ".join(map(str, update["layers"])) if header.weights else "none written"
         yield f"update:   {update['plan']}, {update['solver']}, layers {layers}"
         for name in ("rect_keep", "post_edit_transform"):
             if update[name] is not None:

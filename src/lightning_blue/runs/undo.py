@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blue_callbacks import KeyMemory, WeightId
-from blue_callbacks.solvers import Solver
+from blue_callbacks.solvers import CLOSED_FORMS, Solver
 from blue_callbacks.transforms import POST_EDIT_TRANSFORMS
 from lightning_blue.editing.brought import MARK, BroughtStatistics
 from lightning_blue.editing.covariance_file import CovarianceFile
@@ -77,6 +77,31 @@ def requests(journal: Journal, ids: Sequence[str]) -> Removed:
         for batch, names in enumerate(journal.request_ids)
     }
     return {batch: columns for batch, columns in found.items() if columns}
+
+
+def require_possible(journal: Journal, removed: Removed, replay: bool) -> None:
+    """Refuse to take out of a fine-tuned run what its records cannot tell apart.
+
+    Raises:
+        InputError: if single edits of a batch are to go, or later batches to be solved again.
+    """
+    if journal.header.update["solver"] in CLOSED_FORMS:
+        return
+    whole = "whole batches can be taken out: --to K, exactly, or --batch K"
+    if replay:
+        raise InputError(
+            "a run that was fine-tuned was not solved, and cannot be solved again",
+            where="--replay",
+            hint=f"leave it out; {whole}",
+        )
+    for batch, columns in removed.items():
+        if len(columns) < len(journal.files[batch].request_ids):
+            raise InputError(
+                f"batch {batch} was fine-tuned on all of its edits together, and none of them can "
+                "be taken out alone",
+                where="--requests",
+                hint=whole,
+            )
 
 
 def is_exact(journal: Journal, removed: Removed) -> bool:

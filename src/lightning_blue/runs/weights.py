@@ -39,7 +39,9 @@ def with_changes(original: Tensor, changes: Changes, removed: Removed) -> Tensor
     current = original.clone()
     for batch, change in changes:
         columns = removed.get(batch, ())
-        if len(columns) < change.left.shape[1]:
+        if change.whole is not None:  # all of its edits stay, or none does
+            current = current if columns else change.apply(current)
+        elif len(columns) < change.left.shape[1]:
             kept = leave_out(change, columns) if columns else change
             current = kept.apply(current)
     return current

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blue_callbacks.plans import layer_updates
+from blue_callbacks.solvers import CLOSED_FORMS
 from lightning_blue.sweeps.planned import PlannedRun
 from lightning_blue.sweeps.tasks import StatsTask
 
@@ -33,7 +34,7 @@ def covariance_tasks(runs: Sequence[PlannedRun]) -> list[StatsTask]:
     """
     by_source: dict[str, list[PlannedRun]] = {}
     for run in runs:
-        if not run.config.get(GIVEN):
+        if run.config["update/solver"] in CLOSED_FORMS and not run.config.get(GIVEN):
             by_source.setdefault(_source_key(run.config), []).append(run)
     tasks = []
     for key, group in by_source.items():
