@@ -11,6 +11,7 @@ import torch
 from lightning import Callback, Trainer
 
 from blue_callbacks import ClosedFormUpdate, CommittedBatches
+from blue_callbacks.fine_tuning import FineTuning
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule
 from lightning_blue.support.checkpoints import BatchCheckpoints, WholeCheckpointIO, checkpoints
@@ -33,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "rect": {"rect_keep": 0.4},
     "alphaedit": {"solver": "null_space", "energy": 0.3},
     "prune": {"post_edit_transform": "prune"},
+    "fine-tuning": {"solver": "fine_tuning", "plan": "first", "fine_tuning": FineTuning(lr=0.05)},
+    "in-context": {"solver": "in_context", "plan": "none"},
 }
 
 

@@ -12,6 +12,7 @@ from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.answers import generated_answers
+from lightning_blue.reporting.files import FACTS
 from lightning_blue.reporting.page import page
 from lightning_blue.reporting.plots import CAPTIONS, plots, png
 from lightning_blue.reporting.retention import retention_figure, retention_section
@@ -271,6 +272,13 @@ def _table(rows: list[list[str]], header: list[str]) -> str:
 
 
 def _reload(model_folder: str | None, history: RunHistory) -> str:
+    if history.settings.get("solver") == "in_context":
+        return fill(
+            f"No weight was changed, and no model was saved: `{FACTS}` holds the facts and how "
+            "they are put before prompts. Edits, paraphrases, neighbours, control facts and "
+            "generated texts were measured with it, each prompt behind those facts whose subject it names. "
+            "Perplexity and general ability are read without it: they are the unedited model's."
+        )
     if model_folder is None:
         return ""
     loader = loaded_with(history)
