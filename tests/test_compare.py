@@ -149,6 +149,7 @@ RECT_EVEN, RECT_BLUE = Row("tiny", "RECT", "even"), Row("tiny", "RECT", "boundar
 def test_methods_are_known_by_their_rows():
     shown = {"memit": "MEMIT", "rect": "RECT", "prune": "PRUNE"}
     shown |= {"alphaedit": "AlphaEdit", "pmet": "PMET"}
+    shown |= {"locft_bf": "LocFT-BF", "in_context": "in-context"}
     defaults = flat(yaml.safe_load((ROOT / "conf/methods/memit.yaml").read_text()))
     for stem, row in method_rows().items():
         if stem in shown:

@@ -61,6 +61,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "model.target.early_stop": "pmet",
     },
 }
+BASELINES: dict[str, dict[str, Any]] = {  # their plans belong to them
+    "locft_bf": {"update.solver": "fine_tuning", "update.plan": "last"},
+    "in_context": {"update.solver": "in_context", "update.plan": "none"},
+}
+# LocFT-BF's published code: Adam's rate, epochs, edits of a step, loss that ends it.
+LOCFT_BF = {"lr": 5e-4, "epochs": 25, "mini_batch": 100, "converged": 0.01, "norm_constraint": None}
 PAPER = ("memit", "rect", "prune", "alphaedit", "pmet")  # with run files for every model
 
 RUNS = {
@@ -138,7 +144,7 @@ def resolved(*args: str) -> dict[str, Any]:
 
 
 def test_every_run_file_is_in_the_tables():
-    rows = {f"methods/{method}.yaml" for method in METHODS}
+    rows = {f"methods/{method}.yaml" for method in (*METHODS, *BASELINES)}
     there = {
         str(path.relative_to(CONF))
         for path in CONF.glob("**/*.yaml")
@@ -173,6 +179,15 @@ def test_one_flag_switches_the_quick_start(method, plan):
     assert after == before | SHARED | METHODS[method] | {"update.plan": plan}
 
 
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_baseline_stands_where_the_closed_form_stood(method):
+    before = resolved("quickstart.yaml")
+    after = resolved("quickstart.yaml", f"methods/{method}.yaml")
+    assert after == before | BASELINES[method]
+    how = {name: after[f"update.fine_tuning.{name}"] for name in LOCFT_BF}
+    assert how == LOCFT_BF
+
+
 def test_a_report_names_the_method_and_the_settings_in_force():
     def shown(*args: str, command: str = "fit") -> dict[str, Any]:
         return run_settings(resolved(*args), command)
@@ -201,6 +216,12 @@ def test_a_report_names_the_method_and_the_settings_in_force():
     assert shown("llama3_rect.yaml")["rect_keep"] == 0.4
     both = shown("gptj_pmet_blue.yaml", "methods/prune.yaml")
     assert (both["method"], both["post_edit_transform"]) == ("PMET + PRUNE + BLUE", "prune")
+    tuned = shown("quickstart.yaml", "methods/locft_bf.yaml")
+    assert (tuned["method"], tuned["plan"], tuned["fine_tuning_lr"]) == ("LocFT-BF", "last", 5e-4)
+    told = shown("quickstart.yaml", "methods/in_context.yaml")
+    assert (told["method"], told["in_context_lead"]) == ("in-context", "Prompt: ")
+    unused = {"covariance_weight", "past_keys", "site"}
+    assert not unused & {*tuned, *told}
     measured = shown("quickstart.yaml", command="evaluate")
     assert measured == {"model": "almanac", "data": "almanac", "seed": 0}
 

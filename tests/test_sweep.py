@@ -244,6 +244,7 @@ COUNTS = {
     "table5": (24, ["data=zsre.yaml", "run=../gptj_pmet.yaml", "run=../gptj_pmet_blue.yaml"]),
     "fig6": (8, []),
     "small_table2": (24, ["seed_everything=1"]),
+    "small_baselines": (6, ["data.batch_size=20"]),
     "smollm_table2": (8, []),
     "held_back": (12, ["update.covariance_weight=500"]),
     "smollm_counterfact": (10, []),

@@ -276,8 +276,9 @@ def _reload(model_folder: str | None, history: RunHistory) -> str:
         return fill(
             f"No weight was changed, and no model was saved: `{FACTS}` holds the facts and how "
             "they are put before prompts. Edits, paraphrases, neighbours, control facts and "
-            "generated texts were measured with it, each prompt behind those facts whose subject it "
-            "names. Perplexity and general ability are read without it: they are the unedited model's."
+            "generated texts were measured with it, each prompt behind those facts whose subject "
+            "it names. Perplexity and general ability are read without it: they are those of the "
+            "unedited model."
         )
     if model_folder is None:
         return ""
