@@ -9,6 +9,7 @@ from blue_callbacks.closed_form import (
     null_space,
 )
 from blue_callbacks.errors import EditRejected, InputError, NonFiniteError, UnsolvableError
+from blue_callbacks.fine_tuning import FineTuning
 from blue_callbacks.guard import EditGuard
 from blue_callbacks.plans import PLANS, LayerUpdate, layer_updates
 from blue_callbacks.protocol import EditableModule, EditStepOptimizer, apply_edit_batch
@@ -27,6 +28,7 @@ __all__ = [
     "EditStepOptimizer",
     "EditableModule",
     "EditableWeights",
+    "FineTuning",
     "InputError",
     "KeyMemory",
     "LayerUpdate",
