@@ -219,7 +219,7 @@ class EditCLI(RunFileCLI):
         """Settle with the model what the run file leaves open, say it, and write it down."""
         update = self._get(self.config_init, "update")
         update.find_layers(self.model)
-        if update.proposed:
+        if update.proposed and update.layers:  # a run that writes no layer has none
             self.config["update"]["layers"] = update.layers
             self.record.config = self.parser.dump(self.config, skip_none=False, skip_check=True)
         for sentence in decisions(self.model, update):
