@@ -258,7 +258,7 @@ def test_a_layer_by_depth_is_trained_where_none_is_given(llama):
     assert update.written_layers == [3]  # of 0 to 3
 
 
-def test_edit_from_python_fine_tunes_and_goes_back(llama):
+def test_edit_from_python_fine_tunes_and_goes_back(llama, tmp_path):
     model = copy.deepcopy(llama.model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     wanted = [(r.subject, r.prompt, r.target_new) for r in REQUESTS[:2]]
@@ -267,6 +267,8 @@ def test_edit_from_python_fine_tunes_and_goes_back(llama):
     changed = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
     assert "LocFT-BF" in repr(result)
+    card = result.save(tmp_path / "model") / "README.md"
+    assert "were fine-tuned, one layer of them, so that" in card.read_text()
     result.undo()
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     with pytest.raises(InputError, match="there would be no edited model"):

@@ -69,7 +69,7 @@ def model_card(history: RunHistory, head: Mapping[str, Any] = MappingProxyType({
 
 # {inline(name)} with {_facts(history.applied)} edited
 
-The weights of {inline(name)} were edited directly (locate-then-edit) so that the model states the
+The weights of {inline(name)} were {_edited_how(history)} so that the model states the
 facts listed below. Everything else was meant to stay as it was; see the caution.
 
 ## How
@@ -125,6 +125,12 @@ def caution(history: RunHistory) -> str:
         "What was not measured may have changed as well. The edited facts are what the editor "
         "asked for, and need not be true."
     )
+
+
+def _edited_how(history: RunHistory) -> str:
+    if history.settings.get("solver") == "fine_tuning":
+        return "fine-tuned, one layer of them,"
+    return "edited directly (locate-then-edit)"
 
 
 def _licence(head: Mapping[str, Any]) -> str:
