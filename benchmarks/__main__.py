@@ -25,6 +25,7 @@ from benchmarks.results import Row, machine, markdown, read_rows, write_part
 from benchmarks.run import run_whole
 from benchmarks.shortcuts import run_shortcuts
 from benchmarks.timing import Clock
+from benchmarks.tracing import run_tracing
 from benchmarks.workload import ROOT, SHAPES, Workload, config_of, load_workload
 
 log = logging.getLogger("benchmarks")
@@ -37,6 +38,7 @@ WITH_MODEL: dict[str, Callable[[Workload, argparse.Namespace, Clock], list[Row]]
     "run": run_whole,
     "profile": run_profile,
     "shortcuts": run_shortcuts,
+    "tracing": run_tracing,
 }
 WITHOUT_MODEL: dict[str, Callable[[argparse.Namespace, Clock], list[Row]]] = {
     "closed_form": run_closed_form,
@@ -79,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
     add("--records", type=int, help="evaluation: records")
     add("--textbook-records", type=int, help="how many of them the textbook side scores")
     add("--textbook-texts", type=int, help="for how many of them it writes texts")
+    add("--facts", type=int, help="tracing: facts")
+    add("--samples", type=int, help="tracing: samples of noise")
+    add("--textbook-restorations", type=int, help="tracing: how many the textbook side does")
     for name, of in (("d-in", "keys"), ("d-out", "values"), ("new", "new keys"), ("past", "past")):
         add(f"--{name}", type=int, help=f"closed_form: number of {of}")
     add("--matmul", type=int, help="size of the square matrices that give the matmul rate")

@@ -24,6 +24,9 @@ _CPU: dict[str, Any] = {
     "d_out": 4096,
     "new": 100,
     "past": 1900,
+    "facts": 10,
+    "samples": 10,
+    "textbook_restorations": 40,
     "matmul": 2048,
 }
 _MINUTES = {
@@ -38,6 +41,8 @@ _MINUTES = {
     "d_in": 7168,
     "d_out": 2048,
     "past": 900,
+    "facts": 4,
+    "textbook_restorations": 20,
 }
 _GPU = {
     "device": "cuda",
@@ -68,6 +73,9 @@ _SMOKE = {
     "d_out": 16,
     "new": 4,
     "past": 8,
+    "facts": 2,
+    "samples": 2,
+    "textbook_restorations": 4,
     "matmul": 256,
 }
 

@@ -192,7 +192,7 @@ def test_a_row_says_ratio_and_distance_from_the_floor():
 
 
 PARTS = ["delta", "closed_form", "covariance", "evaluation", "run", "growth", "many"]
-PARTS += ["profile", "shortcuts", "curves"]
+PARTS += ["profile", "shortcuts", "curves", "tracing"]
 
 
 @pytest.fixture
@@ -212,6 +212,8 @@ def test_every_part_runs_at_a_tiny_size(alone, tmp_path, capsys):
     delta = json.loads((tmp_path / "delta.json").read_text())["rows"][0]
     assert delta["details"]["worst_loss_difference"] < 1e-4
     assert 0 < delta["floor"] < delta["ours"] < delta["textbook"]
+    for traced in json.loads((tmp_path / "tracing.json").read_text())["rows"]:
+        assert traced["details"]["worst_ratio_of_probabilities"] < 1e-4
 
 
 def test_the_gpu_preset_runs_at_a_tiny_size_on_the_cpu(alone, tmp_path):

@@ -1,4 +1,4 @@
-"""The commands that look at a model before and after: check, init, ask.
+"""The commands that look at a model before and after: check, locate, init, ask.
 
 Plain argparse; what is heavy is imported when the arguments are known to be right.
 """
@@ -29,6 +29,16 @@ Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
 the file says what must be mended first; 2: input that cannot be used, and
 nothing is written."""
 
+_LOCATE = """Find out which layers a model recalls facts in (causal tracing: noise on the
+subject, hidden states, FFN and attention outputs put back one at a time), and
+beside it where editing works: a few facts are edited in one layer after the
+other, measured, and taken back. Facts that the model does not know are left out.
+Writes tables, pictures and locate.json, whose layers `init` and `tune` read.
+
+Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
+--config=FILE. Exit code 0: written; 2: input that cannot be used, and nothing is
+written."""
+
 _ASK = """Let a model go on behind prompts: its greedy continuation, and the most probable
 next tokens. Of a run, the edited model is asked; with --before the unedited one
 beside it."""
@@ -52,6 +62,10 @@ def run_command(command: str, args: Sequence[str]) -> int:
             from lightning_blue.cli.init import init
 
             return init(chosen, rest)
+        if command == "locate":
+            from lightning_blue.cli.locate import locate
+
+            return locate(chosen, rest)
         from lightning_blue.cli.ask import ask_model
 
         return ask_model(chosen)
@@ -60,7 +74,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
 
 
 def parse(command: str, args: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Parse the arguments of a command; of ``check`` and ``init``, keep what is for `fit`.
+    """Parse the arguments of a command; of all but ``ask``, keep what is for `fit`.
 
     Raises:
         UsageError: for arguments that the command does not have.
@@ -125,6 +139,25 @@ def _init_arguments(parser: Parser) -> None:
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
 
 
+def _locate_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, GGUF file or name on the hub")
+    parser.add_argument(
+        "--data", metavar="FACTS", help="facts that it may know: file or data set, as data.path"
+    )
+    numbers = (
+        ("--facts", _positive, 20, "known facts that are traced at most"),
+        ("--samples", _positive, 5, "samples of noise, of each fact"),
+        ("--probe-facts", _not_negative, 12, "facts that the probe edits at most; 0: no probe"),
+        ("--probe-layers", _positive, 8, "layers that the probe tries, over the depth"),
+    )
+    for name, kind, default, meaning in numbers:
+        parser.add_argument(
+            name, type=kind, default=default, metavar="N", help=f"{meaning}; default: {default}"
+        )
+    parser.add_argument("--output", metavar="FOLDER", help="default: located/MODEL_FACTS")
+    parser.add_argument("--force", action="store_true", help="write over what is there")
+
+
 def _ask_arguments(parser: Parser) -> None:
     parser.add_argument(
         "source", metavar="RUN_OR_MODEL", help="folder of a run, or a model: folder or name"
@@ -152,8 +185,13 @@ def _ask_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print it for programs")
 
 
-_DESCRIPTIONS = {"check": _CHECK, "init": _INIT, "ask": _ASK}
-_ARGUMENTS = {"check": _check_arguments, "init": _init_arguments, "ask": _ask_arguments}
+_DESCRIPTIONS = {"check": _CHECK, "locate": _LOCATE, "init": _INIT, "ask": _ASK}
+_ARGUMENTS = {
+    "check": _check_arguments,
+    "locate": _locate_arguments,
+    "init": _init_arguments,
+    "ask": _ask_arguments,
+}
 
 
 def _positive(text: str) -> int:

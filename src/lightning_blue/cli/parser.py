@@ -155,7 +155,7 @@ class EditCLI(RunFileCLI):
     def __init__(
         self,
         args: Sequence[str],
-        command: Literal["fit", "evaluate", "stats", "analyze", "check", "init"] = "fit",
+        command: Literal["fit", "evaluate", "stats", "analyze", "check", "init", "locate"] = "fit",
     ) -> None:
         self.recorded = command in ("fit", "evaluate")
         self.resume_from: Path | None = None
@@ -208,7 +208,7 @@ class EditCLI(RunFileCLI):
         """Build everything; what fails leaves no empty folder to a run of the same name."""
         try:
             super().instantiate_classes()
-            if self.command != "evaluate":
+            if self.command not in ("evaluate", "locate"):
                 self._decide()
         except BaseException:
             if hasattr(self, "config_init"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,12 +182,13 @@ def _padded(model: PreTrainedModel, rows: Sequence[PackedRow]) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": mask.long().to(model.device)}
 
 
-def logits_at(model: PreTrainedModel, arguments: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+def logits_at(model: PreTrainedModel, arguments: Mapping[str, Any], positions: Tensor) -> Tensor:
     """Run a model, and its head on few positions.
 
     Args:
         model: a causal language model in eval mode.
-        arguments: of its forward pass; ``input_ids`` is ``(n_rows, n_tokens)``.
+        arguments: of its forward pass; ``input_ids`` is ``(n_rows, n_tokens)``. No cache is used
+            unless they say so.
         positions: indices into the flattened tokens; (n,).
 
     Returns:
@@ -199,7 +200,7 @@ def logits_at(model: PreTrainedModel, arguments: Mapping[str, Tensor], positions
 
     hook = model.get_output_embeddings().register_forward_pre_hook(gather)
     try:
-        logits = model(**arguments, use_cache=False).logits[0]
+        logits = model(**{"use_cache": False, **arguments}).logits[0]
     finally:
         hook.remove()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

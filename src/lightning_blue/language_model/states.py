@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -87,19 +87,39 @@ def adding(module: nn.Module, delta: Tensor, column: int) -> Iterator[None]:
     The sum is formed in float32 or better, on the output's device.
     """
 
-    def add(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def add(states: Tensor) -> Tensor:
+        return (precise(states) + delta.to(states.device)).to(states.dtype)
+
+    with _changing(module, len(delta), column, add):
+        yield
+
+
+@contextmanager
+def replacing(module: nn.Module, values: Tensor, column: int) -> Iterator[None]:
+    """Put ``(n_rows, d)`` in the place of a module's output at a column."""
+    with _changing(module, len(values), column, lambda states: values.to(states)):
+        yield
+
+
+@contextmanager
+def _changing(
+    module: nn.Module, n_rows: int, column: int, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Change a module's output at a column, ``(n_rows, d)``; the other columns stay."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         whole = hidden_of(output)
-        rows = whole.reshape(len(delta), -1, whole.shape[-1])  # OPT's FFN works on flat tokens
-        changed = (precise(rows[:, column]) + delta.to(whole.device)).to(whole.dtype)
+        rows = whole.reshape(n_rows, -1, whole.shape[-1])  # OPT's FFN works on flat tokens
+        changed = change(rows[:, column])
         parts = (rows[:, :column], changed[:, None], rows[:, column + 1 :])
         result = torch.cat(parts, dim=1).reshape(whole.shape)
         return (result, *output[1:]) if isinstance(output, tuple) else result
 
-    hook = module.register_forward_hook(add)
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()
 
 
 @contextmanager

@@ -33,6 +33,14 @@ class Encoded(NamedTuple):
     lookup: int
 
 
+class SubjectSpan(NamedTuple):
+    """A prompt as token ids, and which of them are its subject: from ``first`` to ``last``."""
+
+    ids: list[int]
+    first: int
+    last: int
+
+
 def place_in_context(context: str, template: str) -> str:
     """Put a request's template into the slot of a context template.
 
@@ -99,6 +107,26 @@ def encode_with_subject(
             )
         encoded.append(Encoded(ids[i], lookup))
     return encoded
+
+
+def encode_with_span(
+    tokenizer: PreTrainedTokenizerBase, templates: Sequence[str], subjects: Sequence[str]
+) -> list[SubjectSpan]:
+    """Encode as :func:`encode_with_subject` does, and say which tokens cover the subject.
+
+    A token that reaches across an end of the subject is one of them, special tokens are not.
+    """
+    encoded = encode_with_subject(tokenizer, templates, subjects)
+    filled = [fill(*pair) for pair in zip(templates, subjects, strict=True)]
+    _, offsets = _encode(tokenizer, [text for text, _ in filled])
+    return [
+        SubjectSpan(
+            ids,
+            next(i for i, (begin, stop) in enumerate(spans) if begin < stop and stop > start),
+            lookup,
+        )
+        for (ids, lookup), (_, start), spans in zip(encoded, filled, offsets, strict=True)
+    ]
 
 
 def target_prefixes(

@@ -30,7 +30,7 @@ def as_text(report: Report, *, facts: bool = True) -> str:
         [] if report.requests is None else _requests(report.requests),
         _facts(report.facts, report.requests) if facts else [],
         [] if report.cost is None else _cost(report.cost),
-        [line for note in report.notes for line in _line("note", note)],
+        [line for note in report.notes for line in line("note", note)],
         _verdict(report.problems),
     ]
     return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines) + "\n"
@@ -71,43 +71,43 @@ def percent(probability: float) -> str:
 
 
 def _model(model: ModelFacts) -> Iterator[str]:
-    yield from _line("model", f"{model.name} ({model.model_type})")
+    yield from line("model", f"{model.name} ({model.model_type})")
     context = "" if model.context is None else f", reads {model.context:,} tokens"
-    yield from _line("", f"{model.parameters / 1e6:,.1f} million parameters{context}")
+    yield from line("", f"{model.parameters / 1e6:,.1f} million parameters{context}")
     saved = "" if model.dtype == model.saved_dtype else f", saved in {model.saved_dtype}"
-    yield from _line("dtype", f"edited in {model.dtype}{saved}")
-    yield from _line("blocks", f"{model.block}, {model.n_layers} of them")
+    yield from line("dtype", f"edited in {model.dtype}{saved}")
+    yield from line("blocks", f"{model.block}, {model.n_layers} of them")
     shape = f"d_model {model.d_model:,} x d_in {model.d_in:,}"
-    where = f"layers {_span(model.editable)}"
-    yield from _line("weight", f"{model.down_projection}, {shape}, {where}")
+    where = f"layers {span(model.editable)}"
+    yield from line("weight", f"{model.down_projection}, {shape}, {where}")
     if model.attention_output is not None:
-        yield from _line("attention", f"{model.attention_output} (for PMET's target site)")
+        yield from line("attention", f"{model.attention_output} (for PMET's target site)")
     tied = "is the embedding (tied)" if model.tied_head else "is a matrix of its own"
-    yield from _line("head", tied)
+    yield from line("head", tied)
     sizes = f"{model.vocabulary:,} in the tokenizer, {model.embeddings:,} in the embedding"
-    yield from _line("tokens", sizes)
+    yield from line("tokens", sizes)
     before = " ".join(model.before_text) or "nothing"
-    yield from _line("BOS", f"{before} is put before a text")
+    yield from line("BOS", f"{before} is put before a text")
     spaced, unspaced = "|".join(model.spaced), "|".join(model.unspaced)
-    yield from _line("objects", f"behind a space {spaced}; behind none {unspaced}")
+    yield from line("objects", f"behind a space {spaced}; behind none {unspaced}")
     chat = "yes: --data.chat=true puts it around prompts" if model.chat_template else "none"
-    yield from _line("chat template", chat)
+    yield from line("chat template", chat)
 
 
 def _settings(settings: Settings, additivity: Sequence[Arrival]) -> Iterator[str]:
     how = ", proposed by depth: --update.layers gives others" if settings.proposed else ""
-    yield from _line("layers", f"{', '.join(map(str, settings.layers))}{how}")
+    yield from line("layers", f"{', '.join(map(str, settings.layers))}{how}")
     written = ", ".join(map(str, settings.written))
-    yield from _line("plan", f"{settings.plan}, which writes layers {written}")
+    yield from line("plan", f"{settings.plan}, which writes layers {written}")
     same: dict[str, list[int]] = {}
     for arrival in additivity:
         same.setdefault(_arrived(arrival), []).append(arrival.layer)
     for said, layers in same.items():
-        yield from _line("additivity", f"layers {_span(layers)}: {said}")
+        yield from line("additivity", f"layers {span(layers)}: {said}")
     if settings.site is not None:
         note = "" if settings.site_note is None else f"; {settings.site_note}"
-        yield from _line("target site", f"{settings.site}{note}")
-    yield from _line("device", settings.device)
+        yield from line("target site", f"{settings.site}{note}")
+    yield from line("device", settings.device)
 
 
 def _arrived(arrival: Arrival) -> str:
@@ -123,40 +123,40 @@ def _arrived(arrival: Arrival) -> str:
 
 
 def _requests(requests: Requests) -> Iterator[str]:
-    yield from _line("facts", f"{requests.usable:,} of {requests.total:,} will be edited")
+    yield from line("facts", f"{requests.usable:,} of {requests.total:,} will be edited")
     for unusable in requests.unusable:
         why = f"{unusable.source}: {_visible(unusable.reason)}; {unusable.hint}"
-        yield from _line("unusable", why)
+        yield from line("unusable", why)
     for place in requests.superseded:
-        yield from _line("superseded", f"{place}: a later batch wants another object after it")
+        yield from line("superseded", f"{place}: a later batch wants another object after it")
     if requests.blanks:
         said = "prompt ends with a blank, which is kept: the object follows without another"
-        yield from _line("blank", f"{', '.join(requests.blanks)}: {said}")
+        yield from line("blank", f"{', '.join(requests.blanks)}: {said}")
     for group in requests.companions:
         places = ", ".join(group.sources)
         said = (
             f"batch {group.batch}, {_visible(group.subject)}: {places}; one key cannot hold "
             "several targets, --model.target.merge_subjects=true gives them one"
         )
-        yield from _line("one subject", said)
+        yield from line("one subject", said)
 
 
 def _facts(facts: Sequence[FactSeen], requests: Requests | None) -> Iterator[str]:
     for number, fact in enumerate(facts):
         if number:
             yield ""
-        yield from _line(fact.source or f"case {fact.case_id}", "")
+        yield from line(fact.source or f"case {fact.case_id}", "")
         yield from _folded("tokens", cut_into_tokens(fact.tokens, fact.lookup))
         joined = repr(fact.prefix) if fact.prefix else "nothing"
         objects = cut_into_tokens(fact.object_tokens)
         yield from _folded("object", f"{objects}   behind {joined} ({fact.joined_by})")
-        yield from _line("says now", _visible(fact.says_now) or "nothing")
-        yield from _line("probability", _probabilities(fact))
+        yield from line("says now", _visible(fact.says_now) or "nothing")
+        yield from line("probability", _probabilities(fact))
     more = 0 if requests is None else requests.usable - len(facts)
     if more > 0:
         yield from (
             "",
-            *_line("", f"and {more:,} more, not asked about (--facts=N)"),
+            *line("", f"and {more:,} more, not asked about (--facts=N)"),
         )
 
 
@@ -171,36 +171,36 @@ def _probabilities(fact: FactSeen) -> str:
 def _cost(cost: Cost) -> Iterator[str]:
     what = f"{cost.edits:,} edits" + (" of facts in the package" if cost.stand_ins else "")
     total = f"{duration(cost.seconds[0])} to {duration(cost.seconds[1])}"
-    yield from _line("time", f"{total} for {what}; start, plots and saving come on top")
+    yield from line("time", f"{total} for {what}; start, plots and saving come on top")
     for part in cost.parts:
         if part.amount:
             amount = f"{part.amount:,} {part.unit}"
-            yield from _line("", f"{part.name:<16} {duration(part.seconds):>9}  ({amount})")
+            yield from line("", f"{part.name:<16} {duration(part.seconds):>9}  ({amount})")
     low, high = map(size, cost.memory)
     available = f"; {size(cost.memory_available)} can be had"
-    yield from _line("memory", f"{low} to {high}{available}")
+    yield from line("memory", f"{low} to {high}{available}")
     free = "" if cost.disk_free is None else f"; {size(cost.disk_free)} are free"
-    yield from _line("disk", f"about {size(cost.disk)} in {cost.folder}{free}")
+    yield from line("disk", f"about {size(cost.disk)} in {cost.folder}{free}")
     if cost.covariance_bytes:
         what = f"{size(cost.covariance_bytes)} of covariances are added"
     else:
         what = "the covariances are there"
-    yield from _line("", f"{what}: {cost.covariance_file}")
+    yield from line("", f"{what}: {cost.covariance_file}")
     low_factor, high_factor = RANGE
-    yield from _line("", f"(times {low_factor:g} to {high_factor:g} of what a few items took)")
+    yield from line("", f"(times {low_factor:g} to {high_factor:g} of what a few items took)")
 
 
 def _verdict(problems: Sequence[str]) -> Iterator[str]:
     if not problems:
-        yield from _line("verdict", "fit to go")
+        yield from line("verdict", "fit to go")
         return
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    yield from _line("verdict", f"not yet: {count} to be mended first")
+    yield from line("verdict", f"not yet: {count} to be mended first")
     for problem in problems:
-        yield from _line("problem", problem)
+        yield from line("problem", problem)
 
 
-def _line(name: str, text: str) -> Iterator[str]:
+def line(name: str, text: str) -> Iterator[str]:
     """Yield a named line, folded; a longer name stands alone."""
     if len(name) >= LABEL or not text:
         yield name[:WIDTH]
@@ -226,10 +226,10 @@ def _folded(name: str, text: str) -> Iterator[str]:
         yield f"{name if start == 0 else '':<{LABEL}} {text[start : start + room]}"
 
 
-def _span(layers: Sequence[int]) -> str:
+def span(layers: Sequence[int]) -> str:
     """Spell layers, those that follow each other as a span.
 
-    >>> _span([0, 1, 2, 5])
+    >>> span([0, 1, 2, 5])
     '0 to 2, 5'
     """
     spans: list[list[int]] = []

@@ -1,0 +1,294 @@
+"""Causal tracing: noise on the subject, states restored one place at a time (Meng et al. 2022a).
+
+Restorations at one layer are computed together, for all facts, tokens and samples of noise, from
+that layer and that token on: nothing before either of them changes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_blue.editing.fast.frozen import Frozen
+from lightning_blue.editing.fast.passes import Pass, logits_with
+from lightning_blue.editing.fast.rows import AlignedRows
+from lightning_blue.language_model.architectures import (
+    Architecture,
+    blocks,
+    feed_forward,
+    hidden_size,
+)
+from lightning_blue.language_model.batching import inference
+from lightning_blue.language_model.states import replacing
+from lightning_blue.locating.corrupted import (
+    States,
+    embedding_spread,
+    noise_of,
+    run_corrupted,
+)
+from lightning_blue.locating.facts import TracedFact
+from lightning_blue.locating.modules import KINDS, traced_modules, window, window_size
+from lightning_blue.support.processes import progress_bar
+
+log = logging.getLogger(__name__)
+
+NOISE = 3.0  # in standard deviations of the subjects' embeddings, as in the paper
+STATE_BYTES = 2**29  # of what is kept of facts that are traced together
+
+
+class Trace(NamedTuple):
+    """Probabilities of a fact's answer, each a mean over samples of noise.
+
+    Attributes:
+        clean: without noise.
+        corrupted: with noise on the subject.
+        restored: with one output put back, ``(n_kinds, n_layers, n_positions)``: kinds are
+            `KINDS`, positions those of the fact.
+    """
+
+    clean: float
+    corrupted: float
+    restored: Tensor
+
+
+class _Item(NamedTuple):
+    """A token of a fact at which outputs are restored."""
+
+    fact: int
+    position: int
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Restorations at tokens as far from their prompts' ends: a row for each item and sample.
+
+    Attributes:
+        row: of the states, ``(n_rows,)``.
+        fact: whose clean states are put in, ``(n_rows,)``.
+        position: of the token, ``(n_rows,)``.
+        width: tokens from it to the end.
+        answers: ``(n_rows,)``.
+    """
+
+    row: Tensor
+    fact: Tensor
+    position: Tensor
+    width: int
+    answers: Tensor
+
+
+class CausalTracer:
+    """Traces facts through a model.
+
+    Args:
+        model: a causal language model, unedited.
+        architecture: where its modules are.
+        samples: of noise, for each fact.
+        seed: of the noise.
+        tokens_per_batch: tokens that are computed together, about.
+
+    Attributes:
+        window: over how many layers FFN and attention outputs are restored.
+        noise: its standard deviation; None until facts are traced.
+        in_parts: whether the model can be run from a layer and a token on; else whole prompts are
+            run, which is slower.
+
+    Raises:
+        InputError: if a block's attention or FFN cannot be found.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        *,
+        samples: int = 10,
+        seed: int = 0,
+        tokens_per_batch: int = 2048,
+    ) -> None:
+        self.model, self.architecture = model, architecture
+        self.blocks = blocks(model, architecture)
+        self.modules = traced_modules(self.blocks, architecture, hidden_size(model))
+        self.samples, self.seed, self.tokens_per_batch = samples, seed, tokens_per_batch
+        self.window = window_size(len(self.blocks))
+        self.noise: float | None = None
+        self.in_parts = True
+
+    @torch.no_grad()
+    def trace(self, facts: Sequence[TracedFact]) -> list[Trace]:
+        """Trace facts; the standard deviation of the noise is that of all of them together."""
+        self.noise = NOISE * embedding_spread(self.model, facts)
+        traces: list[Trace] = []
+        with inference(self.model), progress_bar(len(facts), "causal tracing", "fact") as bar:
+            self._try_parts(facts[0])
+            step = self._facts_at_once(max(len(fact.ids) for fact in facts))
+            for begin in range(0, len(facts), step):
+                part = facts[begin : begin + step]
+                traces += self._trace(part)
+                bar.update(len(part))
+        return traces
+
+    def _facts_at_once(self, longest: int) -> int:
+        """Return of how many facts the states fit into `STATE_BYTES`, about."""
+        each = 4 * len(self.blocks) * hidden_size(self.model) * self.model.dtype.itemsize
+        return max(1, STATE_BYTES // (each * longest * (1 + self.samples)))
+
+    def _trace(self, facts: Sequence[TracedFact]) -> list[Trace]:
+        states = self._states(facts)
+        probabilities = states.log_probabilities.double().exp()
+        layers = len(self.blocks)
+        restored = [torch.empty(len(KINDS), layers, len(fact.positions)) for fact in facts]
+        for items in self._batches(facts):
+            rows = self._rows(facts, items)
+            found = self._restorations(states, rows)
+            means = found.double().exp().view(len(KINDS), layers, len(items), -1).mean(-1).cpu()
+            for place, (fact, position) in enumerate(items):
+                restored[fact][:, :, position - facts[fact].first] = means[..., place]
+        return [
+            Trace(float(row[0]), float(row[1:].mean()), grid)
+            for row, grid in zip(probabilities.cpu(), restored, strict=True)
+        ]
+
+    def _states(self, facts: Sequence[TracedFact]) -> States:
+        assert self.noise is not None
+        width = self.model.get_input_embeddings()(
+            torch.zeros(1, 1, dtype=torch.long, device=self.model.device)
+        ).shape[-1]
+        noise = [self.noise * noise_of(fact, self.samples, self.seed, width) for fact in facts]
+        return run_corrupted(self.model, self.modules, facts, noise, cached=self.in_parts)
+
+    def _batches(self, facts: Sequence[TracedFact]) -> list[list[_Item]]:
+        """Group tokens by their distance from the end: rows of one batch are equally wide."""
+        by_width: dict[int, list[_Item]] = {}
+        for place, fact in enumerate(facts):
+            for position in fact.positions:
+                by_width.setdefault(len(fact.ids) - position, []).append(_Item(place, position))
+        batches = []
+        for width, items in sorted(by_width.items()):
+            longest = max(len(facts[item.fact].ids) for item in items)
+            computed = width if self.in_parts else longest
+            size = max(1, self.tokens_per_batch // (computed * self.samples))
+            batches += [items[begin : begin + size] for begin in range(0, len(items), size)]
+        return batches
+
+    def _rows(self, facts: Sequence[TracedFact], items: Sequence[_Item]) -> _Rows:
+        each, device = 1 + self.samples, self.model.device
+        row = [item.fact * each + 1 + i for item in items for i in range(self.samples)]
+
+        def per_row(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, device=device).repeat_interleave(self.samples)
+
+        return _Rows(
+            torch.tensor(row, device=device),
+            per_row([item.fact for item in items]),
+            per_row([item.position for item in items]),
+            len(facts[items[0].fact].ids) - items[0].position,
+            per_row([facts[item.fact].answer for item in items]),
+        )
+
+    def _restorations(
+        self, states: States, rows: _Rows, places: Sequence[tuple[str, int]] | None = None
+    ) -> Tensor:
+        """Return log probabilities of the answers with each output restored.
+
+        Args:
+            states: of the facts.
+            rows: at which tokens.
+            places: kinds and layers; None: all, kind by kind.
+
+        Returns:
+            ``(n_places, n_rows)``.
+        """
+        frozen = self._frozen(states, rows)
+        chosen = places or [(kind, layer) for kind in KINDS for layer in range(len(self.blocks))]
+        return torch.stack([self._restored(states, rows, frozen, *place) for place in chosen])
+
+    def _restored(
+        self, states: States, rows: _Rows, frozen: Frozen, kind: str, layer: int
+    ) -> Tensor:
+        """Return log probabilities with the outputs around one layer restored, ``(n_rows,)``."""
+        layers = [layer] if kind == "hidden" else window(layer, self.window, len(self.blocks))
+        here = {each: states.clean[kind][each][rows.fact, rows.position] for each in layers}
+        start = layers[0] - (kind != "hidden") if self.in_parts else -1
+        hidden = None
+        columns = rows.position[:, None] + torch.arange(rows.width, device=rows.position.device)
+        if start >= 0:
+            hidden = states.hidden[start][rows.row[:, None], columns]
+            if kind == "hidden":
+                hidden[:, 0] = here.pop(start)
+        frozen = Frozen(
+            frozen.rows, frozen.first, start, hidden, frozen.before, [], states.returns_tuple
+        )
+        replaced = [self.modules[kind][each] for each in here]
+        with ExitStack() as stack:
+            if start < 0:
+                stack.enter_context(_embedded(self.model, states, frozen, rows))
+            for module, values in zip(replaced, here.values(), strict=True):
+                stack.enter_context(replacing(module, values, frozen.rows.column - frozen.first))
+            index = torch.arange(len(rows.row), device=rows.row.device)
+            last = torch.full_like(index, frozen.rows.column + rows.width - 1)
+            ffn = feed_forward(self.blocks[-1], self.architecture)
+            if ffn is not None and set(replaced) & set(ffn.modules()):
+                ffn = None  # it must see the token that is restored
+            single = Pass(frozen, [], index, last, ffn=ffn)
+            (logits,) = logits_with(self.model, self.blocks, [single])
+        return logits.log_softmax(-1).gather(1, rows.answers[:, None])[:, 0]
+
+    def _frozen(self, states: States, rows: _Rows) -> Frozen:
+        """Align rows at their tokens; take the keys and values of what is before them."""
+        column = int(rows.position.max())
+        starts = column - rows.position
+        device = rows.position.device
+        columns = torch.arange(column + rows.width, device=device) - starts[:, None]
+        ids = states.ids[rows.row[:, None], columns.clamp(min=0)].masked_fill(columns < 0, 0)
+        ends = torch.full_like(starts, column + rows.width)
+        first = column if self.in_parts else 0
+        before = columns[:, :first].clamp(min=0)
+
+        def picked(cached: Tensor) -> Tensor:
+            return cached.transpose(1, 2)[rows.row[:, None], before].transpose(1, 2).contiguous()
+
+        kept = [(picked(keys), picked(values)) for keys, values in states.cache] if first else []
+        aligned = AlignedRows(ids, starts, ends, column)
+        return Frozen(aligned, first, -1, None, list(kept), [], states.returns_tuple)
+
+    def _try_parts(self, fact: TracedFact) -> None:
+        """Find out whether the numbers stay the same when the model is run in parts."""
+        middle = len(self.blocks) // 2
+        places = [("hidden", middle), ("ffn", middle), ("attention", 0)]
+        items = [_Item(0, fact.last)]
+        found = []
+        for self.in_parts in (False, True):
+            try:
+                rows, states = self._rows([fact], items), self._states([fact])
+                found.append(self._restorations(states, rows, places))
+            except Exception:
+                if not self.in_parts:
+                    raise
+                found.append(torch.full_like(found[0], float("inf")))
+        rounding = 10 * torch.finfo(self.model.dtype).eps
+        change = float((found[1] - found[0]).abs().max())
+        self.in_parts = change <= max(1e-2, rounding)
+        if not self.in_parts:
+            log.warning("this model cannot be run in parts: whole prompts are traced, slowly")
+
+
+def _embedded(model: PreTrainedModel, states: States, frozen: Frozen, rows: _Rows) -> ExitStack:
+    """Let the model embed the tokens as the corrupted run did, noise included."""
+    columns = torch.arange(frozen.first, frozen.rows.input_ids.shape[1], device=rows.row.device)
+    places = (columns - frozen.rows.starts[:, None]).clamp(min=0)
+    embedded = states.embeddings[rows.row[:, None], places]
+
+    def give(_module: nn.Module, _args: object, _output: Tensor) -> Tensor:
+        return embedded
+
+    stack = ExitStack()
+    stack.callback(model.get_input_embeddings().register_forward_hook(give).remove)
+    return stack
