@@ -119,36 +119,42 @@ def plain_modules(model: Any) -> dict[str, list[Any]]:
     }
 
 
-def compared(model: Any, facts: Sequence[TracedFact], size: int, **how: Any) -> CausalTracer:
+def compared(
+    model: Any, facts: Sequence[TracedFact], size: int, tokens_per_batch: Sequence[int] = (2048,)
+) -> list[CausalTracer]:
     """Trace, and compare with the plain way; noise by its definition."""
     embedded = [
         model.get_input_embeddings()(torch.tensor(f.ids))[f.first : f.last + 1] for f in facts
     ]
     deviation = 3 * torch.cat(embedded).detach().double().std()
-    tracer = CausalTracer(model, find_architecture(model), samples=3, seed=5, **how)
-    tracer.window = size
-    traces = tracer.trace(facts)
-    assert tracer.noise == pytest.approx(float(deviation), rel=1e-6)
+    noises = [deviation * noise_of(fact, 3, 5, embedded[0].shape[-1]) for fact in facts]
+    modules = plain_modules(model)
+    plain = [one_at_a_time(model, *each, modules, size) for each in zip(facts, noises, strict=True)]
     # A probability is off by what its logits are: the sums of all layers, each of d_model terms
-    eps = torch.finfo(model.dtype).eps
-    tolerance = 1000 * eps
-    for fact, trace in zip(facts, traces, strict=True):
-        noise = deviation * noise_of(fact, 3, 5, embedded[0].shape[-1])
-        clean, corrupted, grid = one_at_a_time(model, fact, noise, plain_modules(model), size)
-        assert trace.clean == pytest.approx(clean, rel=tolerance)
-        assert trace.corrupted == pytest.approx(corrupted, rel=tolerance)
-        torch.testing.assert_close(trace.restored, grid, rtol=tolerance, atol=0)
-        assert (grid / corrupted - 1).abs().max() > 100 * tolerance, "nothing would be compared"
-    return tracer
+    tolerance = 1000 * torch.finfo(model.dtype).eps
+    tracers = []
+    for tokens in tokens_per_batch:
+        tracer = CausalTracer(
+            model, find_architecture(model), samples=3, seed=5, tokens_per_batch=tokens
+        )
+        tracer.window = size
+        traces = tracer.trace(facts)
+        assert tracer.noise == pytest.approx(float(deviation), rel=1e-6)
+        for trace, (clean, corrupted, grid) in zip(traces, plain, strict=True):
+            assert trace.clean == pytest.approx(clean, rel=tolerance)
+            assert trace.corrupted == pytest.approx(corrupted, rel=tolerance)
+            torch.testing.assert_close(trace.restored, grid, rtol=tolerance, atol=0)
+            assert (grid / corrupted - 1).abs().max() > 100 * tolerance, "nothing to compare"
+        tracers.append(tracer)
+    return tracers
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [2, 3])
 def test_batched_restorations_equal_one_at_a_time(language_model, size):
     """Facts of several lengths and subjects at either end; all in one batch, and in many."""
     model, own = language_model
-    facts = as_tokens(own, FACTS)
-    for tokens in (2048, 20):
-        assert compared(model, facts, size, tokens_per_batch=tokens).in_parts
+    tracers = compared(model, as_tokens(own, FACTS), size, tokens_per_batch=(2048, 20))
+    assert all(tracer.in_parts for tracer in tracers)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -33,6 +33,7 @@ AREAS = {  # of messages, by the folder of the code that raises them; others by 
     "data": "Data",
     "language_model": "Model and tokenizer",
     "preflight": "Check",
+    "locating": "Locate",
     "editing": "Layers, targets and statistics",
     "update": "The update, and going on with a run",
     "metrics": "What is measured",
