@@ -118,7 +118,7 @@ def _one_at_a_time(
 ) -> list[float]:
     """Return the mean probability over samples of noise at each place."""
     model = tracer.model
-    width = model.get_input_embeddings().weight.shape[1]
+    width = int(model.config.hidden_size)
     assert tracer.noise is not None
     found = []
     for place in sample:

@@ -477,7 +477,9 @@ def test_the_command_writes_what_others_read(folder, planted, capsys):
     out = folder / "out"
     few = ["--samples=3", "--probe-facts=4", "--probe-layers=2"]
     assert command(folder, f"--data={folder / 'known.json'}", f"--output={out}", *few) == 0
-    said = capsys.readouterr().out
+    said, log = capsys.readouterr()
+    assert "decided for the probe: learning rate" in log
+    assert "layers, by depth" not in log
     assert all(len(line) <= 80 for line in said.splitlines())
     assert "6 known of 8 asked" in " ".join(said.split())
     found = json.loads((out / "locate.json").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 from blue_callbacks import ClosedFormUpdate
+from blue_callbacks.plans import LayerUpdate
 from lightning_blue.cli.init import run_name
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.data.datamodule import EditDataModule
@@ -160,6 +161,7 @@ def _probe(
 ) -> ProbeResult:
     written = copy.deepcopy(update)
     written.layers, written.proposed = list(layers), False
+    written.layer_updates = [LayerUpdate(layer, layer, 1.0) for layer in layers]
     for sentence in decisions(module, written):
         log.info("decided for the probe: %s", sentence)
     return probe_layers(module, written, edits, layers, usable, seed=seed, accelerator=accelerator)

@@ -7,6 +7,7 @@ that layer and that token on: nothing before either of them changes.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ from transformers import PreTrainedModel
 from lightning_blue.editing.fast.frozen import Frozen
 from lightning_blue.editing.fast.passes import Pass, logits_with
 from lightning_blue.editing.fast.rows import AlignedRows
+from lightning_blue.editing.targets import Budget, micro_batches
 from lightning_blue.language_model.architectures import (
     Architecture,
     blocks,
     feed_forward,
     hidden_size,
 )
-from lightning_blue.language_model.batching import inference
+from lightning_blue.language_model.batching import context_length, inference
 from lightning_blue.language_model.states import replacing
 from lightning_blue.locating.corrupted import (
     States,
@@ -67,20 +69,22 @@ class _Item(NamedTuple):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Restorations at tokens as far from their prompts' ends: a row for each item and sample.
+    """Restorations that are computed together: a row for each item and sample.
 
     Attributes:
         row: of the states, ``(n_rows,)``.
         fact: whose clean states are put in, ``(n_rows,)``.
         position: of the token, ``(n_rows,)``.
-        width: tokens from it to the end.
+        width: tokens from it to the end, ``(n_rows,)``.
+        widest: the most of them; the other rows are padded on the right.
         answers: ``(n_rows,)``.
     """
 
     row: Tensor
     fact: Tensor
     position: Tensor
-    width: int
+    width: Tensor
+    widest: int
     answers: Tensor
 
 
@@ -165,17 +169,17 @@ class CausalTracer:
         return run_corrupted(self.model, self.modules, facts, noise, cached=self.in_parts)
 
     def _batches(self, facts: Sequence[TracedFact]) -> list[list[_Item]]:
-        """Group tokens by their distance from the end: rows of one batch are equally wide."""
-        by_width: dict[int, list[_Item]] = {}
-        for place, fact in enumerate(facts):
-            for position in fact.positions:
-                by_width.setdefault(len(fact.ids) - position, []).append(_Item(place, position))
+        """Group tokens that are about as far from the ends of their prompts."""
+        items = [_Item(n, position) for n, fact in enumerate(facts) for position in fact.positions]
+        widths = [len(facts[item.fact].ids) - item.position for item in items]
+        lengths = widths if self.in_parts else [len(facts[item.fact].ids) for item in items]
+        budget = Budget(self.tokens_per_batch)
+        limit = context_length(self.model) or math.inf
         batches = []
-        for width, items in sorted(by_width.items()):
-            longest = max(len(facts[item.fact].ids) for item in items)
-            computed = width if self.in_parts else longest
-            size = max(1, self.tokens_per_batch // (computed * self.samples))
-            batches += [items[begin : begin + size] for begin in range(0, len(items), size)]
+        for group in micro_batches(lengths, [self.samples] * len(items), budget):
+            padded = max(items[n].position for n in group) + max(widths[n] for n in group)
+            same = sorted({widths[n] for n in group}) if padded > limit else [None]
+            batches += [[items[n] for n in group if w in (None, widths[n])] for w in same]
         return batches
 
     def _rows(self, facts: Sequence[TracedFact], items: Sequence[_Item]) -> _Rows:
@@ -185,11 +189,13 @@ class CausalTracer:
         def per_row(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, device=device).repeat_interleave(self.samples)
 
+        width = [len(facts[item.fact].ids) - item.position for item in items]
         return _Rows(
             torch.tensor(row, device=device),
             per_row([item.fact for item in items]),
             per_row([item.position for item in items]),
-            len(facts[items[0].fact].ids) - items[0].position,
+            per_row(width),
+            max(width),
             per_row([facts[item.fact].answer for item in items]),
         )
 
@@ -218,7 +224,8 @@ class CausalTracer:
         here = {each: states.clean[kind][each][rows.fact, rows.position] for each in layers}
         start = layers[0] - (kind != "hidden") if self.in_parts else -1
         hidden = None
-        columns = rows.position[:, None] + torch.arange(rows.width, device=rows.position.device)
+        columns = rows.position[:, None] + torch.arange(rows.widest, device=rows.position.device)
+        columns = columns.clamp(max=states.ids.shape[1] - 1)
         if start >= 0:
             hidden = states.hidden[start][rows.row[:, None], columns]
             if kind == "hidden":
@@ -233,7 +240,7 @@ class CausalTracer:
             for module, values in zip(replaced, here.values(), strict=True):
                 stack.enter_context(replacing(module, values, frozen.rows.column - frozen.first))
             index = torch.arange(len(rows.row), device=rows.row.device)
-            last = torch.full_like(index, frozen.rows.column + rows.width - 1)
+            last = frozen.rows.column + rows.width - 1
             ffn = feed_forward(self.blocks[-1], self.architecture)
             if ffn is not None and set(replaced) & set(ffn.modules()):
                 ffn = None  # it must see the token that is restored
@@ -246,9 +253,10 @@ class CausalTracer:
         column = int(rows.position.max())
         starts = column - rows.position
         device = rows.position.device
-        columns = torch.arange(column + rows.width, device=device) - starts[:, None]
-        ids = states.ids[rows.row[:, None], columns.clamp(min=0)].masked_fill(columns < 0, 0)
-        ends = torch.full_like(starts, column + rows.width)
+        columns = torch.arange(column + rows.widest, device=device) - starts[:, None]
+        places = columns.clamp(0, states.ids.shape[1] - 1)
+        ids = states.ids[rows.row[:, None], places].masked_fill(columns < 0, 0)
+        ends = column + rows.width
         first = column if self.in_parts else 0
         before = columns[:, :first].clamp(min=0)
 
@@ -283,7 +291,7 @@ class CausalTracer:
 def _embedded(model: PreTrainedModel, states: States, frozen: Frozen, rows: _Rows) -> ExitStack:
     """Let the model embed the tokens as the corrupted run did, noise included."""
     columns = torch.arange(frozen.first, frozen.rows.input_ids.shape[1], device=rows.row.device)
-    places = (columns - frozen.rows.starts[:, None]).clamp(min=0)
+    places = (columns - frozen.rows.starts[:, None]).clamp(0, states.ids.shape[1] - 1)
     embedded = states.embeddings[rows.row[:, None], places]
 
     def give(_module: nn.Module, _args: object, _output: Tensor) -> Tensor:
