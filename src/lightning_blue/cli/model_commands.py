@@ -32,12 +32,12 @@ nothing is written."""
 _LOCATE = """Find out which layers a model recalls facts in (causal tracing: noise on the
 subject, hidden states, FFN and attention outputs put back one at a time), and
 beside it where editing works: a few facts are edited in one layer after the
-other, measured, and taken back. Facts that the model does not know are left out.
-Writes tables, pictures and locate.json, whose layers `init` and `tune` read.
+other, measured, and taken back. Facts that it does not know are left out.
+Writes tables, pictures, and locate.json with the layers that it proposes.
 
 Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
---config=FILE. Exit code 0: written; 2: input that cannot be used, and nothing is
-written."""
+--config=FILE. Exit code 0: written; 2: input that cannot be used, and nothing
+is written."""
 
 _ASK = """Let a model go on behind prompts: its greedy continuation, and the most probable
 next tokens. Of a run, the edited model is asked; with --before the unedited one
