@@ -138,6 +138,7 @@ class EditModule(LightningModule):
         self.blocks = self.target_finder.blocks  # a plain list: already in self.model
         self.editable_weights = EditableWeights(self._weight_view)
         self.rounding = FinalRounding(self.editable_weights, self.export_dtype)
+        self.in_context = in_context
         self.memory = FactMemory(in_context, markers(tokenizer))  # empty: prompts stay as they are
         self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
