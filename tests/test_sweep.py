@@ -246,10 +246,9 @@ COUNTS = {
     "small_table2": (24, ["seed_everything=1"]),
     "small_baselines": (6, ["data.batch_size=20"]),
     "smollm_table2": (8, []),
-    "held_back": (12, ["update.covariance_weight=500"]),
-    "smollm_counterfact": (10, []),
-    "gemma_counterfact": (10, []),
+    "counterfact": (24, ["model=smollm.yaml"]),
     "orders": (12, ["data.shuffle=1"]),
+    "questions": (8, []),
 }
 SWEEPS = [
     path
