@@ -190,7 +190,7 @@ def test_identity_is_what_a_run_is_and_not_where_or_under_which_name(planned, tm
 
 
 def test_identity_knows_the_content_of_local_files(planned, tmp_path):
-    from lightning_blue.sweeps.planned import _fingerprint
+    from lightning_blue.sweeps.planned import _fingerprint, identity_of
 
     facts = tmp_path / "facts.json"
     facts.write_text('[{"subject": "Lyon", "prompt": "{} is near", "target_new": "Rome"}]')
@@ -201,10 +201,14 @@ def test_identity_knows_the_content_of_local_files(planned, tmp_path):
     (after,) = planned(path, tmp_path, f"--data.path={facts}")
     assert before.config == after.config
     assert before.identity != after.identity
-    (controls,) = planned(path, tmp_path, f"--data.controls={facts}")
-    facts.write_text(facts.read_text().replace("Lyon", "Pisa"))
-    _fingerprint.cache_clear()
-    assert planned(path, tmp_path, f"--data.controls={facts}")[0].identity != controls.identity
+    keys = ("data/controls", "measure/text", "model/covariance/corpus", "model/covariance/path")
+    for key in keys:
+        named = {**after.config, key: str(facts)}
+        old = identity_of(named)
+        facts.write_text(facts.read_text() + " ")
+        _fingerprint.cache_clear()
+        assert key in after.config
+        assert identity_of(named) != old, key
 
 
 def test_two_combinations_that_are_the_same_run_are_refused(planned, tmp_path):

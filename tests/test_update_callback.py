@@ -20,6 +20,7 @@ from blue_callbacks import (
     WeightId,
     apply_edit_batch,
 )
+from blue_callbacks.closed_form import Whitening
 from helpers import fit
 
 README = Path(__file__).resolve().parents[1] / "callbacks" / "README.md"
@@ -190,6 +191,47 @@ def test_past_keys_survive_in_the_callback_state():
     fit(halves, second, data[2:])
     for ours, reference in zip(halves.weights, whole.weights, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rect_keep", "fails"), [(None, 1), (0.4, 2)])
+def test_a_batch_that_fails_while_keys_are_remembered_has_never_been(
+    rect_keep, fails, monkeypatch
+):
+    """Memory runs out when the second weight's keys are taken in; the callback then goes on.
+
+    Six keys of ten dimensions are folded into the whitening: at the end of the second batch, or,
+    under RECT, whose keys are taken in with those of the next batch, in the midst of the third.
+    """
+    torch.manual_seed(0)
+    chain, twin, data = Chain(), Chain(), batches(4)
+    twin.load_state_dict(chain.state_dict())
+    covariances = {WeightId(layer): chain.key_covariance(WeightId(layer)) for layer in (0, 2)}
+    chain.key_covariance = twin.key_covariance = covariances.__getitem__
+    ours, theirs = (
+        ClosedFormUpdate([0, 2], "boundary", 0.5, rect_keep=rect_keep) for _ in range(2)
+    )
+    for place, batch in enumerate(data):
+        if place != fails:
+            fit(twin, theirs, [batch])
+    real, calls = Whitening.folded, []
+
+    def folded(whitening, rows):
+        calls.append(rows)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return real(whitening, rows)
+
+    monkeypatch.setattr(Whitening, "folded", folded)
+    for place, batch in enumerate(data):
+        if place != fails:
+            fit(chain, ours, [batch])
+            continue
+        before = [weight.detach().clone() for weight in chain.weights]
+        with pytest.raises(torch.OutOfMemoryError):
+            fit(chain, ours, [batch])
+        assert all(map(torch.equal, chain.weights, before))
+    for weight, reference in zip(chain.weights, twin.weights, strict=True):
+        torch.testing.assert_close(weight, reference, rtol=1e-5, atol=1e-6)
 
 
 def test_max_steps_counts_edit_batches():

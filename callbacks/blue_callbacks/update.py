@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from blue_callbacks.closed_form import KeyMemory, SingularCovarianceError, Whitening
-from blue_callbacks.errors import InputError, NonFiniteError, UnsolvableError
+from blue_callbacks.errors import EditRejected, InputError, NonFiniteError, UnsolvableError
 from blue_callbacks.fine_tuning import FineTuning, check_baseline, fine_tuned_change
 from blue_callbacks.plans import LayerUpdate, layer_updates
 from blue_callbacks.protocol import (
@@ -203,6 +203,7 @@ class ClosedFormUpdate(Callback):
         weights = self.written_weights(module)
         self._refuse_a_second_time(module, batch)
         with (
+            self._rebuilt_on_error(),
             restored_on_error(module.editable_weights, weights) as before,
             self._remembering(module, batch),
         ):
@@ -358,13 +359,23 @@ class ClosedFormUpdate(Callback):
         return [replace(change, past_keys=keys.detach().cpu()) for change, keys in read]
 
     def _remember(self, record: EditRecord) -> None:
-        """Let later batches respect the keys of this one; memories are built anew if that fails."""
+        """Let later batches respect the keys of this one."""
         if not self.past_keys:
             return
+        for change in record.changes:
+            with _solving(change.weight):
+                self._memory[change.weight].remember(_past_batch(change).respected)
+
+    @contextmanager
+    def _rebuilt_on_error(self) -> Iterator[None]:
+        """Have memories built anew from committed keys, should a batch fail halfway.
+
+        A batch is rejected before any of its keys are remembered.
+        """
         try:
-            for change in record.changes:
-                with _solving(change.weight):
-                    self._memory[change.weight].remember(_past_batch(change).respected)
+            yield
+        except EditRejected:
+            raise
         except BaseException:
             self._memory = {}
             raise

@@ -34,6 +34,7 @@ SOURCES = (
     "measure/text",
     "measure/ability/data",
     "model/covariance/corpus",
+    "model/covariance/path",
 )
 BUNDLED = resources.files("lightning_blue") / "assets" / "almanac"
 SEED = "PL_GLOBAL_SEED"
