@@ -17,7 +17,7 @@ from lightning_blue.__main__ import main
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.depth import layers_by_depth
 from lightning_blue.metrics.callback import MeasureEdits
-from lightning_blue.preflight.estimate import editing_memory, parts, workload
+from lightning_blue.preflight.estimate import Workload, editing_memory, parts, workload
 from lightning_blue.preflight.layout import cut_into_tokens
 from lightning_blue.preflight.timing import Rates, seconds_each, spread
 from random_models import random_model, saved
@@ -353,6 +353,26 @@ def test_twice_the_facts_take_twice_the_targets():
     # before, after, each batch, 10 after each of 4 batches, the first; controls 6 times, 5 watched
     assert one["probabilities"] == (3 * 40 + 4 * 10 + 10 + 6 * 5 + 5 * 5) * 0.25
     assert one["ordinary text"] == (6 * 1000 + 5 * 1024) * 0.0625
+
+
+def test_what_is_switched_off_costs_nothing_and_the_last_batch_may_be_short():
+    given: dict[str, Any] = {"missing_layers": 2, "tokens": 960, "compared": False, "controls": 4}
+    for cumulative, sampled, times in ((12, 10 + 12 + 12, 2 + 3), (100, 10 + 20 + 25, 5), (0, 0, 2)):
+        measure = MeasureEdits(cumulative=cumulative, generate=False)
+        work = workload(
+            requests(25), 10, ClosedFormUpdate([0, 1, 2]), measure, EditGuard("off"), **given
+        )
+        assert work == Workload(
+            edits=25,
+            covariance_tokens=960,
+            factors=2,
+            questions=3 * 25 + sampled + 10 + times * 4,
+            written_tokens=2 * 25 * 12,
+        )
+    measure = MeasureEdits(cumulative=0, generate=False)
+    guard = EditGuard(loss_increase=None)  # it still asks for the control facts, after each batch
+    work = workload(requests(25), 10, ClosedFormUpdate([0, 1, 2]), measure, guard, **given)
+    assert (work.scored_tokens, work.questions) == (0, 3 * 25 + 10 + 2 * 4 + (1 + 3) * 4)
 
 
 def test_covariances_that_are_there_take_no_time():

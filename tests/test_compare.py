@@ -24,7 +24,7 @@ from scipy import stats
 from conftest import ROOT
 from lightning_blue.__main__ import main
 from lightning_blue.comparison import paper
-from lightning_blue.comparison.differences import mcnemar, paired_t, sign_flips
+from lightning_blue.comparison.differences import differences, mcnemar, paired_t, sign_flips
 from lightning_blue.comparison.grids import Cell, Grid
 from lightning_blue.comparison.improvement import METRICS, improvements
 from lightning_blue.comparison.labels import method_of, method_rows
@@ -412,6 +412,32 @@ def test_differences_of_a_comparison(folder, capsys):
     assert all(float(r["adjusted"]) >= float(r["p"]) for r in rows)
     (other,) = [r for r in blue if (r["second_method"], r["metric"]) == ("RECT", "specificity")]
     assert other["test"] == "permutation"
+
+
+def test_seeds_are_paired_by_what_they_are_and_requests_by_all_runs(tmp_path):
+    """Three seeds and two, in other orders, of which two are shared; one run lacks a value."""
+    levels = {"even": {0: 0.3, 1: 0.6, 2: 0.4}, "boundary": {2: 0.5, 1: 0.9}}
+    drawn: dict[tuple[str, int], list[float]] = {}
+    for plan, seeds in levels.items():
+        for place, (seed, level) in enumerate(seeds.items()):
+            each = values(10 * place + seed, level)
+            drawn[plan, seed] = each["efficacy"][:3] + each["efficacy"][4:]
+            changed = {"seed_everything": seed, "update__plan": plan}
+            run = make_run(tmp_path, f"{plan}-{place}", each, **changed)
+    rows = [json.loads(line) for line in (run / "edits.jsonl").read_text().splitlines()]
+    rows[3]["after"]["efficacy"] = None
+    (run / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (table,) = score_tables(read_runs([tmp_path])[0])
+    found = {each.metric: each for each in differences(table, table.pairs())}
+    ours = found["efficacy"]
+    assert (found["specificity"].requests, ours.requests) == (REQUESTS, REQUESTS - 1)
+    assert ours.test == "permutation"  # a mean over seeds is no longer 0 or 1
+    means = {plan: np.mean([drawn[plan, s] for s in seeds], 0) for plan, seeds in levels.items()}
+    assert ours.value == pytest.approx(100 * float((means["boundary"] - means["even"]).mean()))
+    by_seed = [100 * (fmean(drawn["boundary", s]) - fmean(drawn["even", s])) for s in (1, 2)]
+    assert ours.seeds == 2
+    assert ours.seed_error == pytest.approx(stdev(by_seed) / 2**0.5)
+    assert ours.seed_p == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
 
 
 # two runs

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue.data import EditDataModule
+from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.evaluation import evaluate
+from lightning_blue.metrics.generated import GenerationSettings
 from lightning_blue.reporting.files import summary
 from test_lightning import corpus, module, trainer_of  # noqa: F401  (fixtures)
 
@@ -26,11 +28,18 @@ def test_scores_at_the_end_are_over_the_last_version_only(module, tmp_path: Path
     path = tmp_path / "stream.json"
     path.write_text(json.dumps([fact for number in range(3) for fact in version(number)]))
     data = EditDataModule(str(path), batch_size=2)
-    trainer = trainer_of()
+    answering = MeasureEdits(
+        generate=False,
+        protocols=["probability", "generation"],
+        generation=GenerationSettings(max_new_tokens=1),
+    )
+    trainer = trainer_of(answering)
     trainer.fit(module, datamodule=data)
     history = trainer.callbacks[1].history
     assert (history.applied, history.in_force) == (6, [1, 3, 4, 5])
     assert sorted(history.after) == [1, 3, 4, 5]
+    answered = [(answer.request, answer.prompt) for answer in history.answers_after]
+    assert answered == [(place, data.requests[place].text) for place in (1, 3, 4, 5)]
     numbers = summary(history)
     assert (numbers["edits/superseded"], numbers["post/efficacy/count"]) == (2, 4)
     counts = [taken.metrics["efficacy"]["count"] for taken in history.of("cumulative")]

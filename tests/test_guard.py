@@ -276,6 +276,16 @@ def test_after_a_rollback_the_run_goes_on_as_if_the_batch_had_never_been(method,
     assert all(torch.equal(keys, reference[weight]) for weight, keys in kept.items())
 
 
+def test_events_name_batches_by_their_places_in_the_data():
+    """After a rollback these are no longer the numbers of committed batches."""
+    course = [(x, y * (30 if place in (0, 2) else 1)) for place, (x, y) in enumerate(data())]
+    limit = 3 * max(v for r in readings(course[1::2]) for k, v in r.items() if "change" in k)
+    guard = EditGuard("rollback", **{**HIGH, "change_ratio": limit})
+    with pytest.warns(UserWarning, match="batch 2 crossed"):
+        fit(networks(1)[0], update(), course, callbacks=[guard])
+    assert [event["batch"] for event in guard.events] == [0, 2]
+
+
 # Settings, state
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from lightning import Callback, Trainer
 
+from blue_callbacks import EditRecord, EditRejected
 from histories import outcome, small_history
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.metrics.callback import MeasureEdits
@@ -77,6 +78,24 @@ def test_the_budget_holds_and_is_used(budget, batches, each):
     for batch, places in sample.items():
         assert all(place // 5 == batch for place in places)
         assert places == sorted(set(places))
+
+
+@pytest.mark.parametrize("budget", [40, 100, 200, 400, 800, 1600, 3200])
+def test_the_budget_holds_where_batches_have_prompts_of_different_number(budget):
+    """Batches 3 to 6 of ten have ten times as many prompts as the others."""
+    each = [
+        replace(request, neighborhood=request.neighborhood * (20 if 15 <= place < 35 else 1))
+        for place, request in enumerate(requests(50))
+    ]
+    sample = choose_sample(each, 5, budget, seed=0)
+    cost = sum(
+        2 + len(each[place].neighborhood)
+        for now in sample
+        for earlier, places in sample.items()
+        for place in places
+        if earlier < now
+    )
+    assert 0 < cost <= budget
 
 
 def test_the_sample_is_a_draw_that_the_seed_decides():
@@ -217,6 +236,30 @@ def test_a_run_agrees_with_its_immediate_and_final_scores(module, facts, tmp_pat
     summed = three_numbers(retention_matrix(history, "efficacy"))
     assert {name: post.metrics[name] for name in summed} == summed
     assert list(summed) == ["retention_mean", "retention_first_batch", "forgetting"]
+
+
+class Refuse(Callback):
+    """Reject the batch at a place of the data."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def on_edit_written(self, trainer: Trainer, module: Any, record: EditRecord) -> None:
+        if trainer.global_step == self.place:
+            raise EditRejected("refused", stop=False)
+
+
+def test_a_rejected_batch_is_neither_measured_nor_followed(module, facts):  # noqa: F811
+    """Batches are numbered as they are committed; their requests are those of their place."""
+    measure = following()
+    trainer_of(measure, Refuse(1)).fit(module, datamodule=data_of(facts))
+    history = measure.history
+    assert history.batches == {0: [0, 1], 1: [4, 5]}
+    assert [taken.edits for taken in history.of("batch")] == [2, 4]
+    followed = {after: sorted(values) for after, values in history.retention.after.items()}
+    assert followed == {0: [0, 1], 2: [0, 1, 4, 5]}
+    assert retention_matrix(history, "efficacy").batches == [0, 2]
+    assert history.ended_early == "batches were rejected"
 
 
 def test_a_resumed_run_has_the_same_matrix(module, facts, tmp_path):  # noqa: F811
