@@ -301,7 +301,8 @@ def test_prompt_forms(gpt2: LanguageModel) -> None:
     "settings", [{"max_new_tokens": 0}, {"prompts_per_kind": 0}, {"prompt": "x"}, {"stops": ("",)}]
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"measure\.generation"):
+    said = r"where: measure\.generation(.|\n)*hint:  (leave it out|choose one of|give)"
+    with pytest.raises(InputError, match=said):
         GenerationSettings(**settings)
 
 
@@ -314,7 +315,8 @@ def test_which_protocol_is_the_main_one() -> None:
     with pytest.raises(InputError, match=r"data\.protocol is zsre"):
         choose(["probability"], "zsre", given=True)
     for wrong in (["wild"], [], ["generation", "generation"]):
-        with pytest.raises(InputError, match=r"measure\.protocols"):
+        said = r"where: measure\.protocols\n  hint:  name some of: probability, teacher_forced"
+        with pytest.raises(InputError, match=said):
             MeasureEdits(protocols=wrong)
 
 

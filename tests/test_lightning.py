@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -19,6 +19,7 @@ from torch import distributed
 from torch.amp import GradScaler
 
 from blue_callbacks import ClosedFormUpdate, WeightId
+from blue_callbacks.trainer_checks import check_trainer
 from conftest import ROOT, LanguageModel
 from lightning_blue.__main__ import main
 from lightning_blue.data import EditDataModule
@@ -207,6 +208,41 @@ def test_trainer_test_keeps_what_the_model_writes_and_how_long_it_took(module, f
     trainer_of(measure).test(module, datamodule=data_of(facts), verbose=False)
     assert all(outcome.continuation for outcome in measure.history.after.values())
     assert 0 < measure.history.seconds["evaluate"] <= time.perf_counter() - started
+    assert [(taken.stage, taken.edits) for taken in measure.history.measurements] == [("test", 0)]
+
+
+class Stop(Callback):
+    """End a run once the unedited model is measured."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        raise ZeroDivisionError
+
+
+def test_what_is_kept_of_an_unedited_model_belongs_to_all_that_it_depends_on(
+    module, facts, corpus, tmp_path
+):
+    def kept(module: EditModule, precision: Any = "32-true", **settings: Any) -> int:
+        chosen = {"text": str(corpus), "text_tokens": 64, **settings}
+        measure = MeasureEdits(generate=False, unedited_cache=str(tmp_path / "unedited"), **chosen)
+        with pytest.raises(ZeroDivisionError):
+            trainer_of(measure, Stop(), precision=precision).fit(module, datamodule=data_of(facts))
+        (pre,) = measure.history.of("pre")
+        if chosen["text"] is not None:
+            assert pre.metrics["perplexity"]["tokens"] <= chosen["text_tokens"]
+        return len(list((tmp_path / "unedited").glob("*.json")))
+
+    assert kept(module) == 1
+    assert kept(module) == 1
+    model = copy.deepcopy(module.model)
+    next(model.parameters()).data.mul_(1.5)
+    found = {"contexts": ["She plays."], "covariance": module.covariance}
+    assert kept(EditModule(model, module.tokenizer, module.target, **found)) == 2
+    assert kept(module, text_tokens=32) == 3
+    assert kept(module, text=None) == 4
+    assert kept(module, seed=3) == 5
+    assert kept(module, "bf16-mixed") == 6
+    facts.write_text(facts.read_text().replace("Rome", "Ulm"))
+    assert kept(module) == 7
 
 
 @pytest.mark.parametrize(
@@ -228,10 +264,31 @@ def test_trainer_settings_that_would_edit_wrongly_are_refused(module, facts, fla
     assert all(torch.equal(old, new) for old, new in zip(before, weights(module), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("flags", "what", "hint"),
+    [
+        ({"max_epochs": 2}, "every batch would be edited again and again", "max_epochs=1: one"),
+        ({"max_steps": 0}, "nothing would be edited", "leave it out, or give the number"),
+        ({"limit_train_batches": 0}, "nothing would be edited", "leave it out"),
+        ({"gradient_clip_val": 0.5}, "nothing would be clipped", "leave it out"),
+        ({"accumulate_grad_batches": 2}, "nothing would be accumulated", "leave it out; data.batch_"),
+    ],
+)
+def test_a_refusal_says_what_is_set_what_it_would_do_and_what_to_do(flags, what, hint):
+    ((name, value),) = flags.items()
+    with pytest.raises(InputError) as raised:
+        check_trainer(trainer_of(**flags))
+    said, where, todo = str(raised.value).splitlines()
+    assert said.startswith(f"with {name}={value}, {what}")
+    assert where == f"  where: trainer.{name}"
+    assert todo.startswith(f"  hint:  {hint}")
+
+
 def test_strategies_that_shard_weights_are_refused(module, facts):
     trainer, update = trainer_of(), ClosedFormUpdate([0])
     trainer._accelerator_connector.strategy = FSDPStrategy()
-    with pytest.raises(InputError, match=r"FSDPStrategy(.|\n)*trainer\.strategy"):
+    said = r"strategy=FSDPStrategy, the closed form(.|\n)*trainer\.strategy(.|\n)*one device, or ddp"
+    with pytest.raises(InputError, match=said):
         update.setup(trainer, module, "fit")
 
 

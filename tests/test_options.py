@@ -110,6 +110,28 @@ def test_most_probable_stops_once_the_object_would_be_said_everywhere(language_m
         assert not all_most_probable(short, request, before)
 
 
+@pytest.mark.parametrize(
+    ("early_stop", "done"),
+    [
+        (None, [True, False, False, True]),
+        ("most_probable", [True, True, False, True]),
+        ("pmet", [True, True, False, True]),
+    ],
+)
+def test_a_target_is_done_below_the_loss_or_where_its_object_would_be_said(early_stop, done):
+    """Whichever comes first; at the first step nothing about the subject has moved."""
+    nll = torch.tensor([0.01, 1.0, 1.0, 0.01])
+    said = torch.tensor([False, True, False, True])
+
+    def predict(edits: Tensor, delta: Tensor) -> Predictions:
+        still = 0 * delta.sum((0, 2))
+        return Predictions(nll[edits] + still, said[edits], torch.zeros(len(edits), 1).log_softmax(1))
+
+    settings = TargetOptimization(steps=2, early_stop=early_stop)
+    losses = optimize_targets(torch.ones(1, 4, 3), predict, settings).losses
+    assert losses[:, 1, 0].isnan().tolist() == done
+
+
 def test_same_subject_shares_one_target_and_the_mean_of_the_losses(language_model):
     alone = module_of(language_model)
     with pytest.warns(UserWarning, match=r"requests a, c of one batch are about 'Danielle Dar"):

@@ -166,6 +166,19 @@ def test_the_matrix_by_hand():
     assert matrix.final == [37.5, 50, 100]
 
 
+def test_numbers_that_are_no_percent_keep_their_unit():
+    history = followed()
+    for column in history.retention.after.values():
+        for place in column:
+            column[place] = {"fluency": 600.0}
+    assert retention_matrix(history, "fluency").immediate == [600, 600, 600]
+
+
+def test_only_earlier_batches_are_scored_again_and_only_after_followed_ones():
+    retention = Retention({0: [1], 2: [4, 5], 3: [6]})
+    assert [retention.earlier(batch) for batch in range(4)] == [[], [], [1], [1, 4, 5]]
+
+
 def test_the_three_numbers_by_hand():
     found = three_numbers(retention_matrix(followed(), "efficacy"))
     final, lost, first = [37.5, 50, 100], [62.5, 50], [50, 25]

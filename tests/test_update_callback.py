@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 
 from blue_callbacks import (
     ClosedFormUpdate,
     EditableWeights,
+    EditRecord,
     EditStepOptimizer,
     NonFiniteError,
     WeightId,
@@ -329,3 +330,53 @@ def test_a_checkpoint_knows_its_method_by_the_names_of_the_configuration():
         3.0,
         [0, 2],
     )
+    assert ClosedFormUpdate([0]).state_dict()["settings"] == {
+        "layers": [0],
+        "plan": "boundary",
+        "past_keys": True,
+        "rect_keep": None,
+        "post_edit_transform": None,
+        "solver": "least_squares",
+        "covariance_weight": None,
+        "threshold": 0.02,  # AlphaEdit's nullspace_threshold
+        "energy": None,
+        "ridge": 10.0,  # its L2
+    }
+
+
+class Look(Callback):
+    """Keep the record of each batch."""
+
+    def __init__(self) -> None:
+        self.records: list[EditRecord] = []
+
+    def on_edit_committed(self, trainer, module, record):
+        self.records.append(record)
+
+
+def test_norms_are_of_what_was_added_and_asked_for_and_say_how_large_the_null_space_is():
+    torch.manual_seed(0)
+    chain, data, look = Chain(), batches(2), Look()
+    covariances = {WeightId(layer): chain.key_covariance(WeightId(layer)) for layer in (0, 2)}
+    chain.key_covariance = covariances.__getitem__
+    update = ClosedFormUpdate([0, 2], "boundary", solver="null_space", threshold=1e6)
+    said = "layer2: the null space keeps 10 of 10 key dimensions; choose another update.threshold"
+    with pytest.warns(UserWarning, match=said):
+        fit(chain, update, data[:1])
+    before = [weight.detach().clone() for weight in chain.weights]
+    asked = {0: chain.edit_targets(data[1], 0) - chain.edit_outputs(data[1], 0)}
+    fit(chain, update, data[1:], callbacks=[look])
+    assert {key for key in update.norms if key.endswith("null_space")} == {
+        "layer0/null_space",
+        "layer2/null_space",
+    }
+    (record,) = look.records
+    for change in record.changes:
+        layer = change.weight.layer
+        added = (chain.weights[layer] - before[layer]).detach()
+        assert update.norms[f"layer{layer}/delta_norm"] == pytest.approx(
+            float(added.norm()), rel=1e-4
+        )
+        assert change.left.dtype == change.right.dtype == torch.float32
+    expected = float(asked[0].norm(dim=0).mean())
+    assert update.norms["layer0/residual_norm"] == pytest.approx(expected, rel=1e-5)
