@@ -12,8 +12,12 @@ from lightning import Callback, Trainer
 
 from blue_callbacks import ClosedFormUpdate, CommittedBatches
 from blue_callbacks.fine_tuning import FineTuning
+from histories import small_history
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule
+from lightning_blue.metrics.history import RunHistory
+from lightning_blue.metrics.matching import GeneratedAnswer
+from lightning_blue.metrics.retention import Retention
 from lightning_blue.support.checkpoints import BatchCheckpoints, WholeCheckpointIO, checkpoints
 from lightning_blue.support.errors import InputError
 from test_lightning import (  # noqa: F401  (fixtures)
@@ -119,6 +123,24 @@ def test_what_is_measured_less_often_is_measured_where_it_would_have_been(
         run(module, facts, tmp_path / "halves", Crash(batch), flags=every_second)
     resumed = run(unedited, facts, tmp_path / "halves", resume=True, flags=every_second)
     assert measured(resumed) == measured(expected)
+
+
+def test_a_history_takes_over_all_that_a_checkpoint_has():
+    history = small_history()
+    history.logged = [(2, {"batch/efficacy": 100.0})]
+    history.answers_before = [
+        GeneratedAnswer(0, "p", "Where?", "Rome", ("Roma",), " In", " In. Rome", (3, 4), "stop")
+    ]
+    history.retention = Retention({0: [0]}, {0: {0: {"efficacy": 1.0}}})
+    taken = RunHistory(requests=history.requests)
+    taken.load_state_dict(copy.deepcopy(history.state_dict()))
+    for name in ("batches", "measurements", "logged", "retention", "before", "seconds"):
+        assert getattr(taken, name) == getattr(history, name) != type(getattr(history, name))()
+    assert taken.answers_before == history.answers_before
+    assert taken.resumed_after == [3]
+    for ours, theirs in zip(taken.loss_curves, history.loss_curves, strict=True):
+        assert ours[:2] == theirs[:2]
+        torch.testing.assert_close(ours.losses, theirs.losses, rtol=0, atol=0, equal_nan=True)
 
 
 def test_contexts_that_the_unedited_model_wrote_are_kept(module, facts, tmp_path):  # noqa: F811

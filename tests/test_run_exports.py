@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, LanguageModel
 from lightning_blue.__main__ import MODEL_COMMANDS, RUN_COMMANDS, main
-from lightning_blue.runs.adapter import truncated
+from lightning_blue.runs.adapter import LowRank, adapter_config, truncated, write_adapter
 from lightning_blue.runs.journal import Journal
 from runs_made import (  # noqa: F401
     KINDS,
@@ -152,6 +152,24 @@ def test_a_decomposed_adapter_is_whole_without_a_rank(made, kind, tmp_path):  # 
     if kind == "prune":
         assert low.shape == (32, 96)
         assert len(tensors[f"{name}A.weight"]) == 6  # the transform leaves the rank
+
+
+def test_weights_of_other_ranks_have_scales_of_one_all_the_same(made):  # noqa: F811
+    """PEFT divides a module's alpha by its rank: its own where there is one, or the general ones."""
+    header = Journal(made("llama", "memit").folder).header
+    ranks = dict(zip(header.weights, (2, 5), strict=True))
+    low = {w: LowRank(torch.zeros(32, r), torch.zeros(r, 96), None) for w, r in ranks.items()}
+    config = json.loads(adapter_config(header, low))
+    for weight, rank in ranks.items():
+        module = header.weights[weight].module
+        assert config["rank_pattern"].get(module, config["r"]) == rank
+        assert config["alpha_pattern"].get(module, config["lora_alpha"]) == rank
+
+
+def test_a_rank_that_the_factors_do_not_exceed_cuts_nothing(made, tmp_path):  # noqa: F811
+    journal = Journal(made("llama", "memit").folder)
+    found = write_adapter(tmp_path / "adapter", journal, pytest.fail, rank=6)  # 3 batches of 2
+    assert [low.error for low in found.values()] == [None, None]
 
 
 def test_truncation_needs_no_product():

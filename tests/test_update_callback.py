@@ -194,6 +194,22 @@ def test_past_keys_survive_in_the_callback_state():
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
+def test_what_a_transform_compares_with_survives_in_the_callback_state():
+    torch.manual_seed(0)
+    chain, data = Chain(), batches(2)
+    covariances = {WeightId(layer): chain.key_covariance(WeightId(layer)) for layer in (0, 2)}
+    chain.key_covariance = covariances.__getitem__
+    unedited = {WeightId(layer): chain.weights[layer].detach().clone() for layer in (0, 2)}
+    first, second = (
+        ClosedFormUpdate([0, 2], "boundary", 0.5, post_edit_transform="prune") for _ in range(2)
+    )
+    fit(chain, first, data[:1])
+    second.load_state_dict(first.state_dict())
+    fit(chain, second, data[1:])
+    for weight, original in unedited.items():
+        assert torch.equal(second.original[weight], original)
+
+
 @pytest.mark.parametrize(("rect_keep", "fails"), [(None, 1), (0.4, 2)])
 def test_a_batch_that_fails_while_keys_are_remembered_has_never_been(
     rect_keep, fails, monkeypatch
