@@ -357,7 +357,8 @@ def test_twice_the_facts_take_twice_the_targets():
 
 def test_what_is_switched_off_costs_nothing_and_the_last_batch_may_be_short():
     given: dict[str, Any] = {"missing_layers": 2, "tokens": 960, "compared": False, "controls": 4}
-    for cumulative, sampled, times in ((12, 10 + 12 + 12, 2 + 3), (100, 10 + 20 + 25, 5), (0, 0, 2)):
+    cases = ((12, 10 + 12 + 12, 2 + 3), (100, 10 + 20 + 25, 2 + 3), (0, 0, 2))
+    for cumulative, sampled, times in cases:
         measure = MeasureEdits(cumulative=cumulative, generate=False)
         work = workload(
             requests(25), 10, ClosedFormUpdate([0, 1, 2]), measure, EditGuard("off"), **given

@@ -257,7 +257,7 @@ class Refuse(Callback):
     def __init__(self, place: int) -> None:
         self.place = place
 
-    def on_edit_written(self, trainer: Trainer, module: Any, record: EditRecord) -> None:
+    def on_edit_written(self, trainer: Trainer, pl_module: Any, record: EditRecord) -> None:
         if trainer.global_step == self.place:
             raise EditRejected("refused", stop=False)
 

@@ -155,7 +155,7 @@ def test_a_decomposed_adapter_is_whole_without_a_rank(made, kind, tmp_path):  # 
 
 
 def test_weights_of_other_ranks_have_scales_of_one_all_the_same(made):  # noqa: F811
-    """PEFT divides a module's alpha by its rank: its own where there is one, or the general ones."""
+    """PEFT divides a module's alpha by its rank: its own, or the general one where it has none."""
     header = Journal(made("llama", "memit").folder).header
     ranks = dict(zip(header.weights, (2, 5), strict=True))
     low = {w: LowRank(torch.zeros(32, r), torch.zeros(r, 96), None) for w, r in ranks.items()}

@@ -211,9 +211,7 @@ def test_what_a_transform_compares_with_survives_in_the_callback_state():
 
 
 @pytest.mark.parametrize(("rect_keep", "fails"), [(None, 1), (0.4, 2)])
-def test_a_batch_that_fails_while_keys_are_remembered_has_never_been(
-    rect_keep, fails, monkeypatch
-):
+def test_a_batch_that_fails_while_keys_are_remembered_has_never_been(rect_keep, fails, monkeypatch):
     """Memory runs out when the second weight's keys are taken in; the callback then goes on.
 
     Six keys of ten dimensions are folded into the whitening: at the end of the second batch, or,
