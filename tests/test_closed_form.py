@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blue_callbacks import KeyMemory, SingularCovarianceError, least_squares, null_space
+from blue_callbacks.closed_form import price_undetermined
 from blue_callbacks.solvers import unused_note
 
 D_IN, D_OUT, WEIGHT = 40, 12, 7.0
@@ -113,6 +114,9 @@ def test_an_edit_that_needs_a_dead_dimension_pays_the_average_price():
     c = dead_covariance(generator)
     whitening = least_squares(c, WEIGHT)
     assert whitening.unused == DEAD
+    said = unused_note(whitening)
+    assert said is not None
+    assert said.startswith("ordinary text never used 3 key dimensions (3, 17, 18); in the update")
     keys = torch.randn(D_IN, 4, generator=generator, dtype=torch.float64)
     residual = torch.randn(D_OUT, 4, generator=generator, dtype=torch.float64)
     c[DEAD, DEAD] = c.diagonal().sum() / (D_IN - len(DEAD))
@@ -162,9 +166,15 @@ def test_an_eigenvalue_below_zero_shows_how_far_rounding_goes():
     assert whitening.undetermined.directions == 3
 
 
-def test_a_covariance_of_nothing_is_refused():
+def test_what_float64_cannot_tell_from_zero_is_told_by_the_largest_eigenvalue():
+    values = torch.tensor([1e12, 1.0, 1e-5], dtype=torch.float64)  # 3 eps 1e12 are 7e-4
+    assert price_undetermined(torch.diag(values)) == (1, [2])
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_a_covariance_of_nothing_or_of_no_numbers_is_refused(value):
     with pytest.raises(SingularCovarianceError, match="not positive definite"):
-        least_squares(torch.zeros(D_IN, D_IN), 1.0)
+        least_squares(torch.full((D_IN, D_IN), value), 1.0)
 
 
 def low_rank_covariance(generator: torch.Generator) -> torch.Tensor:

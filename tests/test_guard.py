@@ -24,7 +24,7 @@ from lightning_blue.language_model.scoring import score_targets
 from lightning_blue.reporting import files
 from lightning_blue.reporting.report import report
 from test_transforms import SaveAfter
-from test_update_callback import Chain, batches
+from test_update_callback import Chain, Mixture, batches
 
 LAYERS = [0, 1, 2]
 HIGH = {"weight_ratio": 1e6, "change_ratio": 1e6, "loss_increase": 1e6, "retained_drop": 100}
@@ -134,6 +134,22 @@ def test_readings_against_the_weights_before_and_after(rect_keep):
             expected[f"layer{layer}/change_ratio"] = float(change)
             expected[f"layer{layer}/weight_ratio"] = float(after.norm() / first.norm())
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_each_weight_of_a_layer_is_watched():
+    torch.manual_seed(0)
+    guard = EditGuard(**HIGH)
+    fit(
+        Mixture(),
+        ClosedFormUpdate([0], covariance_weight=0.01),
+        [(torch.randn(3, 6), torch.randn(3, 5))],
+        callbacks=[guard],
+    )
+    assert set(guard.readings) == {
+        f"layer0.{name}/{what}"
+        for name in ("first", "second")
+        for what in ("weight_ratio", "change_ratio")
+    }
 
 
 def test_a_module_without_text_and_facts_is_judged_by_its_weights():
@@ -287,6 +303,14 @@ def test_events_name_batches_by_their_places_in_the_data():
 
 
 # Settings, state
+
+
+def test_limits_are_those_of_the_documentation_unless_others_are_given():
+    page = (ROOT / "docs" / "methods.md").read_text()
+    rows = dict(re.findall(r"^\| `guard\.(\w+)` \|.*\| (\d+) \|$", page, flags=re.MULTILINE))
+    assert {name: getattr(EditGuard(), name) for name in HIGH} == {
+        k: int(v) for k, v in rows.items()
+    }
 
 
 @pytest.mark.parametrize(
