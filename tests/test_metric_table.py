@@ -28,7 +28,9 @@ def test_rows_are_whole(spec: MetricSpec, protocol: str) -> None:
     assert measure.definition
     assert not measure.definition.endswith(".")
     texts = table.REFERENCE_TEXTS in spec.needs
-    metric = measure.metric(F.fit_tfidf(["a text"])) if texts else measure.metric()
+    given = [F.fit_tfidf(["a text"])] if texts else []
+    metric = measure.metric(*given, sync_on_compute=False)
+    assert metric.sync_on_compute is False  # each process holds the answers of all
     assert metric.__class__.__module__ == "lightning_blue.metrics.classes"
     assert (measure.protocol == table.COMBINATION) == bool(spec.combines)
     assert all(IDS.index(name) < IDS.index(spec.name) for name in spec.combines)

@@ -88,14 +88,20 @@ def test_the_budget_holds_where_batches_have_prompts_of_different_number(budget)
         for place, request in enumerate(requests(50))
     ]
     sample = choose_sample(each, 5, budget, seed=0)
-    cost = sum(
-        2 + len(each[place].neighborhood)
-        for now in sample
-        for earlier, places in sample.items()
-        for place in places
-        if earlier < now
-    )
-    assert 0 < cost <= budget
+
+    def cost(followed: dict[int, list[int]]) -> int:
+        return sum(
+            2 + len(each[place].neighborhood)
+            for now in followed
+            for earlier, places in followed.items()
+            for place in places
+            if earlier < now
+        )
+
+    assert 0 < cost(sample) <= budget
+    more = len(sample)  # steps between one batch more, at equal distances
+    if more < 10:
+        assert cost({b: [5 * b] for b in (round(9 * i / more) for i in range(more + 1))}) > budget
 
 
 def test_the_sample_is_a_draw_that_the_seed_decides():

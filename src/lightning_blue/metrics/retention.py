@@ -100,8 +100,6 @@ def choose_sample(
     cost = partial(_cost, [prompts_of(request) for request in requests], batches)
     n = len(batches)
     m = min(n, 1 + bisect_right(range(2, n + 1), prompts, key=lambda m: cost(m, 1)))
-    while m > 1 and cost(m, 1) > prompts:  # batches differ: the cost may fall where m grows
-        m -= 1
     if m < min(n, 2):
         raise InputError(
             f"{prompts} prompts do not suffice for one request of the first and the last batch",
