@@ -200,7 +200,7 @@ class ClosedFormUpdate(Callback):
 
     def on_edit_batch(self, trainer: Trainer, module: EditableModule, batch: Any) -> None:
         """Walk the plan over one edit batch, then remember its keys."""
-        store, weights = module.editable_weights, self.written_weights(module)
+        weights = self.written_weights(module)
         self._refuse_a_second_time(module, batch)
         with (
             self._rebuilt_on_error(),
