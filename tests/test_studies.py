@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import scipy.linalg
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
+from lightning_blue.editing.targets import TargetFinder
 from lightning_blue.language_model.tokens import encode_targets, encode_with_subject
 from lightning_blue.studies import contribution, residuals, similarity, steps
 from lightning_blue.studies.bench import Bench
@@ -179,7 +181,7 @@ def test_written_batches_are_compared_with_what_was_written(bench):
 
 def test_targets_are_read_back_and_refused_when_damaged(llama, tmp_path, monkeypatch):
     first = bench_of(module_of(llama, tmp_path)).targets
-    monkeypatch.setattr(EditModule, "edit_targets", None)  # nothing is optimised again
+    monkeypatch.setattr(TargetFinder, "find", None)  # nothing is optimised again
     again = bench_of(module_of(llama, tmp_path))
     for layer in LAYERS:
         assert torch.equal(again.targets[layer].values, first[layer].values)
@@ -189,8 +191,14 @@ def test_targets_are_read_back_and_refused_when_damaged(llama, tmp_path, monkeyp
     with pytest.raises(TypeError):  # other settings need other targets
         _ = bench_of(module_of(llama, tmp_path, clamp=2.0)).targets
     files = sorted((tmp_path / "stats").glob("targets-layer1-*"))
-    save_file(load_file(files[0]), files[0], metadata={"layer": "1"})
+    with safe_open(files[0], "pt") as file:
+        said, tensors = file.metadata(), load_file(files[0])
+    save_file(tensors, files[0], metadata={**said, "layer": "2"})
     with pytest.raises(InputError, match="belongs to something else"):
+        _ = bench_of(module_of(llama, tmp_path)).targets
+    tensors["values"].view(torch.int32)[0, 0, 0] ^= 1
+    save_file(tensors, files[0], metadata=said)
+    with pytest.raises(InputError, match="not those that were written"):
         _ = bench_of(module_of(llama, tmp_path)).targets
     files[0].write_bytes(b"cut")
     with pytest.raises(InputError, match="delete it"):

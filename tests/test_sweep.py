@@ -28,10 +28,10 @@ from lightning_blue.metrics.evaluation import Evaluation, RequestOutcome
 from lightning_blue.metrics.unedited import UneditedMeasurements
 from lightning_blue.support.errors import InputError
 from lightning_blue.sweeps.launch import run_here, slot_environments
-from lightning_blue.sweeps.planned import plan_runs
+from lightning_blue.sweeps.planned import SHARE_TARGETS, plan_runs, resolved
 from lightning_blue.sweeps.shared import covariance_tasks
 from lightning_blue.sweeps.sweep_file import read_sweep
-from lightning_blue.sweeps.tasks import Outcome, StatsTask, Task, environment
+from lightning_blue.sweeps.tasks import Outcome, RunTask, StatsTask, Task, environment
 from test_conf import CONF, flags, small_run  # noqa: F401  (a fixture)
 
 PAPER = CONF / "paper"
@@ -211,6 +211,15 @@ def test_identity_knows_the_content_of_local_files(planned, tmp_path):
         assert identity_of(named) != old, key
 
 
+def test_runs_share_targets_unless_told_otherwise(planned, tmp_path):
+    path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even"]}})
+    for told, shares in (([], True), (["--model.cache_targets=false"], False)):
+        (run,) = planned(path, tmp_path, *told)
+        assert resolved(run.command[1:])["model"]["cache_targets"] is shares
+        assert run.identity == planned(path, tmp_path)[0].identity
+    assert resolved(run.args)["model"]["cache_targets"] is False  # by `fit`
+
+
 def test_two_combinations_that_are_the_same_run_are_refused(planned, tmp_path):
     path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even", "even"]}})
     with pytest.raises(InputError, match="are the same run"):
@@ -234,6 +243,10 @@ def test_a_folder_counts_by_its_content(planned, tmp_path):
     (folder / "config.yaml").write_text(yaml.safe_dump(nested))
     assert run.state == "finished"
     assert run.folder == folder
+    numbers = {"post/efficacy": 90.0, "edits/targets_read": 20, "seconds/total": 5.0}
+    (folder / "summary.json").write_text(json.dumps(numbers))
+    outcome = RunTask(run.name, tuple(run.command), run.root, run).result()
+    assert outcome.said == "efficacy 90.0, targets of 20 edits read"
     nested["update"]["ridge"] = 3.0
     (folder / "config.yaml").write_text(yaml.safe_dump(nested))
     assert run.state == "new"
@@ -529,7 +542,8 @@ def uninterrupted(small_sweep, tmp_path_factory):
     path, args = small_sweep
     runs = plan_runs(read_sweep(path), root, args)
     for run in runs:
-        alone = [arg for arg in run.command if not arg.startswith("--measure.unedited_cache")]
+        shared = ("--measure.unedited_cache", SHARE_TARGETS)
+        alone = [arg for arg in run.command if not arg.startswith(shared)]
         with redirect_stdout(io.StringIO()):
             assert main(alone) == 0
     return root / "sweep"

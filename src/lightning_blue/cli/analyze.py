@@ -22,7 +22,6 @@ from lightning_blue.reporting import MeasureEdits
 from lightning_blue.studies.bench import Bench, StudySettings
 from lightning_blue.studies.results import Described, read_section, write_report, write_result
 from lightning_blue.studies.table import STUDIES
-from lightning_blue.studies.target_files import target_identity
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.space import check_writable
@@ -154,7 +153,7 @@ def _described(cli: AnalyzeCLI, bench: Bench, name: str) -> Described:
     depends = {
         "study": name,
         "version": __version__,
-        "targets": [target_identity(module, bench.requests, layer) for layer in bench.layers],
+        "targets": [module.target_identity(bench.requests, layer) for layer in bench.layers],
         "update": {k: v for k, v in vars(cli.setting("update")).items() if k != "plan"},
         "measure": vars(cli.setting("measure")),
         "study_settings": asdict(cli.settings),

@@ -20,7 +20,16 @@ from lightning_blue.reporting.record import STATUS, read_status
 from lightning_blue.support.errors import InputError, first_line
 
 # Keys that do not make another run of what is compared: where and how it was made and measured.
-NOT_COMPARED = ("run/", "trainer/", "ckpt_path", "base", "measure/", "guard/")
+NOT_COMPARED = (
+    "run/",
+    "trainer/",
+    "ckpt_path",
+    "base",
+    "measure/",
+    "guard/",
+    "model/covariance/cache",
+    "model/cache_targets",
+)
 DEPTH = 3  # folders below a given one in which runs are looked for
 
 Request = tuple[str, str, str]  # case id, prompt, new object

@@ -24,7 +24,6 @@ from lightning_blue.metrics.table import MetricSpec
 BY_LABEL = (
     "seed_everything",
     "model/name_or_path",
-    "model/covariance/cache",
     "data/",
     "update/plan",
 )

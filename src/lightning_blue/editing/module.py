@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule
@@ -35,7 +39,7 @@ from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.editing.health import first_texts, known, percent_known, text_loss
 from lightning_blue.editing.in_context import Fact, FactMemory, InContext
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
-from lightning_blue.editing.optimization import TargetOptimization
+from lightning_blue.editing.optimization import TargetOptimization, Targets
 from lightning_blue.editing.prompts import (
     EditPrompts,
     context_templates,
@@ -45,6 +49,7 @@ from lightning_blue.editing.prompts import (
 )
 from lightning_blue.editing.rounding import FinalRounding
 from lightning_blue.editing.target_site import PROMPTS
+from lightning_blue.editing.target_store import TargetStore, place, target_identity
 from lightning_blue.editing.targets import TargetFinder, losses_not_finite
 from lightning_blue.language_model.architectures import (
     Architecture,
@@ -72,6 +77,8 @@ from lightning_blue.language_model.vocabulary import check_vocabulary, vocabular
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 
+log = logging.getLogger(__name__)
+
 MAX_CONTEXT_TOKENS = 10_000  # where the model does not say how many tokens it reads
 
 
@@ -95,6 +102,8 @@ class EditModule(LightningModule):
         export_dtype: of the edited model as it is saved: ``float32``, ``bfloat16`` or ``float16``.
             None: that of its checkpoint.
         in_context: how facts stand before prompts, where the update's solver is ``in_context``.
+        cache_targets: whether to keep the targets of the first batch beside the covariances
+            (``covariance.cache``), and to take those that another run has kept there; a sweep does.
 
     The model is frozen and in eval mode until the end of ``fit``, ``validate`` or ``test``; then it
     is as it was found, but for the edits.
@@ -112,6 +121,7 @@ class EditModule(LightningModule):
         seed: int | None = None,
         export_dtype: str | None = None,
         in_context: InContext = InContext(),  # noqa: B008  (frozen)
+        cache_targets: bool = False,
     ) -> None:
         super().__init__()
         check_contexts(context_tokens, seed, most=(context_length(model) or MAX_CONTEXT_TOKENS) - 1)
@@ -143,6 +153,11 @@ class EditModule(LightningModule):
         self.edit_batches_held = 0  # by the weights; counted by the callback that writes them
         self.target_losses: dict[int, Tensor] = {}  # of the newest batch, by target layer
         self.target_values: dict[int, Tensor] = {}  # (n_sites, n, d_model), by target layer
+        self.targets_read: dict[int, bool] = {}  # whether these are from a file
+        self.cache_targets = cache_targets
+        self.target_store: TargetStore | None = None
+        if cache_targets and covariance.cache is not None:
+            self.target_store = TargetStore(Path(covariance.cache))
         self.preparation_seconds = 0.0
         self.statistics: dict[str, Any] = {}  # what the covariances are from, for the report
         self._covariances: dict[int, Tensor] = {}
@@ -272,15 +287,7 @@ class EditModule(LightningModule):
         """
         self._check_loss_layer(layer)
         self.measure_site([*self._written, layer], batch)
-        prompts = self._prompts(batch)
-        values, losses = self.target_finder.find(prompts, self._edits_by_target(batch), layer)
-        bad = losses_not_finite(losses)
-        if bad:
-            alone = [i for i in bad if self._fails_alone(prompts[i], layer)]
-            raise NonFiniteError(
-                f"the loss of {edit_names(self, batch, alone or bad)} at layer {layer} is not "
-                "finite; the weights are as they were before this batch"
-            )
+        values, losses = self._found_targets(batch, layer)
         self.target_losses[layer] = losses.to(self.device)
         self.target_values[layer] = values.to(self.device)
         return self.target_values[layer][-1].T
@@ -463,9 +470,21 @@ class EditModule(LightningModule):
             self._covariances |= found.covariances
             self.statistics |= found.about
         self._edited = list(dict.fromkeys([*self._edited, *written]))
+        self.note_unedited(self._edited)
         if self.export_dtype != self.model.dtype:
             self.rounding.keep(written)
         self.preparation_seconds = time.perf_counter() - started
+
+    def note_unedited(self, weights: Sequence[WeightId]) -> None:
+        """Let the store of targets know the weights as they are, before any is edited."""
+        if self.target_store is not None and not self.edit_batches_held:
+            self.target_store.note_unedited(self._values_of(weights))
+
+    def target_identity(self, batch: Sequence[EditRequest], layer: int) -> dict[str, str]:
+        """Return what the targets of a batch depend on while the weights are unedited."""
+        prompts, groups = self._prompts(batch), self._edits_by_target(batch)
+        described = target_identity(self.target_finder, prompts, groups, layer)
+        return {"model": self.identity, **described}
 
     @property
     def found_settings(self) -> dict[str, Any]:
@@ -548,6 +567,49 @@ class EditModule(LightningModule):
                 check_vocabulary(self.model, self.tokenizer, [request.text], [ids])
             self._tokenised = batch, prompts
         return self._tokenised[1]
+
+    def _found_targets(self, batch: Sequence[EditRequest], layer: int) -> Targets:
+        """Optimise the targets of a batch; those of the first may be in the store."""
+        self.targets_read[layer] = False
+        store = self.target_store
+        if store is None or not store.ready or self.edit_batches_held:
+            return self._optimised(batch, layer)
+        self.target_finder.get_ready(self._prompts(batch), layer)
+        trainer = self._trainer
+        strategy, precision = (
+            (None, "32-true") if trainer is None else (trainer.strategy, str(trainer.precision))
+        )
+        identity = {
+            **self.target_identity(batch, layer),
+            "edited": json.dumps(store.edited(self._values_of(self._edited)), sort_keys=True),
+            "site": self.site.name,
+            **place(self.device, precision),
+        }
+        optimise = partial(self._optimised, batch, layer)
+        found, file = store.shared(identity, strategy, optimise)
+        self.targets_read[layer] = file is not None
+        if file is not None:
+            log.info("targets of batch 0, layer %d, are read from %s", layer, file)
+        return found
+
+    def _optimised(self, batch: Sequence[EditRequest], layer: int) -> Targets:
+        prompts = self._prompts(batch)
+        found = self.target_finder.find(prompts, self._edits_by_target(batch), layer)
+        bad = losses_not_finite(found.losses)
+        if bad:
+            alone = [i for i in bad if self._fails_alone(prompts[i], layer)]
+            raise NonFiniteError(
+                f"the loss of {edit_names(self, batch, alone or bad)} at layer {layer} is not "
+                "finite; the weights are as they were before this batch"
+            )
+        return Targets(found.values.contiguous(), found.losses.contiguous())
+
+    def _values_of(self, weights: Sequence[WeightId]) -> dict[str, Tensor]:
+        """Return the weights that the model computes with, as it stores them."""
+        return {
+            str(weight): cast(Tensor, self._projection(weight).weight).detach()
+            for weight in weights
+        }
 
     def _fails_alone(self, prompts: EditPrompts, layer: int) -> bool:
         """Say whether an edit's loss is not finite when no other is computed with it."""

@@ -65,8 +65,7 @@ class TargetFinder:
         Returns:
             Targets and losses in the order of the edits, on the CPU.
         """
-        if self.shortcuts is None:
-            self._try_parts(prompts, layer)
+        self.get_ready(prompts, layer)
         parts = distribute(groups, partial(self._find_groups, prompts, layer))
         order = torch.tensor([index for group in groups for index in group]).argsort()
         values = torch.cat([part.values for part in parts], dim=1)[:, order]
@@ -76,8 +75,7 @@ class TargetFinder:
         self, prompts: Sequence[EditPrompts], layer: int
     ) -> FastPredictor | PlainPredictor:
         """Return what predicts for these edits, with a delta at the layer."""
-        if self.shortcuts is None:
-            self._try_parts(prompts, layer)
+        self.get_ready(prompts, layer)
         return (self._fast if self.runs_in_parts else self._plain)(prompts, layer)
 
     def _plain(self, prompts: Sequence[EditPrompts], layer: int) -> PlainPredictor:
@@ -96,8 +94,10 @@ class TargetFinder:
             self.shortcuts or ALL_SHORTCUTS,
         )
 
-    def _try_parts(self, prompts: Sequence[EditPrompts], layer: int) -> None:
-        """Find out whether this model's numbers stay the same when it is run in parts."""
+    def get_ready(self, prompts: Sequence[EditPrompts], layer: int) -> None:
+        """Find out once whether the model's numbers stay the same when it is run in parts."""
+        if self.shortcuts is not None:
+            return
         farthest = max(prompts, key=lambda prompt: prompt.rewriting[-1].lookup)
         self.shortcuts = ALL_SHORTCUTS
         plain = self._plain([farthest], layer)

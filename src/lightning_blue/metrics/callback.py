@@ -38,7 +38,7 @@ from lightning_blue.metrics.generated import (
     unedited_continuations,
     with_answers,
 )
-from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.metrics.history import READ, LossCurve, Measurement, RunHistory
 from lightning_blue.metrics.protocols import choose, require_protocols
 from lightning_blue.metrics.retention import Retention, RetentionSettings, choose_sample
 from lightning_blue.metrics.retention_matrix import FOLLOWED, retention_matrix, three_numbers
@@ -199,12 +199,17 @@ class MeasureEdits(Callback):
         batch_idx: int,
     ) -> None:
         """Measure the batch just applied."""
-        self._count_seconds("editing", time.perf_counter() - self._started)
+        seconds, read = time.perf_counter() - self._started, _targets_read(pl_module)
+        self._count_seconds("editing", seconds)
+        if read:
+            self._count_seconds(READ, seconds)
         if self._committed is None:
             return
         first = batch_idx * trainer.datamodule.batch_size  # type: ignore[attr-defined]
         number = self._committed.batch  # rejected batches do not count
         self.history.batches[number] = list(range(first, first + len(batch)))
+        if read:
+            self.history.targets_read[number] = read
         for layer, losses in pl_module.target_losses.items():
             self.history.loss_curves.append(LossCurve(number, layer, losses.cpu()))
         evaluation = self._evaluate(pl_module, batch)
@@ -448,6 +453,12 @@ def _reason_of_end(trainer: Trainer) -> str:
 def _values(stage: str, metrics: Metrics) -> dict[str, float]:
     """Return each metric's value under ``stage/name``, NaN where it is not finite."""
     return {f"{stage}/{name}": e.get("value", math.nan) for name, e in metrics.items()}
+
+
+def _targets_read(module: Any) -> list[int]:
+    """Return the layers whose targets of the newest batch were not optimised by this run."""
+    read: dict[int, bool] = getattr(module, "targets_read", {})
+    return sorted(layer for layer, from_file in read.items() if from_file)
 
 
 def _norms(trainer: Trainer) -> dict[str, float]:

@@ -16,6 +16,8 @@ from lightning_blue.metrics.matching import GeneratedAnswer, answer_from
 from lightning_blue.metrics.retention import Retention
 from lightning_blue.support.errors import InputError
 
+READ = "editing_with_targets_read"  # a part of the seconds
+
 
 class Measurement(NamedTuple):
     """Metrics of one protocol at one point of the run.
@@ -72,7 +74,9 @@ class RunHistory:
         after: outcome of each request in force at the end, by its place in ``requests``.
         answers_before: what the unedited model answered, with places in ``requests``.
         answers_after: what the model answered at the end, likewise.
-        seconds: time spent by part: ``editing``, ``evaluate``, ``prepare``, ``total``.
+        seconds: time spent by part: ``editing``, ``evaluate``, ``prepare``, ``total``; of editing,
+            ``editing_with_targets_read`` is that of batches some of whose targets were read.
+        targets_read: of each such batch, by its number, the target layers.
         resumed_after: edits applied where the run was resumed, each time.
         guard_events: of the guard, see :class:`blue_callbacks.EditGuard`; None without one.
         ended_early: why requests are left that were never applied; empty if none are.
@@ -98,6 +102,7 @@ class RunHistory:
     answers_before: list[GeneratedAnswer] = field(default_factory=list)
     answers_after: list[GeneratedAnswer] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    targets_read: dict[int, list[int]] = field(default_factory=dict)
     resumed_after: list[int] = field(default_factory=list)
     guard_events: list[dict[str, Any]] | None = None
     ended_early: str = ""
@@ -148,6 +153,7 @@ class RunHistory:
             "before": [asdict(outcome) for outcome in self.before],
             "answers_before": [asdict(answer) for answer in self.answers_before],
             "seconds": self.seconds,
+            "targets_read": self.targets_read,
             **self.added_settings,
             "resumed_after": self.resumed_after,
         }
@@ -177,6 +183,7 @@ class RunHistory:
         ]
         self.answers_before = [answer_from(each) for each in state.get("answers_before", [])]
         self.seconds = state["seconds"]
+        self.targets_read = state.get("targets_read", {})
         self.resumed_after = [*state["resumed_after"], self.applied]
 
     def stages(self) -> list[str]:

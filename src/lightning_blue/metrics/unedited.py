@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from lightning.pytorch.strategies import Strategy
 from lightning_blue import __version__
 from lightning_blue.metrics.evaluation import Evaluation, RequestOutcome
 from lightning_blue.metrics.matching import answer_from
-from lightning_blue.support.storage import make_folder, unless_full, write_atomic
+from lightning_blue.support.locks import locked
+from lightning_blue.support.storage import unless_full, write_atomic
 
 
 class UneditedMeasurements:
@@ -40,7 +41,9 @@ class UneditedMeasurements:
         """
         identity = {**identity, "version": __version__}
         path = self._path(identity)
-        with self._locked(path, strategy.is_global_zero):
+        lock = path.with_suffix(".lock")
+        what = "the measurement of the unedited model"
+        with locked(lock, what) if strategy.is_global_zero else nullcontext():
             kept = self._read(path, identity) if strategy.is_global_zero else None
             kept = strategy.broadcast(kept)
             if kept is not None:
@@ -64,19 +67,6 @@ class UneditedMeasurements:
             return None
         same = isinstance(kept, dict) and kept.get("identity") == identity
         return kept if same else None
-
-    @contextmanager
-    def _locked(self, path: Path, wanted: bool) -> Iterator[None]:
-        """Let one run at a time measure what belongs under a path."""
-        if not wanted:
-            yield
-            return
-        import fcntl  # no system but Unix has it, and without this cache nothing needs it
-
-        make_folder(self.folder)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def _evaluation(kept: Mapping[str, Any]) -> Evaluation:

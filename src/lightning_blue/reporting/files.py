@@ -24,6 +24,7 @@ from lightning_blue.metrics.matching import GeneratedAnswer, contains, is_any, i
 from lightning_blue.reporting.views import (
     FinalLoss,
     batch_of,
+    edits_with_targets_read,
     final_losses,
     metrics_at,
     outcome_pairs,
@@ -137,7 +138,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
     ``edits/applied``, ``edits/requested`` (usable requests), ``edits/rejected``, ``guard/events``,
     ``controls/kept`` and ``controls/asked`` where control facts were asked for,
     ``export/dtype`` and ``export/rounding_loss/...`` where the model is saved in another dtype than
-    it was edited in, ``seconds/edit`` (of one edit), ``seconds/editing``, ``seconds/evaluate``,
+    it was edited in, ``edits/targets_read`` where targets were read that another run has kept,
+    ``seconds/edit`` (of one edit, without those), ``seconds/editing``, ``seconds/evaluate``,
     ``seconds/ability``, ``seconds/prepare`` and ``seconds/total`` (of the run), ``settings/...``
     and ``versions/...``.
     """
@@ -161,6 +163,8 @@ def summary(history: RunHistory) -> dict[str, Any]:
         numbers["controls/kept"], numbers["controls/asked"] = history.controls_kept
     if history.guard_events is not None:
         numbers["guard/events"] = len(history.guard_events)
+    if history.targets_read:
+        numbers["edits/targets_read"] = edits_with_targets_read(history)
     each = seconds_per_edit(history)
     numbers |= {} if each is None else {"seconds/edit": each}
     if history.export_dtype:

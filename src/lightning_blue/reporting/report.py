@@ -264,6 +264,13 @@ def _times(history: RunHistory) -> str:
     each = seconds_per_edit(history)
     if each is not None:
         text += f"\n\n{each:.3g} seconds per edit."
+    for batch, layers in history.targets_read.items():
+        named = ", ".join(map(str, layers))
+        text += (
+            f"\n\nTargets of batch {batch}, layer {named}, were read from the cache: another run "
+            f"had optimised them. The {len(history.batches[batch]):,} edits of the batch are not "
+            "in the seconds per edit."
+        )
     return text
 
 

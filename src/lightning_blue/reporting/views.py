@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
-from lightning_blue.metrics.history import LossCurve, RunHistory
+from lightning_blue.metrics.history import READ, LossCurve, RunHistory
 from lightning_blue.metrics.table import MetricSpec
 
 
@@ -105,9 +105,22 @@ def outcome_pairs(
 
 
 def seconds_per_edit(history: RunHistory) -> float | None:
-    """Return how long an edit took, from targets to weights; None where nothing was edited."""
-    total = history.seconds.get("editing")
-    return None if total is None or not history.applied else total / history.applied
+    """Return how long an edit took, from targets to weights; None where none was timed.
+
+    Batches are left out some of whose targets were read, from where another run has kept them.
+    """
+    total, edits = (
+        history.seconds.get("editing"),
+        history.applied - edits_with_targets_read(history),
+    )
+    if total is None or not edits:
+        return None
+    return (total - history.seconds.get(READ, 0.0)) / edits
+
+
+def edits_with_targets_read(history: RunHistory) -> int:
+    """Return how many edits were applied in batches some of whose targets were read."""
+    return sum(len(history.batches[number]) for number in history.targets_read)
 
 
 def failed(outcome: RequestOutcome | None) -> bool:

@@ -24,7 +24,6 @@ from lightning_blue.editing.prompts import EditPrompts, edit_prompts
 from lightning_blue.language_model.architectures import down_projection
 from lightning_blue.metrics.evaluation import Metrics, evaluate
 from lightning_blue.studies.module import StudyModule
-from lightning_blue.studies.target_files import load_or_optimise
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 
@@ -125,7 +124,7 @@ class Bench:
         """Layer -> targets optimised on the unedited model."""
         folder = Path(self.module.covariance.cache or "stats")
         self._measure_site()
-        found = load_or_optimise(self.module, self.requests, self.layers, folder)
+        found = self.module.unedited_targets(self.requests, self.layers, folder)
         self.module.know(self.requests, found)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from blue_callbacks import WeightId
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import Targets
+from lightning_blue.editing.target_store import TargetStore
 
 
 class StudyModule(EditModule):
@@ -45,6 +47,32 @@ class StudyModule(EditModule):
             n for n in list(signature(EditModule.__init__).parameters)[1:] if n != "export_dtype"
         ]
         return cls(**{name: getattr(module, name) for name in names})
+
+    def unedited_targets(
+        self, requests: Sequence[EditRequest], layers: Sequence[int], folder: Path
+    ) -> dict[int, Targets]:
+        """Return layer -> targets of the requests, optimising what no file holds.
+
+        Args:
+            requests: n edits, optimised together; the weights are unedited.
+            layers: target layers.
+            folder: of the files. Where one cannot be written, that is a warning.
+
+        Raises:
+            InputError: if a file is damaged.
+            NonFiniteError: as `edit_targets` does.
+        """
+        before, self.target_store = self.target_store, TargetStore(folder)
+        try:
+            self.note_unedited(list(self._originals))
+            for layer in layers:
+                super().edit_targets(requests, layer)
+        finally:
+            self.target_store = before
+        return {
+            layer: Targets(self.target_values[layer].cpu(), self.target_losses[layer].cpu())
+            for layer in layers
+        }
 
     def know(self, requests: Sequence[EditRequest], targets: Mapping[int, Targets]) -> None:
         """Take over targets of the unedited model, by layer."""

@@ -24,7 +24,7 @@ from lightning_blue.sweeps.sweep_file import Sweep, Values, short
 
 # Keys that say where a run is kept and how it is shown, not what it is.
 ELSEWHERE = re.compile(
-    r"run/.*|base|ckpt_path|model/covariance/cache|measure/unedited_cache"
+    r"run/.*|base|ckpt_path|model/covariance/cache|model/cache_targets|measure/unedited_cache"
     r"|trainer/(logger|default_root_dir|enable_progress_bar|enable_model_summary)(/.*)?"
 )
 SOURCES = (
@@ -39,6 +39,7 @@ SOURCES = (
 BUNDLED = resources.files("lightning_blue") / "assets" / "almanac"
 SEED = "PL_GLOBAL_SEED"
 DECIDED = ("update/layers",)  # what a run writes into its configuration where nothing was asked for
+SHARE_TARGETS = "--model.cache_targets=true"  # unless the sweep, or its user, says otherwise
 DIGITS = 10  # of the identity, in a folder's name
 LONGEST = 100  # characters of a folder's name before them
 _SAMPLES, _SAMPLE = 64, 65536  # blocks of a large file that are read, and their bytes
@@ -75,7 +76,8 @@ class PlannedRun:
         """The arguments of the program that start the run, or go on with it."""
         name = self.folder.name
         own = [f"--run.root={self.root}", f"--run.name={name}", "--ckpt_path=last"]
-        return ["fit", *self.args, f"--measure.unedited_cache={self.root / 'unedited'}", *own]
+        shared = f"--measure.unedited_cache={self.root / 'unedited'}"
+        return ["fit", SHARE_TARGETS, *self.args, shared, *own]
 
     @property
     def state(self) -> str:

@@ -188,9 +188,10 @@ class RunTask(Task):
             for name in SHOWN
             if isinstance(summary.get(f"post/{name}"), float | int)
         ]
-        return Outcome(
-            self.name, state, ", ".join([said, *scores] if said else scores), seconds, self.log
-        )
+        read = summary.get("edits/targets_read")
+        shared = [f"targets of {read:.0f} edits read"] if read else []
+        text = ", ".join([*filter(None, [said]), *scores, *shared])
+        return Outcome(self.name, state, text, seconds, self.log)
 
 
 @dataclass(frozen=True)
