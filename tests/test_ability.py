@@ -18,6 +18,7 @@ import torch
 
 from conftest import LanguageModel
 from histories import estimate, small_history
+from lightning_blue import edit
 from lightning_blue.ability import AbilitySettings, GeneralAbility, paper
 from lightning_blue.ability import harness as harness_module
 from lightning_blue.ability.jackknife import jackknife_error
@@ -143,6 +144,35 @@ def test_the_figures_are_the_harness_s_own_on_the_exported_model(
     logged = [applied for applied, v in history.logged if "cumulative/ability/towns/acc" in v]
     assert logged == [4]
     assert "lm-evaluation-harness" in history.settings["ability"]
+
+
+def test_a_call_from_python_measures_ability_and_retention(
+    lm_eval, llama: LanguageModel, tasks, tmp_path, capsys
+):
+    """Of `edit`: the harness's own reading of the model, before and after, and nothing printed."""
+    edits = [("Zoë", "{} lives in", "Rome"), ("Lyon", "{} is near", "Oslo")]
+    expected = [GeneralAbility(AbilitySettings(tasks)).measure(llama.model, llama.tokenizer)]
+    result = edit(
+        llama.model,
+        llama.tokenizer,
+        [(*each, "Paris") for each in edits],
+        copy=True,
+        batch_size=1,
+        progress=False,
+        settings={"measure.ability.tasks": tasks, "measure.retention.prompts": 99},
+        **{"steps": 4, "clamp": 4.0, "contexts": []},
+    )
+    assert capsys.readouterr() == ("", "")
+    expected.append(GeneralAbility(AbilitySettings(tasks)).measure(result.model, result.tokenizer))
+    for at, seen in zip(("before", "after"), expected, strict=True):
+        assert len(seen) == 4
+        for name, found in seen.items():
+            assert result.scores[name][at] == found["value"]
+    assert expected[0] != expected[1]
+    efficacy, kept = result.scores["efficacy"], result.scores["retention_mean"]
+    assert kept["after"] == efficacy["after"]  # each batch is one request, and all are followed
+    assert (kept["before"], kept["count"]) == (None, 2)
+    assert {"retention_first_batch", "forgetting"} < set(result.scores)
 
 
 def test_a_resumed_run_has_the_same_ability(lm_eval, module, facts, tasks, tmp_path):  # noqa: F811

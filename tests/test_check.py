@@ -276,6 +276,8 @@ def test_what_fit_refuses_is_refused_with_the_same_words(run, folder, tmp_path, 
         (["almanac", "--update.layers=[99]"], "no layer 99"),
         (["almanac", "--update.layer=[1]"], "update.layer"),
         (["almanac", "--data", "missing.csv"], "no such file"),
+        (["almanac", "--data", "a.csv", "--data.path=b.csv"], "as a.csv and by --data.path=b.csv"),
+        (["almanac", "--model.name_or_path=gpt2"], "the model is given twice, as almanac"),
     ],
 )
 def test_bad_input_is_one_message(args, said, capsys):

@@ -138,6 +138,8 @@ def test_facts_that_cannot_be_used(run, tmp_path, text, said):
         ("--model.covariance.corpus=missing.txt", "no such file"),
         ("--measure.text=missing.txt", "no such file"),
         ("--config=conf/nothing.yaml", "no such run file"),
+        ("--data=facts.jsonl", "hint:  give it as --data.path=facts.jsonl"),
+        ("--model=gpt2", "hint:  give it as --model.name_or_path=gpt2"),
     ],
 )
 def test_settings_that_cannot_be_used(run, flag, said):

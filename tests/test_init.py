@@ -237,6 +237,7 @@ def test_a_file_that_appears_meanwhile_is_kept(run, monkeypatch):
         (["almanac"], "--data"),
         (["nothing/here/at/all", "--data=x.csv"], "no folder"),
         (["almanac", "--data=missing.csv"], "no such file"),
+        (["almanac", "--data=a.csv", "--data.path=b.csv"], "the facts are given twice"),
         (["almanac", "--data=almanac", "--update.layer=[1]"], "update.layer"),
         (["almanac", "--data=almanac", "stray"], "unrecognized arguments: stray"),
         (["almanac", "--data=almanac", "--output=text/run.yaml"], "could not be written"),

@@ -17,7 +17,6 @@ from lightning_blue.editing import EditModule
 from lightning_blue.editing.decisions import decided_settings, decisions
 from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.language_model.loading import loaded_name
-from lightning_blue.metrics import table
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.export import export_model
 from lightning_blue.reporting.settings import run_settings
@@ -271,7 +270,7 @@ def _said(failed: FailedEdit) -> str:
 def _scores(history: RunHistory) -> dict[str, dict[str, float | None]]:
     before, after = metrics_at(history, "pre"), metrics_at(history, "post")
     scores: dict[str, dict[str, float | None]] = {}
-    for spec in table.METRICS:
+    for spec in measured(history):
         if spec.name in before or spec.name in after:
             first, last = before.get(spec.name, {}), after.get(spec.name, {})
             scores[spec.name] = {

@@ -83,10 +83,24 @@ def parse(command: str, args: Sequence[str]) -> tuple[Namespace, list[str]]:
     if command == "ask":
         return parser.parse_intermixed_args(args), []
     chosen, rest = parser.parse_known_args(args)
+    _require_given_once(parser, chosen, rest)
     strange = [arg for arg in rest if not _is_key(arg)]
     if strange:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     return chosen, rest
+
+
+_OWN = {"model": "model.name_or_path", "data": "data.path"}  # arguments that are keys of `fit`
+
+
+def _require_given_once(parser: Parser, chosen: Namespace, rest: Sequence[str]) -> None:
+    """Refuse a key of `fit` beside the argument that stands for it: one would be dropped."""
+    for name, key in _OWN.items():
+        given = getattr(chosen, name)
+        twice = [arg for arg in rest if arg.partition("=")[0] == f"--{key}"]
+        if given is not None and twice:
+            what = "the model is" if name == "model" else "the facts are"
+            parser.error(f"{what} given twice, as {given} and by {twice[0]}: leave one of them out")
 
 
 def _is_key(arg: str) -> bool:

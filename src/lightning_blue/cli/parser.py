@@ -23,7 +23,7 @@ from blue_callbacks.ranges import SEED, check_ranges
 from blue_callbacks.trainer_checks import check_trainer
 from lightning_blue.cli.help import program
 from lightning_blue.cli.own_model import require_model
-from lightning_blue.cli.run_files import explain, unresolved, with_bases
+from lightning_blue.cli.run_files import explain, require_sections, unresolved, with_bases
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import edit_module
 from lightning_blue.editing.decisions import decisions
@@ -157,6 +157,7 @@ class EditCLI(RunFileCLI):
         args: Sequence[str],
         command: Literal["fit", "evaluate", "stats", "analyze", "check", "init", "locate"] = "fit",
     ) -> None:
+        require_sections(args)
         self.recorded = command in ("fit", "evaluate")
         self.resume_from: Path | None = None
         super().__init__(

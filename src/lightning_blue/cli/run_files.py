@@ -15,6 +15,7 @@ from lightning_blue.support.text import no_text, shown
 
 PACKAGED = Path(__file__).parents[1] / "conf"  # of an installed wheel
 
+_VALUES = {"--model": "--model.name_or_path", "--data": "--data.path"}  # what is meant by each
 _UNKNOWN_KEYS = (
     re.compile(r"unrecognized arguments: -{0,2}(?P<key>[\w.]+)"),
     re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'"),
@@ -44,6 +45,25 @@ def with_bases(args: Sequence[str]) -> list[str]:
         else:
             expanded.append(arg)
     return [*expanded, "--base=null"]  # resolved here: what is printed stands on its own
+
+
+def require_sections(args: Sequence[str]) -> None:
+    """Refuse a model or facts where a section of a run file belongs: ``--data facts.jsonl``.
+
+    Raises:
+        InputError: naming the key that takes it.
+    """
+    for place, arg in enumerate(args):
+        option, given, value = arg.partition("=")
+        if option in _VALUES and not given:
+            value = args[place + 1] if place + 1 < len(args) else ""
+        if option in _VALUES and not value.endswith((".yaml", ".yml")) and "{" not in value:
+            raise InputError(
+                f"{option} is a whole section of the configuration, and {shown(value)} is no run "
+                "file with one",
+                where=f"{option} {shown(value)}",
+                hint=f"give it as {_VALUES[option]}={value}",
+            )
 
 
 def located(path: Path) -> Path:
