@@ -112,6 +112,11 @@ def test_weights_and_tokens_are_those_of_the_file(
     for name, weight in llama.model.state_dict().items():
         largest = weight.abs().max()
         assert (found[name] - weight).abs().max() <= rounding * largest, name
+    model.save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    plain, _ = load_model(tmp_path / "folder")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, found[name]), name
 
 
 def test_is_edited_and_exported_as_a_plain_folder(
