@@ -200,6 +200,15 @@ def test_a_later_batch_supersedes_and_shares_no_subject(run):
     assert code == 0
     assert requests["superseded"] == ["faulty.jsonl:1"]
     assert requests["companions"] == requests["blanks"] == []
+    zoe = {"subject": "Zoë", "batches": [2, 5], "sources": ["faulty.jsonl:3", "faulty.jsonl:9"]}
+    assert requests["returning"] == [zoe]  # on another prompt, and not Lyon's, on the same
+    code, out, _ = run("llama", *more[:2], "--facts=0", data="faulty.jsonl")
+    assert "batches 2, 5, Zoë: faulty.jsonl:3, faulty.jsonl:9; their keys are" in " ".join(
+        out.split()
+    )
+    together = json.loads(run("llama", *more[1:], data="faulty.jsonl")[1])["requests"]
+    assert together["returning"] == []
+    assert [each["subject"] for each in together["companions"]] == ["Zoë"]
     assert [u["source"] for u in requests["unusable"]] == [f"faulty.jsonl:{i}" for i in (7, 8, 6)]
 
 
@@ -324,7 +333,7 @@ def test_what_it_says_of_the_disk_is_what_a_run_writes(run, folder, capsys):
     assert f"{cost['disk'] / 1000:.1f} kB" in stated
 
 
-RATES = Rates(2.0, 3.0, 0.5, 7.0, 0.25, 0.125, 0.0625)
+RATES = Rates(2.0, 3.0, 0.5, 7.0, 0.25, 1.5, 0.125, 0.0625)
 
 
 def requests(n: int) -> list[EditRequest]:
@@ -350,8 +359,8 @@ def test_twice_the_facts_take_twice_the_targets():
     assert one["covariance"] == two["covariance"] == 960 * 0.5
     # 2 written weights, and for 2 missing layers 3 systems each
     assert one["factorisation"] == two["factorisation"] == (2 + 6) * 7.0
-    # before and after: a dozen tokens of each fact, 100 of each generated text
-    assert one["texts"] == 2 * 40 * (12 + 2 * 100) * 0.125
+    # before and after: a dozen tokens of each fact, 100 of each generated text; the first is dear
+    assert one["texts"] == 2 * 40 * (3 * 1.5 + (11 + 2 * 99) * 0.125)
     # before, after, each batch, 10 after each of 4 batches, the first; controls 6 times, 5 watched
     assert one["probabilities"] == (3 * 40 + 4 * 10 + 10 + 6 * 5 + 5 * 5) * 0.25
     assert one["ordinary text"] == (6 * 1000 + 5 * 1024) * 0.0625
@@ -385,7 +394,7 @@ def test_covariances_that_are_there_take_no_time():
 
 
 def test_the_time_of_an_item_is_that_of_later_ones(monkeypatch):
-    """The first, slow one warms up; then so many as fit into the time, of those that there are."""
+    """The first, slow one warms up; then ever more as fit into the time, of those there are."""
     clock, done = [0.0], []
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
@@ -394,9 +403,22 @@ def test_the_time_of_an_item_is_that_of_later_ones(monkeypatch):
         clock[0] += 1.0 if len(done) == 1 else 0.25 * count
 
     assert seconds_each(work, 100, torch.device("cpu")) == 0.25
-    assert done == [1, 4]
+    assert done == [1, 4, 16]  # four times as many would take 16 seconds
     assert seconds_each(work, 3, torch.device("cpu")) == 0.25
-    assert done[2:] == [1, 3]
+    assert done[3:] == [1, 3]
+
+
+def test_many_that_hardly_take_longer_than_few_are_timed_together(monkeypatch):
+    """As with tokens that are written: a pass takes a second, and each text in it little more."""
+    clock, done = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def work(count: int) -> None:
+        done.append(count)
+        clock[0] += 1 + count / 64
+
+    assert seconds_each(work, 50, torch.device("cpu")) == pytest.approx((1 + 50 / 64) / 50)
+    assert done == [1, 4, 16, 50]
 
 
 def test_an_item_that_takes_longer_than_the_time_is_done_once(monkeypatch):

@@ -237,7 +237,7 @@ def _short(report: Report) -> Report:
     requests = report.requests
     if requests is None:
         return report
-    kinds = ("unusable", "superseded", "companions", "blanks")
+    kinds = ("unusable", "superseded", "companions", "returning", "blanks")
     notes = [
         f"{more:,} more {kind} are left out here; `lightning-blue check` lists all"
         for kind in kinds

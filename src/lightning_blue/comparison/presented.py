@@ -77,8 +77,8 @@ def seconds_grid(scores: ScoreTable) -> Grid | None:
         f"Seconds per edit, {scores.setting.title}",
         "Wall-clock seconds of the edit batches over the edits, without measuring: mean over runs, "
         "in brackets the least and the most. They compare only where the runs had the same machine "
-        "to themselves. Batches whose targets another run had optimised are left out, and rows that "
-        "had no others.",
+        "to themselves. Batches whose targets another run had optimised are left out, and rows "
+        "that had no others.",
         ["model", "method", "plan", *(named if len(named) > 1 else ["seconds per edit"])],
         rows,
         texts=3,

@@ -26,6 +26,7 @@ class Workload:
     covariance_tokens: int = 0
     factors: int = 0
     questions: int = 0
+    texts: int = 0
     written_tokens: int = 0
     scored_tokens: int = 0
 
@@ -70,9 +71,10 @@ def workload(
     first = min(batch_size, n)
     times_controls = 2 + (batches if measure.cumulative else 0)
     watched = 0 if guard.action == "off" else batches + 1
-    written = 2 * n * CONTINUATION_TOKENS
+    texts, written = 2 * n, 2 * n * CONTINUATION_TOKENS
     if measure.generate:
-        written += 2 * TEXT_TOKENS * sum(len(request.generation_prompts) for request in requests)
+        more = 2 * sum(len(request.generation_prompts) for request in requests)
+        texts, written = texts + more, written + more * TEXT_TOKENS
     scored = times_controls * measure.text_tokens if measure.text is not None else 0
     scored += watched * ORDINARY_TOKENS if guard.loss_increase is not None else 0
     asked = 2 * n + n + sampled + first + times_controls * controls
@@ -83,6 +85,7 @@ def workload(
         covariance_tokens=tokens if missing_layers else 0,
         factors=weights + (DOUBLINGS * missing_layers if compared else 0),
         questions=asked,
+        texts=texts,
         written_tokens=written,
         scored_tokens=scored,
     )
@@ -90,18 +93,23 @@ def workload(
 
 def parts(work: Workload, rates: Rates) -> list[Part]:
     """Multiply what is done by what a unit of it takes; seconds grow in proportion to it."""
+    begun, behind = work.texts * rates.text, work.written_tokens - work.texts
     return [
-        Part(name, amount, unit, amount * each)
-        for name, amount, unit, each in (
-            ("covariance", work.covariance_tokens, "tokens", rates.covariance_token),
-            ("factorisation", work.factors, "systems", rates.factor),
-            ("targets", work.edits, "edits", rates.target),
-            ("keys and solves", work.edits, "edits", rates.key),
-            ("probabilities", work.questions, "requests", rates.question),
-            ("texts", work.written_tokens, "tokens", rates.written),
-            ("ordinary text", work.scored_tokens, "tokens", rates.scored_token),
+        Part(name, amount, unit, seconds)
+        for name, amount, unit, seconds in (
+            ("covariance", *_times(work.covariance_tokens, "tokens", rates.covariance_token)),
+            ("factorisation", *_times(work.factors, "systems", rates.factor)),
+            ("targets", *_times(work.edits, "edits", rates.target)),
+            ("keys and solves", *_times(work.edits, "edits", rates.key)),
+            ("probabilities", *_times(work.questions, "requests", rates.question)),
+            ("texts", work.written_tokens, "tokens", begun + behind * rates.written),
+            ("ordinary text", *_times(work.scored_tokens, "tokens", rates.scored_token)),
         )
     ]
+
+
+def _times(amount: int, unit: str, each: float) -> tuple[int, str, float]:
+    return amount, unit, amount * each
 
 
 def editing_memory(

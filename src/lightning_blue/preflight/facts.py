@@ -80,6 +80,15 @@ class Companions:
 
 
 @dataclass(frozen=True)
+class Returning:
+    """Requests of several batches, on other prompts, that are about one subject."""
+
+    subject: str
+    batches: list[int]
+    sources: list[str]
+
+
+@dataclass(frozen=True)
 class Requests:
     """What can be said of all requests without running the model.
 
@@ -89,6 +98,7 @@ class Requests:
         unusable: those that will not, all of them.
         superseded: where requests were read whose prompt a later batch wants another object after.
         companions: see `Companions`.
+        returning: see `Returning`.
         blanks: where requests were read whose prompt ends with a blank.
     """
 
@@ -97,6 +107,7 @@ class Requests:
     unusable: list[Unusable]
     superseded: list[str]
     companions: list[Companions]
+    returning: list[Returning]
     blanks: list[str]
 
 
@@ -120,8 +131,19 @@ def sort_requests(found: SortedOut, batch_size: int) -> Requests:
         unusable=[_unusable(each) for each in found.rejected],
         superseded=[chosen[place].place for place in superseded(chosen)],
         companions=companions,
+        returning=_returning(chosen, batch_size),
         blanks=[request.place for request in end_with_blank(chosen)],
     )
+
+
+def _returning(chosen: Sequence[EditRequest], batch_size: int) -> list[Returning]:
+    """Return the subjects that a later batch edits again on another prompt."""
+    found = []
+    for subject, places in by_subject(chosen).items():
+        batches = sorted({place // batch_size for place in places})
+        if len(batches) > 1 and len({chosen[place].text for place in places}) > 1:
+            found.append(Returning(subject, batches, [chosen[place].place for place in places]))
+    return found
 
 
 def see(module: EditModule, requests: Sequence[EditRequest], tokens: int) -> list[FactSeen]:

@@ -139,6 +139,13 @@ def _requests(requests: Requests) -> Iterator[str]:
             "several targets, --model.target.merge_subjects=true gives them one"
         )
         yield from line("one subject", said)
+    for each in requests.returning:
+        batches = ", ".join(map(str, each.batches))
+        said = (
+            f"batches {batches}, {_visible(each.subject)}: {', '.join(each.sources)}; their keys "
+            "are much alike, so that the later edit weakens the earlier one"
+        )
+        yield from line("again", said)
 
 
 def _facts(facts: Sequence[FactSeen], requests: Requests | None) -> Iterator[str]:

@@ -24,11 +24,12 @@ from lightning_blue.language_model.scoring import Row, score_rows
 from lightning_blue.language_model.tokens import encode_prompts
 from lightning_blue.metrics.evaluation import evaluate
 
-SECONDS = 4.0  # that the timed items of a part may take together, beside the first one
+SECONDS = 4.0  # that the timed items of a part should take together, beside the first few
 FEW, PATIENCE = 4, 10.0  # so many items at least, unless the first took longer than these seconds
+GROWTH = 4  # times as many items as before, while there is time
 MICRO_BATCH = 64  # items timed together at most
 FACTORED = 1024  # key dimensions of the system that is factored; a factor's cost grows as a cube
-STEPS = 8  # tokens that are written to find out what one costs
+STEPS = 13  # tokens that are written to find out what each behind the first one costs
 
 
 class Rates(NamedTuple):
@@ -40,7 +41,8 @@ class Rates(NamedTuple):
         covariance_token: a token of ordinary text, through all written layers.
         factor: one factorisation of a covariance, of one layer.
         question: the probabilities of a request, its paraphrases and neighbours among them.
-        written: a token of a continuation or a generated text.
+        text: the first token of a continuation or a generated text, with reading its prompt.
+        written: each further token of it.
         scored_token: a token of text that is scored.
     """
 
@@ -49,6 +51,7 @@ class Rates(NamedTuple):
     covariance_token: float
     factor: float
     question: float
+    text: float
     written: float
     scored_token: float
 
@@ -56,9 +59,10 @@ class Rates(NamedTuple):
 def seconds_each(work: Callable[[int], None], most: int, device: torch.device) -> float:
     """Return the seconds that an item takes, together with others as far as there is time.
 
-    The first is done alone and tells how many more fit into `SECONDS`; a few are done in any case,
-    for what one takes alone and for the first time says little. Where the first takes very long, it
-    has to do.
+    The first is done alone, which warms up and says little. Then it is a few, and `GROWTH` times as
+    many as before while these should fit into `SECONDS`: what takes longer by each item is told by
+    the two times before, for many items together may take hardly longer than few. Where the first
+    takes very long, it has to do.
 
     Args:
         work: does so many items.
@@ -73,10 +77,18 @@ def seconds_each(work: Callable[[int], None], most: int, device: torch.device) -
             torch.cuda.synchronize(device)
         return max(time.perf_counter() - started, 1e-9)
 
-    first = clock(1)
-    few = FEW if first < PATIENCE else 0
-    count = min(most, max(few, int(SECONDS / first)))
-    return clock(count) / count if count else first
+    fewer, less = 1, clock(1)
+    if less >= PATIENCE or most < 1:
+        return less
+    count = min(most, FEW)
+    while True:
+        took, more = clock(count), min(most, GROWTH * count)
+        if more == count:
+            return took / count
+        slope = max(0.0, took - less) / (count - fewer)
+        if took + slope * (more - count) > SECONDS:
+            return took / count
+        fewer, less, count = count, took, more
 
 
 def measure_rates(
@@ -101,13 +113,15 @@ def measure_rates(
         return seconds_each(work, len(items), module.device)
 
     factor, solve = closed_form_seconds(update, module)
+    first_token = each(trial.beginnings, sample)
     return Rates(
         target=each(trial.targets, sample),
         key=each(trial.keys, sample) + solve * len(update.layer_updates),
         covariance_token=each(trial.covariances, rows) / len(rows[0]),
         factor=factor,
         question=each(trial.questions, sample),
-        written=each(trial.texts, sample) / STEPS,
+        text=first_token,
+        written=max(0.0, each(trial.texts, sample) - first_token) / (STEPS - 1),
         scored_token=each(trial.scores, rows) / len(rows[0]),
     )
 
@@ -147,9 +161,15 @@ class _Trial(NamedTuple):
             tokens_per_batch=self.tokens_per_batch,
         )
 
+    def beginnings(self, count: int) -> None:
+        self._write(count, 1)
+
     def texts(self, count: int) -> None:
+        self._write(count, STEPS)
+
+    def _write(self, count: int, tokens: int) -> None:
         prompts = [request.text for request in self.sample[:count]]
-        generate(self.module.model, self.module.tokenizer, prompts, max_new_tokens=STEPS, top_k=1)
+        generate(self.module.model, self.module.tokenizer, prompts, max_new_tokens=tokens, top_k=1)
 
     def scores(self, count: int) -> None:
         rows = [Row(row, 1) for row in self.rows[:count]]
