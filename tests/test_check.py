@@ -17,9 +17,9 @@ from lightning_blue.__main__ import main
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.depth import layers_by_depth
 from lightning_blue.metrics.callback import MeasureEdits
-from lightning_blue.preflight.estimate import Workload, editing_memory, parts, workload
+from lightning_blue.preflight.estimate import RANGE, Workload, editing_memory, parts, workload
 from lightning_blue.preflight.layout import cut_into_tokens
-from lightning_blue.preflight.timing import Rates, seconds_each, spread
+from lightning_blue.preflight.timing import Rates, Shared, seconds_each, spread
 from random_models import random_model, saved
 
 FACTS = [
@@ -434,6 +434,28 @@ def test_an_item_that_takes_longer_than_the_time_is_done_once(monkeypatch):
     each = 3.0  # four of them do not fit, and are done all the same
     assert seconds_each(work, 100, torch.device("cpu")) == 3
     assert done == [1, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("device", "worked", "slowed"), [("cpu", 2.0, 4.0), ("cpu", 16.0, 1.0), ("meta", 2.0, 1.0)]
+)
+def test_other_programs_are_told_by_the_processor_s_own_clock(monkeypatch, device, worked, slowed):
+    clocks = iter([0.0, 8.0]), iter([5.0, 5.0 + worked])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clocks[0]))
+    monkeypatch.setattr("time.process_time", lambda: next(clocks[1]))
+    with Shared(torch.device(device)) as timing:
+        pass
+    assert timing.slowed == slowed
+
+
+def test_on_a_busy_machine_the_shorter_time_is_without_the_others(run, monkeypatch):
+    monkeypatch.setattr(Shared, "__exit__", lambda self, *_: setattr(self, "slowed", 4.0))
+    cost = json.loads(run("llama", "--json=-", "--facts=0")[1])["cost"]
+    total = sum(part["seconds"] for part in cost["parts"])
+    assert cost["seconds"] == pytest.approx([RANGE[0] * total / 4, RANGE[1] * total])
+    assert "other programs had 75% of the processor meanwhile" in " ".join(
+        run("llama", "--facts=0")[1].split()
+    )
 
 
 def test_memory_is_counted_by_matrix():

@@ -29,7 +29,7 @@ from lightning_blue.preflight.estimate import (
 from lightning_blue.preflight.facts import Requests, see, sort_requests
 from lightning_blue.preflight.model import look_at, measure_additivity
 from lightning_blue.preflight.report import Cost, Report, Settings
-from lightning_blue.preflight.timing import measure_rates, spread
+from lightning_blue.preflight.timing import Shared, measure_rates, spread
 from lightning_blue.reporting.disk_space import size_of_run
 from lightning_blue.reporting.record import RunRecord
 from lightning_blue.support.errors import InputError
@@ -132,13 +132,16 @@ def estimate_cost(plans: Plans, requests: Sequence[EditRequest], *, stand_ins: b
         compared=source.report_change,
         controls=plans.data.controls_at_most,
     )
-    timed = parts(work, measure_rates(module, update, requests, plans.measure.tokens_per_batch))
+    with Shared(module.device) as timing:
+        rates = measure_rates(module, update, requests, plans.measure.tokens_per_batch)
+    timed = parts(work, rates)
     seconds = sum(part.seconds for part in timed)
     memory = resident + _memory(plans, requests)
     return Cost(
         edits=len(requests),
         parts=timed,
-        seconds=(RANGE[0] * seconds, RANGE[1] * seconds),
+        seconds=(RANGE[0] * seconds / timing.slowed, RANGE[1] * seconds),
+        slowed=timing.slowed,
         memory=(MEMORY_RANGE[0] * memory, MEMORY_RANGE[1] * memory),
         memory_available=available + resident,
         disk=_disk(plans, len(requests)),

@@ -14,6 +14,7 @@ from lightning_blue.support.space import size
 WIDTH = 80
 LABEL = 14  # characters of a line's name
 MARK = "[{}]"  # around the subject's last token
+SLOWED = 1.2  # times; from here on it is said that other programs ran
 SMALL = 1e-4  # a probability below it is not spelled in percent
 
 
@@ -195,6 +196,9 @@ def _cost(cost: Cost) -> Iterator[str]:
     yield from line("", f"{what}: {cost.covariance_file}")
     low_factor, high_factor = RANGE
     yield from line("", f"(times {low_factor:g} to {high_factor:g} of what a few items took)")
+    if cost.slowed > SLOWED:
+        had = f"other programs had {1 - 1 / cost.slowed:.0%} of the processor meanwhile"
+        yield from line("", f"({had}: the shorter time is without them)")
 
 
 def _verdict(problems: Sequence[str]) -> Iterator[str]:

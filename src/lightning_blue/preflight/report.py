@@ -44,6 +44,8 @@ class Cost:
         edits: that it is about.
         parts: of the time; ``amount`` of a ``unit`` takes so many ``seconds``.
         seconds: the least and the most that it should take.
+        slowed: how many times longer the timing took than the processor worked on it, because
+            other programs had it meanwhile; the least that a run takes is without them.
         memory: the least and the most bytes that it should take.
         memory_available: bytes that this process may take on the device.
         disk: bytes that it writes.
@@ -57,6 +59,7 @@ class Cost:
     edits: int
     parts: list[Part]
     seconds: tuple[float, float]
+    slowed: float
     memory: tuple[float, float]
     memory_available: int
     disk: int

@@ -32,6 +32,33 @@ FACTORED = 1024  # key dimensions of the system that is factored; a factor's cos
 STEPS = 13  # tokens that are written to find out what each behind the first one costs
 
 
+class Shared:
+    """How much a block of pure computation was slowed by other programs.
+
+    Args:
+        device: on which it computes. Of one that is no processor, nothing is known.
+
+    Attributes:
+        slowed: seconds that passed, over those that the processor worked; 1 where it is idle
+            otherwise, or where several threads make that hard to say.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.known = device.type == "cpu"
+        self.slowed = 1.0
+
+    def __enter__(self) -> Shared:
+        """Read both clocks."""
+        self._began = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Compare them."""
+        passed, worked = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
+        if self.known and worked > 0:
+            self.slowed = max(1.0, passed / worked)
+
+
 class Rates(NamedTuple):
     """Seconds that one unit of each part of a run takes.
 
