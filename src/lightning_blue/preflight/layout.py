@@ -31,7 +31,7 @@ def as_text(report: Report, *, facts: bool = True) -> str:
         [] if report.requests is None else _requests(report.requests),
         _facts(report.facts, report.requests) if facts else [],
         [] if report.cost is None else _cost(report.cost),
-        [line for note in report.notes for line in line("note", note)],
+        [said for note in report.notes for said in line("note", note)],
         _verdict(report.problems),
     ]
     return "\n\n".join("\n".join(lines) for lines in map(list, sections) if lines) + "\n"
