@@ -379,6 +379,7 @@ def test_what_is_switched_off_costs_nothing_and_the_last_batch_may_be_short():
             covariance_tokens=960,
             factors=2,
             questions=3 * 25 + sampled + 10 + times * 4,
+            texts=2 * 25,
             written_tokens=2 * 25 * 12,
         )
     measure = MeasureEdits(cumulative=0, generate=False)
