@@ -11,8 +11,8 @@ from torch import Tensor
 
 from blue_callbacks import EditableWeights, KeyMemory, WeightId, precision
 from blue_callbacks.closed_form import least_squares, null_space
+from blue_callbacks.past_keys import fingerprint
 from blue_callbacks.precision import float64_device, has_float64, in_float64
-from blue_callbacks.update import fingerprint
 from conftest import LanguageModel
 from fake_device import DEVICE, NO_FLOAT64, FakeDevice, OnDevice
 from lightning_blue.editing import EditModule

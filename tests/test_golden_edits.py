@@ -169,7 +169,7 @@ class Recorder(ClosedFormUpdate):
             weight = projection(module, layer).weight.detach().clone()
             self.seen[f"{b}.weight.layer{layer}"] = weight
             weight = WeightId(layer)
-            past = self._past[weight][-1].respected if self.past_keys else None
+            past = self._past.batches[weight][-1].respected if self.past_keys else None
             left = module.edit_keys(batch, weight) if past is None else past
             self.seen[f"{b}.post_keys.layer{layer}"] = left
 

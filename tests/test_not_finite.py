@@ -180,7 +180,7 @@ def test_keys_that_cannot_be_remembered_leave_the_batch_unwritten(monkeypatch):
     def fail(self, keys):
         raise torch.linalg.LinAlgError("not positive-definite")
 
-    monkeypatch.setattr("blue_callbacks.update.KeyMemory.remember", fail)
+    monkeypatch.setattr("blue_callbacks.past_keys.KeyMemory.remember", fail)
     update = ClosedFormUpdate([0, 1, 2], "boundary", 1.0)
     with pytest.raises(UnsolvableError, match="layer0"):
         fit(chain, update, [data])

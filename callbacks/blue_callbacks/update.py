@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from blue_callbacks.closed_form import KeyMemory, SingularCovarianceError, Whitening
-from blue_callbacks.errors import EditRejected, InputError, NonFiniteError, UnsolvableError
+from blue_callbacks.closed_form import Whitening
+from blue_callbacks.errors import InputError, UnsolvableError
 from blue_callbacks.fine_tuning import FineTuning, check_baseline, fine_tuned_change
+from blue_callbacks.finite import require_finite_keys, require_finite_residual
+from blue_callbacks.past_keys import PastKeys, solving
 from blue_callbacks.plans import LayerUpdate, layer_updates
 from blue_callbacks.protocol import (
     EditableModule,
-    culprits,
     edit_hooks,
-    edit_names,
-    not_finite,
     output_multiple,
     request_ids,
     weights_of,
@@ -35,7 +33,6 @@ from blue_callbacks.transforms import POST_EDIT_TRANSFORMS, rect_kept
 from blue_callbacks.weights import WeightId, restored_on_error
 
 EDITED_WEIGHTS = "edited_weights"  # in a checkpoint
-SAMPLED_VALUES = 65536  # of a covariance, for its fingerprint
 
 
 class ClosedFormUpdate(Callback):
@@ -118,10 +115,8 @@ class ClosedFormUpdate(Callback):
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
         self.notes: list[str] = []  # what a user should be told of the method's set-up
         self._request_ids: list[list[str]] = []  # of each committed batch
-        self._past: dict[WeightId, list[PastBatch]] = {}
-        self._covariances: dict[str, str] = {}  # weight -> fingerprint
+        self._past = PastKeys(self.solver, self._note)
         self._resumed: dict[WeightId, Tensor] | None = None  # of a checkpoint, until they fit
-        self._memory: dict[WeightId, KeyMemory] = {}
         self._resuming = False  # until the first batch after a resume is seen to be a new one
 
     def find_layers(self, module: Any) -> None:
@@ -188,8 +183,8 @@ class ClosedFormUpdate(Callback):
         with torch.no_grad():
             for weight in weights:
                 if self.solver.closed_form:
-                    self._same_covariance(weight, module.key_covariance(weight))
-                    self._memory_of(module, weight)
+                    self._past.require_same_covariance(weight, module.key_covariance(weight))
+                    self._past.memory_of(module, weight)
                 if self.post_edit_transform is not None and weight not in self.original:
                     self.original[weight] = module.editable_weights.read(weight).clone()
             for weight, value in (self._resumed or {}).items():
@@ -203,7 +198,7 @@ class ClosedFormUpdate(Callback):
         weights = self.written_weights(module)
         self._refuse_a_second_time(module, batch)
         with (
-            self._rebuilt_on_error(),
+            self._past.rebuilt_on_error(),
             restored_on_error(module.editable_weights, weights) as before,
             self._remembering(module, batch),
         ):
@@ -217,7 +212,8 @@ class ClosedFormUpdate(Callback):
             self.norms |= _norms(changes)
             for hook in edit_hooks(trainer, "on_edit_written"):
                 hook(trainer, module, record)
-            self._remember(record)
+            if self.past_keys:
+                self._past.remember(record)
         self._commit(module, record)
         for hook in edit_hooks(trainer, "on_edit_committed"):
             hook(trainer, module, record)
@@ -311,10 +307,10 @@ class ClosedFormUpdate(Callback):
         missing = update.share * (target - module.edit_outputs(batch, update.target_layer))
         multiple = output_multiple(module, weight)
         residual = missing if multiple == 1 else missing / multiple
-        _require_finite_keys(module, batch, weight, keys)
-        _require_finite_residual(module, batch, weight, residual, target, update.target_layer)
-        memory = self._memory_of(module, weight)
-        with torch.autocast(keys.device.type, enabled=False), _solving(weight):
+        require_finite_keys(module, batch, weight, keys)
+        require_finite_residual(module, batch, weight, residual, target, update.target_layer)
+        memory = self._past.memory_of(module, weight)
+        with torch.autocast(keys.device.type, enabled=False), solving(weight):
             left, right = memory.update(residual, keys)
             module.editable_weights.add(weight, left, right)
             squared = ((left.T @ left) * (right @ right.T)).sum()
@@ -358,48 +354,13 @@ class ClosedFormUpdate(Callback):
         read = [(change, module.edit_keys(batch, change.weight)) for change in changes]
         return [replace(change, past_keys=keys.detach().cpu()) for change, keys in read]
 
-    def _remember(self, record: EditRecord) -> None:
-        """Let later batches respect the keys of this one."""
-        if not self.past_keys:
-            return
-        for change in record.changes:
-            with _solving(change.weight):
-                self._memory[change.weight].remember(_past_batch(change).respected)
-
-    @contextmanager
-    def _rebuilt_on_error(self) -> Iterator[None]:
-        """Have memories built anew from committed keys, should a batch fail halfway.
-
-        A batch is rejected before any of its keys are remembered.
-        """
-        try:
-            yield
-        except EditRejected:
-            raise
-        except BaseException:
-            self._memory = {}
-            raise
-
     def _commit(self, module: EditableModule, record: EditRecord) -> None:
         """Note that the batch is there to stay."""
         self.committed += 1
         self._request_ids.append(list(record.request_ids))
         cast(Any, module).edit_batches_held = self.committed
         if self.past_keys:
-            for change in record.changes:
-                self._past.setdefault(change.weight, []).append(_past_batch(change))
-
-    def _memory_of(self, module: EditableModule, weight: WeightId) -> KeyMemory:
-        """Return the weight's memory, built on first use and after a restart."""
-        if weight not in self._memory:
-            with _solving(weight):
-                memory = KeyMemory(self.solver.whitening(module.key_covariance(weight)))
-                self._note(weight, memory.whitening)
-                for past in self._past.get(weight, []):
-                    memory.observe(past.solved)
-                    memory.remember(past.respected)
-            self._memory[weight] = memory
-        return self._memory[weight]
+            self._past.commit(record)
 
     def _note(self, weight: WeightId, whitening: Whitening) -> None:
         """Keep for the report what the covariance knows nothing of, or leaves to write in."""
@@ -421,24 +382,17 @@ class ClosedFormUpdate(Callback):
         """Keys of all earlier batches that are respected, ``(d_in, n)``, on the CPU."""
         return {
             weight: torch.cat([batch.respected for batch in past], dim=1)
-            for weight, past in self._past.items()
+            for weight, past in self._past.batches.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what earlier batches left behind, as tensors and plain values.
-
-        Past keys are kept batch by batch, so that a resumed run adds them up as the run did.
-        """
+        """Return what earlier batches left behind, as tensors and plain values."""
         return {
             "settings": self._settings(),
             "committed": self.committed,
             "request_ids": [*self._request_ids],
-            "past": {
-                str(weight): [batch._asdict() for batch in past]
-                for weight, past in self._past.items()
-            },
             "original": {str(weight): tensor for weight, tensor in self.original.items()},
-            "covariances": {**self._covariances},
+            **self._past.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -457,15 +411,10 @@ class ClosedFormUpdate(Callback):
                 )
         self.committed = state_dict["committed"]
         self._request_ids = [*state_dict["request_ids"]]
-        self._past = {
-            WeightId.parse(name): [PastBatch(**batch) for batch in past]
-            for name, past in state_dict["past"].items()
-        }
+        self._past.load_state_dict(state_dict)
         self.original = {
             WeightId.parse(name): tensor for name, tensor in state_dict["original"].items()
         }
-        self._covariances = {**state_dict["covariances"]}
-        self._memory = {}
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -498,37 +447,6 @@ class ClosedFormUpdate(Callback):
             **({"fine_tuning": asdict(self.fine_tuning)} if kind == "fine_tuning" else {}),
         }
 
-    def _same_covariance(self, weight: WeightId, covariance: Tensor) -> None:
-        """Refuse to go on with a covariance that is not the one a run was started with."""
-        newest = fingerprint(covariance)
-        if self._covariances.setdefault(str(weight), newest) != newest:
-            raise InputError(
-                f"the covariance of {weight} is not the one that the run was started with",
-                where="the statistics file",
-                hint="bring the file back, or start a new run",
-            )
-
-
-class PastBatch(NamedTuple):
-    """Keys of a committed batch at one weight, on the CPU.
-
-    Attributes:
-        solved: those that its update was solved for, ``(d_in, n)``.
-        respected: those that later batches respect, ``(d_in, n)``; others only under RECT.
-    """
-
-    solved: Tensor
-    respected: Tensor
-
-
-def fingerprint(tensor: Tensor) -> str:
-    """Hash the shape and an even sample of the values of a tensor."""
-    flat = tensor.detach().flatten()
-    sample = flat[:: max(1, len(flat) // SAMPLED_VALUES)].cpu().double().contiguous()
-    digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
-    digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 
 def _norms(changes: Sequence[WeightChange]) -> dict[str, float]:
     """Return the norms of a batch's changes under flat names."""
@@ -541,58 +459,3 @@ def _norms(changes: Sequence[WeightChange]) -> dict[str, float]:
         )
         if change.whole is None or name == "delta_norm"  # what is not solved has no residual
     }
-
-
-def _past_batch(change: WeightChange) -> PastBatch:
-    """Return what is kept of a batch's keys at a weight."""
-    respected = change.keys if change.past_keys is None else change.past_keys
-    return PastBatch(change.keys, respected)
-
-
-@contextmanager
-def _solving(weight: WeightId) -> Iterator[None]:
-    """Name the weight in what its covariance or its system is refused with."""
-    try:
-        yield
-    except SingularCovarianceError as error:
-        raise SingularCovarianceError(f"{weight}: {error}") from error
-    except torch.linalg.LinAlgError as error:
-        raise UnsolvableError(
-            f"the update of {weight} cannot be solved: {str(error).splitlines()[0]}\n"
-            "  hint:  raise update.covariance_weight (null space: update.ridge), or collect the "
-            "covariance from more tokens; the weights are as they were before this batch"
-        ) from error
-
-
-def _require_finite_keys(
-    module: EditableModule, batch: Any, weight: WeightId, keys: Tensor
-) -> None:
-    bad = not_finite(keys)
-    if bad:
-        bad = culprits(module, batch, bad, lambda part: module.edit_keys(part, weight))
-        raise _not_finite_error(module, batch, f"keys of {weight}", bad)
-
-
-def _require_finite_residual(
-    module: EditableModule,
-    batch: Any,
-    weight: WeightId,
-    residual: Tensor,
-    target: Tensor,
-    layer: int,
-) -> None:
-    bad = not_finite(residual)
-    if bad:
-        bad = not_finite(target) or culprits(
-            module, batch, bad, lambda part: module.edit_outputs(part, layer)
-        )
-        raise _not_finite_error(module, batch, f"residual of {weight}", bad)
-
-
-def _not_finite_error(
-    module: EditableModule, batch: Any, what: str, columns: Sequence[int]
-) -> NonFiniteError:
-    names = edit_names(module, batch, columns)
-    return NonFiniteError(
-        f"{what} not finite for {names}; the weights are as they were before this batch"
-    )
