@@ -255,7 +255,8 @@ def test_bad_input_is_one_message_and_no_file(args, said, capsys, tmp_path, monk
 
 
 def test_weights_of_several_widths_leave_the_weight_open(run, monkeypatch):
-    monkeypatch.setattr("lightning_blue.cli.init.key_widths", lambda *_: [96, 128])
+    for file in ("init", "settings_file"):
+        monkeypatch.setattr(f"lightning_blue.cli.{file}.key_widths", lambda *_: [96, 128])
     assert run()[0] == 0
     text = Path("run.yaml").read_text()
     assert yaml.safe_load(text)["update"]["covariance_weight"] is None

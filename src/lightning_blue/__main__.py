@@ -17,7 +17,8 @@ Change what a language model knows, and measure what else changed.
 commands:
   check     say whether a model and facts can be edited, and what that will take
   locate    find out which layers recall facts, and in which editing works
-  init      write a commented run file for a model and facts, from what check finds
+  tune      find settings for a model, on facts that are held back
+  init      write a commented run file for a model and facts, from what was found
   fit       edit facts in sequential batches and report on it
   evaluate  measure a model, edited or not, without editing it
   stats     collect the covariance of keys that fit needs (fit does it by itself)
@@ -45,7 +46,7 @@ start here:
 
 RUN_COMMANDS = ("show", "undo", "export", "apply")
 EXPERIMENT_COMMANDS = ("sweep", "compare", "dashboard")
-MODEL_COMMANDS = ("check", "locate", "init", "ask")
+MODEL_COMMANDS = ("check", "locate", "tune", "init", "ask")
 PLAIN_COMMANDS = (*MODEL_COMMANDS, *RUN_COMMANDS, *EXPERIMENT_COMMANDS)  # with their own parsers
 COMMANDS = ("fit", "evaluate", "stats", "pretrain", "analyze", *PLAIN_COMMANDS)
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning_blue import __version__
 from lightning_blue.cli.check import plans_of
-from lightning_blue.cli.help import first_sentences
+from lightning_blue.cli.found import PLAN, Found, as_flags, proposals, run_name
 from lightning_blue.cli.parser import EditCLI
-from lightning_blue.cli.written import comment, flat, spell, write_sections
-from lightning_blue.editing.decisions import decided, key_widths
+from lightning_blue.cli.settings_file import Proposal, Settings
+from lightning_blue.cli.written import comment, spell
+from lightning_blue.editing.decisions import key_widths
 from lightning_blue.preflight.checking import Plans, examine
 from lightning_blue.preflight.layout import as_text
 from lightning_blue.preflight.report import Report
@@ -28,37 +27,8 @@ from lightning_blue.support.storage import write_atomic
 
 ASKED = 10  # facts of which it is found out whether the model says them already
 SAID = 5  # unusable facts that are said to a terminal
+DEFAULT_PLAN = "boundary"
 LISTED = 20  # unusable facts, and others of a kind, that the file names
-
-# Keys that are written down also where they have their default; all others where they have not.
-ALWAYS = (
-    "seed_everything",
-    "for_model",
-    "model.name_or_path",
-    "model.dtype",
-    "model.target.steps",
-    "model.target.learning_rate",
-    "model.target.weight_decay",
-    "model.target.clamp",
-    "model.target.kl_weight",
-    "model.target.site",
-    "model.covariance.corpus",
-    "model.covariance.tokens_per_dim",
-    "data.path",
-    "data.batch_size",
-    "data.edits",
-    "data.controls",
-    "data.on_unusable",
-    "data.chat",
-    "update.layers",
-    "update.plan",
-    "update.covariance_weight",
-    "update.past_keys",
-    "measure.text",
-    "measure.generate",
-    "run.name",
-)
-_NEVER = ("base", "ckpt_path")  # of a command line, not of a run
 
 
 def init(own: Namespace, for_fit: Sequence[str]) -> int:
@@ -77,34 +47,47 @@ def init(own: Namespace, for_fit: Sequence[str]) -> int:
     output = Path(own.output)
     _require_free(output, own.force)
     check_writable(output.parent)
-    proposed = {"for_model": own.model, "run.name": run_name(own.model, own.data)}
-    cli = EditCLI(_arguments(own, for_fit, proposed), "init")
+    found = proposals(own, _plan(for_fit))
+    found |= {
+        "for_model": Proposal(own.model),
+        "run.name": Proposal(run_name(own.model, own.data)),
+    }
+    cli = EditCLI(_arguments(own, for_fit, found), "init")
+    _require_plan(cli, found)
     plans = plans_of(cli)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the file says what is worth it
         report = examine(plans, facts=ASKED, tokens=1, given=True)
-    text = run_file(cli, plans, report, output, proposed)
+    text = run_file(cli, plans, report, output, found)
     _require_free(output, own.force)
     write_atomic(output, text)
     sys.stdout.write(_said(report, output))
     return 0 if report.fit_to_go else 1
 
 
-def _arguments(own: Namespace, for_fit: Sequence[str], proposed: Mapping[str, str]) -> list[str]:
-    """Return arguments of `fit`: proposals first, over which what is given wins."""
-    first = [f"--{key}={value}" for key, value in proposed.items()]
-    return [*first, *for_fit, f"--model.name_or_path={own.model}", f"--data.path={own.data}"]
+def _arguments(own: Namespace, for_fit: Sequence[str], found: Found) -> list[str]:
+    """Return arguments of `fit`: what was found first, over which what is given wins."""
+    given = [f"--model.name_or_path={own.model}", f"--data.path={own.data}"]
+    return [*as_flags(found), *for_fit, *given]
 
 
-def run_name(model: str, data: str) -> str:
-    """Name a run after its model and facts.
+def _plan(for_fit: Sequence[str]) -> str:
+    """Return the plan that a flag gives, or else the default."""
+    start = f"--{PLAN}="
+    given = [arg.removeprefix(start) for arg in for_fit if arg.startswith(start)]
+    return given[-1] if given else DEFAULT_PLAN
 
-    >>> run_name("openai-community/gpt2", "../my facts.jsonl"), run_name("..", "/")
-    ('gpt2_my_facts', 'model_facts')
-    """
-    stems = [re.sub(r"\.(jsonl?|csv|parquet|gguf)$", "", Path(name).name) for name in (model, data)]
-    words = [re.sub(r"[^\w.-]+", "_", stem).strip("._-") for stem in stems]
-    return f"{words[0] or 'model'}_{words[1] or 'facts'}"
+
+def _require_plan(cli: EditCLI, found: Found) -> None:
+    """Refuse settings that were tuned for another plan than the run's."""
+    plan = cli.config[PLAN]
+    if PLAN in found and found[PLAN].value != plan:
+        raise InputError(
+            f"settings were tuned for the plan {found[PLAN].value!r}, and the run has {plan!r}",
+            where=f"{PLAN} = {plan}",
+            hint="name the folder of the plan's own tuning with --from=FOLDER, or look nowhere: "
+            "--from none",
+        )
 
 
 def _require_free(output: Path, force: bool) -> None:
@@ -122,9 +105,7 @@ def _require_free(output: Path, force: bool) -> None:
         )
 
 
-def run_file(
-    cli: EditCLI, plans: Plans, report: Report, output: Path, proposed: Mapping[str, str]
-) -> str:
+def run_file(cli: EditCLI, plans: Plans, report: Report, output: Path, found: Found) -> str:
     """Write out a run file with its comments.
 
     Args:
@@ -132,57 +113,11 @@ def run_file(
         plans: made of it.
         report: on them.
         output: where the file will be.
-        proposed: values by key that nobody gave.
+        found: values that nobody gave, by key.
     """
-    config, defaults = (flat(_plain(cli, each)) for each in (cli.config, cli.parser.get_defaults()))
-    config |= _decided_values(plans)
-
-    def same(key: str, value: Any) -> bool:
-        return key in defaults and bool(defaults[key] == value)
-
-    wanted = {
-        key: value
-        for key, value in config.items()
-        if key not in _NEVER and (key in ALWAYS or not same(key, value))
-    }
-    sources = {
-        key: "default"
-        if same(key, value)
-        else "proposed"
-        if proposed.get(key) == value
-        else "given"
-        for key, value in wanted.items()
-    }
-    sources |= dict.fromkeys(("model.name_or_path", "data.path"), "given")
-    for each in decided(plans.module, plans.update):
-        sources[each.key] = f"decided: {each.sentence}"
-    for key, remark in _remarks(plans, report).items():
-        sources[key] += f"; {remark}"
-    body = write_sections(wanted, first_sentences("fit"), sources)
-    return _head(config, report, output) + "\n" + body
-
-
-def _plain(cli: EditCLI, config: Any) -> dict[str, Any]:
-    """Return a configuration as plain values; by way of JSON, which keeps the type of each."""
-    text = cli.parser.dump(config, format="json", skip_none=False, skip_check=True)
-    values: dict[str, Any] = json.loads(text)
-    return values
-
-
-def _decided_values(plans: Plans) -> dict[str, Any]:
-    """Return the values of what was decided, where one value says it for the whole run.
-
-    The learning rate goes by each hidden state's own length, and stays open.
-    """
-    keys = {each.key for each in decided(plans.module, plans.update)}
-    values: dict[str, Any] = {
-        "update.layers": list(plans.update.layers),
-        "model.covariance.corpus": plans.module.covariance.corpus,
-    }
-    widths = key_widths(plans.module, plans.update)
-    if len(widths) == 1:
-        values["update.covariance_weight"] = float(widths[0])
-    return {key: value for key, value in values.items() if key in keys}
+    settings = Settings(cli, plans.module, plans.update, found)
+    body = settings.text(_remarks(plans, report))
+    return _head(settings.config, report, output) + "\n" + body
 
 
 def _remarks(plans: Plans, report: Report) -> dict[str, str]:

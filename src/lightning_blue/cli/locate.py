@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 
 from blue_callbacks import ClosedFormUpdate
 from blue_callbacks.plans import LayerUpdate
-from lightning_blue.cli.init import run_name
+from lightning_blue.cli.found import run_name
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.hub import ALMANAC

@@ -1,4 +1,4 @@
-"""The commands that look at a model before and after: check, locate, init, ask.
+"""The commands that look at a model before and after: check, locate, tune, init, ask.
 
 Plain argparse; what is heavy is imported when the arguments are known to be right.
 """
@@ -20,9 +20,9 @@ Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
 --config=FILE. Exit code 0: fit to go; 1: something must be mended first; 2:
 input that cannot be used."""
 
-_INIT = """Write a commented run file for a model and facts: all that `fit` would decide,
-where each value comes from, and what `check` found. It is `fit --config=FILE`
-from there.
+_INIT = """Write a commented run file for a model and facts: what `tune` and `locate`
+have found for them, all else that `fit` would decide, where each value comes
+from, and what `check` found. It is `fit --config=FILE` from there.
 
 Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
 --config=FILE; they are written down too. Exit code 0: written; 1: written, and
@@ -38,6 +38,17 @@ Writes tables, pictures, and locate.json with the layers that it proposes.
 Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
 --config=FILE. Exit code 0: written; 2: input that cannot be used, and nothing
 is written."""
+
+_TUNE = """Find layers, first step, clamp and covariance weight for a model that nobody
+has published settings for: by successive halving on a few facts, the first
+usable ones, which the run file that it writes leaves out. Trials are made in
+memory and taken back. Maximised is the harmonic mean of efficacy,
+generalization, specificity and retained knowledge, as far as the facts have
+what these need.
+
+Any key of `fit` may follow as --SECTION.KEY=VALUE, or a run file as
+--config=FILE; what they give is not tuned. The same command goes on where it
+was stopped. Exit code 0: written; 2: input that cannot be used."""
 
 _ASK = """Let a model go on behind prompts: its greedy continuation, and the most probable
 next tokens. Of a run, the edited model is asked; with --before the unedited one
@@ -66,6 +77,10 @@ def run_command(command: str, args: Sequence[str]) -> int:
             from lightning_blue.cli.locate import locate
 
             return locate(chosen, rest)
+        if command == "tune":
+            from lightning_blue.cli.tune import tune
+
+            return tune(chosen, rest)
         from lightning_blue.cli.ask import ask_model
 
         return ask_model(chosen)
@@ -151,6 +166,46 @@ def _init_arguments(parser: Parser) -> None:
         "--output", metavar="FILE", default="run.yaml", help="the run file; default: run.yaml"
     )
     parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    _from_argument(parser, "what locate and tune found; default: where they write")
+
+
+def _tune_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, GGUF file or name on the hub")
+    parser.add_argument(
+        "--data", metavar="FACTS", required=True, help="file or data set, as data.path"
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="PLAN",
+        choices=("boundary", "even", "square_root", "computed", "first", "last"),
+        help="that is tuned: boundary (BLUE), even (MEMIT), square_root, computed, first, last; "
+        "default: as update.plan, boundary",
+    )
+    parser.add_argument(
+        "--facts",
+        type=_positive,
+        metavar="N",
+        help="facts that are held back; default: 16, at most half",
+    )
+    parser.add_argument(
+        "--trials",
+        type=_positive,
+        default=18,
+        metavar="N",
+        help="combinations of the first round; default: 18",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="default: tuned/MODEL_FACTS_PLAN")
+    _from_argument(parser, "of locate, whose layers are tried too; default: where it writes")
+
+
+def _from_argument(parser: Parser, meaning: str) -> None:
+    parser.add_argument(
+        "--from",
+        dest="found",
+        action="append",
+        metavar="FOLDER",
+        help=f"{meaning}; none: look nowhere",
+    )
 
 
 def _locate_arguments(parser: Parser) -> None:
@@ -199,10 +254,17 @@ def _ask_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print it for programs")
 
 
-_DESCRIPTIONS = {"check": _CHECK, "locate": _LOCATE, "init": _INIT, "ask": _ASK}
+_DESCRIPTIONS = {
+    "check": _CHECK,
+    "locate": _LOCATE,
+    "tune": _TUNE,
+    "init": _INIT,
+    "ask": _ASK,
+}
 _ARGUMENTS = {
     "check": _check_arguments,
     "locate": _locate_arguments,
+    "tune": _tune_arguments,
     "init": _init_arguments,
     "ask": _ask_arguments,
 }

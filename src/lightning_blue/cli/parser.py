@@ -145,7 +145,7 @@ def _later(class_type: type, *args: Any, **kwargs: Any) -> Any:
 
 
 class EditCLI(RunFileCLI):
-    """What ``fit``, ``evaluate``, ``stats``, ``analyze``, ``check`` and ``init`` are configured by.
+    """What ``fit`` and all commands that read its keys are configured by.
 
     Args:
         args: of the command line.
@@ -155,7 +155,9 @@ class EditCLI(RunFileCLI):
     def __init__(
         self,
         args: Sequence[str],
-        command: Literal["fit", "evaluate", "stats", "analyze", "check", "init", "locate"] = "fit",
+        command: Literal[
+            "fit", "evaluate", "stats", "analyze", "check", "init", "locate", "tune"
+        ] = "fit",
     ) -> None:
         require_sections(args)
         self.recorded = command in ("fit", "evaluate")
@@ -209,7 +211,7 @@ class EditCLI(RunFileCLI):
         """Build everything; what fails leaves no empty folder to a run of the same name."""
         try:
             super().instantiate_classes()
-            if self.command not in ("evaluate", "locate"):
+            if self.command not in ("evaluate", "locate", "tune"):
                 self._decide()
         except BaseException:
             if hasattr(self, "config_init"):

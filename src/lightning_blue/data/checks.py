@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMED_AT_MOST = 5
-CONTRADICTION = "contradiction"
+DUPLICATE, CONTRADICTION = "duplicate", "contradiction"
 POLICIES = ("stop", "skip")
 T = TypeVar("T", bound=Hashable)
 
@@ -159,7 +159,7 @@ def _duplicate(request: EditRequest, earlier: EditRequest) -> Rejected:
     """Say that a request wants what an earlier one wants."""
     wanted = f"{shown(request.text)} -> {shown(request.target_new)}"
     return _rejected(
-        request, "duplicate", f"{wanted} repeats {earlier.place}", "remove one of the two"
+        request, DUPLICATE, f"{wanted} repeats {earlier.place}", "remove one of the two"
     )
 
 

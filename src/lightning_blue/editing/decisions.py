@@ -62,7 +62,7 @@ def decided(module: EditModule, update: ClosedFormUpdate) -> list[Decision]:
         weight = ", ".join(f"{width:,}" for width in key_widths(module, update))
         sentence = f"weight of the covariance {weight}: one for each key dimension"
         found.append(Decision("covariance_weight", "update.covariance_weight", weight, sentence))
-    if module.target.learning_rate is None:
+    if module.target.learning_rate is None and module.target.first_step == FIRST_STEP:
         sentence = (
             "learning rate of targets by the length of h: a first step moves by "
             f"{FIRST_STEP:g} of it"

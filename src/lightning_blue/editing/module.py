@@ -404,7 +404,7 @@ class EditModule(LightningModule):
         Raises:
             InputError: if none of them can be edited.
         """
-        return proposed_layers(len(self.blocks), self._usable_layers())
+        return proposed_layers(len(self.blocks), self.editable_layers)
 
     def propose_trained_layers(self) -> list[int]:
         """Return the one layer that fine-tuning trains where none is given.
@@ -412,9 +412,11 @@ class EditModule(LightningModule):
         Raises:
             InputError: if no layer can be edited.
         """
-        return [trained_layer(len(self.blocks), self._usable_layers() or self.propose_layers())]
+        return [trained_layer(len(self.blocks), self.editable_layers or self.propose_layers())]
 
-    def _usable_layers(self) -> list[int]:
+    @property
+    def editable_layers(self) -> list[int]:
+        """Layers with a down projection that can be written, ascending."""
         d_model = hidden_size(self.model)
         faults = [projection_fault(block, self.architecture, d_model) for block in self.blocks]
         return [layer for layer, fault in enumerate(faults) if fault is None]

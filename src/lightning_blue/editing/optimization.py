@@ -17,7 +17,7 @@ from blue_callbacks.ranges import COUNT, NOT_NEGATIVE, POSITIVE, WHOLE, Range, c
 
 MAX_STEPS = 100_000  # the losses of all steps are kept in one tensor
 PMET_KL, PMET_FACTOR = 0.01, 0.1
-FIRST_STEP = 0.5  # of |h|, where no learning rate is given
+FIRST_STEP = 0.5  # of |h|
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class TargetOptimization:
 
     Args:
         steps: forward passes; the last one only measures, so there are ``steps - 1`` updates.
-        learning_rate: Adam's, in units of the hidden state. None: so that the first step moves
-            delta by half of ``|h|``, whatever numbers the model computes with:
-            ``|h| / (2 sqrt(d_model))``, for each edit its own.
+        learning_rate: Adam's, in units of the hidden state. None: ``first_step``, whatever
+            numbers the model computes with.
+        first_step: by how much of ``|h|`` Adam's first step moves delta, where no learning rate is
+            given: that is ``first_step |h| / sqrt(d_model)``, for each edit its own.
         weight_decay: factor of ``|delta| / |h|^2``.
         clamp: radius of the ball delta is kept in, in units of ``|h|``.
         kl_weight: factor of the KL term that keeps what the model predicts behind the subject.
@@ -55,6 +56,7 @@ class TargetOptimization:
 
     steps: int = 25
     learning_rate: float | None = None
+    first_step: float = FIRST_STEP
     weight_decay: float = 0.5
     clamp: float = 0.75
     kl_weight: float = 0.0625
@@ -73,6 +75,7 @@ class TargetOptimization:
             vars(self),
             steps=Range(1, MAX_STEPS, whole=True),
             learning_rate=POSITIVE,
+            first_step=POSITIVE,
             weight_decay=NOT_NEGATIVE,
             clamp=POSITIVE,
             kl_weight=NOT_NEGATIVE,
@@ -137,7 +140,7 @@ def optimize_targets(
     start = _mean_by(owner, initial.transpose(0, 1)).transpose(0, 1)
     norms = start.norm(dim=-1)  # (n_sites, n_targets)
     delta = torch.zeros_like(start, requires_grad=True)
-    rate, scale = _rates(settings.learning_rate, norms, start.shape[-1])
+    rate, scale = _rates(settings, norms, start.shape[-1])
     optimizer = torch.optim.Adam([delta], lr=rate)
     losses = initial.new_full((len(every), settings.steps, 4), torch.nan)
     factor = torch.ones_like(norms[0])  # of the NLL, by target
@@ -196,17 +199,19 @@ def _mean_by(owner: Tensor, values: Tensor) -> Tensor:
     return total / count.view(-1, *[1] * (values.ndim - 1))
 
 
-def _rates(given: float | None, norms: Tensor, d_model: int) -> tuple[float, Tensor | None]:
+def _rates(
+    settings: TargetOptimization, norms: Tensor, d_model: int
+) -> tuple[float, Tensor | None]:
     """Return Adam's learning rate, and by what each target's steps are multiplied, if by anything.
 
     Args:
-        given: the learning rate, if it was.
+        settings: with a learning rate, or the length of the first step.
         norms: ``|h|``, ``(n_sites, n_targets)``.
         d_model: entries of h; Adam's first step moves each by the learning rate.
     """
-    if given is not None:
-        return given, None
-    rates = FIRST_STEP * norms / d_model**0.5
+    if settings.learning_rate is not None:
+        return settings.learning_rate, None
+    rates = settings.first_step * norms / d_model**0.5
     largest = float(rates.max())
     if not 0 < largest < float("inf"):
         return 1.0, rates

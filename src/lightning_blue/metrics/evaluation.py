@@ -107,6 +107,7 @@ def evaluate(
     tokens_per_batch: int = 4096,
     progress: bool = False,
     sent: Callable[[str], str] = str,
+    rated: Sequence[Answer] | None = None,
 ) -> Evaluation:
     """Measure what a model says about edit requests, before or after they are applied.
 
@@ -135,6 +136,7 @@ def evaluate(
         tokens_per_batch: tokens in one forward pass.
         progress: whether to show progress bars.
         sent: what the model is sent for a prompt of the data, the prompt itself by default.
+        rated: what `rate` says of the same requests, so that the model is not asked again.
 
     Raises:
         InputError: for an unknown protocol, or a prompt that the model's context cannot hold.
@@ -144,8 +146,9 @@ def evaluate(
             f"unknown protocol {protocol!r}", hint=f"choose one of {', '.join(PROTOCOLS)}"
         )
     compare = protocol == "counterfact" or table.PROBABILITY in added
-    questions = [q for i, request in enumerate(requests) for q in _ask(i, request, compare)]
-    answers = _answer(model, tokenizer, questions, tokens_per_batch, progress, sent)
+    answers = rated
+    if answers is None:
+        answers = rate(model, tokenizer, requests, compare, tokens_per_batch, progress, sent)
     means = {
         spec.name: _judge(spec, measure, answers)
         for spec, measure in table.of_protocol(
@@ -163,6 +166,32 @@ def evaluate(
     continuations = _continue(model, tokenizer, requests, continuation_tokens, progress, sent)
     outcomes = _outcomes(requests, answers, means, continuations)
     return Evaluation(_compute({**means, **scores}), outcomes)
+
+
+def rate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    compare: bool,
+    tokens_per_batch: int = 4096,
+    progress: bool = False,
+    sent: Callable[[str], str] = str,
+) -> list[Answer]:
+    """Return how a model rates the objects of all prompts of requests, in their order.
+
+    Several processes share the prompts, and each gets all results; all of them must call it.
+
+    Args:
+        model: a causal language model on any device, in any dtype.
+        tokenizer: its tokenizer.
+        requests: n edit requests.
+        compare: whether paraphrases and neighbours are asked about the other object too.
+        tokens_per_batch: tokens in one forward pass.
+        progress: whether to show a progress bar.
+        sent: as in `evaluate`.
+    """
+    questions = [q for i, request in enumerate(requests) for q in _ask(i, request, compare)]
+    return _answer(model, tokenizer, questions, tokens_per_batch, progress, sent)
 
 
 def evaluate_control_facts(

@@ -123,6 +123,7 @@ def measure_rates(
     update: ClosedFormUpdate,
     requests: Sequence[EditRequest],
     tokens_per_batch: int = 4096,
+    texts: bool = True,
 ) -> Rates:
     """Time a little of each part of a run.
 
@@ -131,6 +132,7 @@ def measure_rates(
         update: the plan and the solver.
         requests: that will be edited, or others like them.
         tokens_per_batch: of the measurements.
+        texts: whether the run writes and scores texts; their rates are 0 if not.
     """
     sample = spread(requests, MICRO_BATCH)
     rows = _text(module, sample)
@@ -140,7 +142,7 @@ def measure_rates(
         return seconds_each(work, len(items), module.device)
 
     factor, solve = closed_form_seconds(update, module)
-    first_token = each(trial.beginnings, sample)
+    first_token = each(trial.beginnings, sample) if texts else 0.0
     return Rates(
         target=each(trial.targets, sample),
         key=each(trial.keys, sample) + solve * len(update.layer_updates),
@@ -148,8 +150,8 @@ def measure_rates(
         factor=factor,
         question=each(trial.questions, sample),
         text=first_token,
-        written=max(0.0, each(trial.texts, sample) - first_token) / (STEPS - 1),
-        scored_token=each(trial.scores, rows) / len(rows[0]),
+        written=max(0.0, each(trial.texts, sample) - first_token) / (STEPS - 1) if texts else 0.0,
+        scored_token=each(trial.scores, rows) / len(rows[0]) if texts else 0.0,
     )
 
 

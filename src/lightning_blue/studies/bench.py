@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, Trainer
@@ -59,7 +59,7 @@ class Bench:
     """A model on which edits are tried out and taken back.
 
     Args:
-        module: with an unedited model, on the device to be used.
+        module: with an unedited model, on the device to be used. A `StudyModule` is used as it is.
         update: how edits are written: its critical layers, solver and transforms.
         requests: n edits.
         batch_size: of the run, for what is edited in sequential batches.
@@ -90,7 +90,9 @@ class Bench:
         seed: int | None = None,
         trainer: dict[str, Any] | None = None,
     ) -> None:
-        self.module, self.device = StudyModule.of(module), module.device
+        known = isinstance(module, StudyModule)
+        self.module: StudyModule = cast(StudyModule, module) if known else StudyModule.of(module)
+        self.device = module.device
         self.update, self.layers = update, list(update.layers)
         self.requests, self.controls = list(requests), list(controls)
         self.batch_size, self.settings = batch_size, settings

@@ -41,12 +41,17 @@ class StudyModule(EditModule):
         self._places: dict[EditRequest, int] = {}
 
     @classmethod
-    def of(cls, module: EditModule) -> StudyModule:
-        """Wrap the model of a module, with the module's settings; a study exports no model."""
+    def of(cls, module: EditModule, **changes: Any) -> StudyModule:
+        """Wrap the model of a module, with the module's settings; a study exports no model.
+
+        Args:
+            module: whose model and settings they are.
+            **changes: settings that are to be others.
+        """
         names = [
             n for n in list(signature(EditModule.__init__).parameters)[1:] if n != "export_dtype"
         ]
-        return cls(**{name: getattr(module, name) for name in names})
+        return cls(**{**{name: getattr(module, name) for name in names}, **changes})
 
     def unedited_targets(
         self, requests: Sequence[EditRequest], layers: Sequence[int], folder: Path
