@@ -258,6 +258,7 @@ def test_help_knows_the_defaults_that_the_parser_has(command, capsys):
             assert said[key] in ("", "(required)"), key
         elif not isinstance(value, list | dict):
             shown = str(value).lower() if isinstance(value, bool) else str(value)
+            shown = " ".join(shown.split())  # on one line
             assert said[key] == f"[{shown}]" or said[key].endswith("…]"), key
 
 

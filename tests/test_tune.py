@@ -176,6 +176,7 @@ def test_the_estimate_adds_up():
         covariance_token=0.01,
         factor=2.0,
         question=1.0,
+        text=0,
         written=0,
         scored_token=0,
     )
@@ -445,7 +446,7 @@ def command(folder, text):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setattr("lightning_blue.preflight.timing.SECONDS", 0.02)
-            patch.setattr("lightning_blue.preflight.timing.FEW", 1)
+            patch.setattr("lightning_blue.preflight.timing.FEW", 2)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 given = [model, "--data", data, *flags(folder, text)]
                 code = main([name, *([] if name == "fit" else given), *args])
@@ -600,6 +601,7 @@ def test_facts_without_neighbours_and_controls_are_weighed_against_text(command,
         (["--plan=blue"], "--plan"),
         (["--update.layers=[9]"], "layer"),
         (["--trainer.devices=2"], "one process"),
+        (["--update.solver=fine_tuning"], "updates in closed form"),
         (["--output=mine"], "no tune.json beside it"),
         (["--from=nothing"], "neither locate.json nor tune.json"),
     ],

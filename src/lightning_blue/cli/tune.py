@@ -15,7 +15,7 @@ from lightning_blue.api.protection import quietly
 from lightning_blue.cli.check import plans_of
 from lightning_blue.cli.found import RATE, located_layers, run_name, tuned_folder
 from lightning_blue.cli.parser import EditCLI
-from lightning_blue.cli.tuned_file import run_file
+from lightning_blue.cli.tuned_file import run_file, update_arguments
 from lightning_blue.cli.written import flat
 from lightning_blue.editing.module import EditModule
 from lightning_blue.preflight.estimate import RANGE
@@ -36,6 +36,7 @@ from lightning_blue.tuning.objective import ORDINARY_TEXT, PRICES
 from lightning_blue.tuning.space import Choice, Space
 from lightning_blue.tuning.workbench import Workbench
 
+SOLVERS = ("least_squares", "null_space")  # in closed form
 KEYS = {  # of the configuration, by field of a choice
     "layers": "update.layers",
     "first_step": "model.target.first_step",
@@ -48,8 +49,15 @@ class TuneCLI(EditCLI):
     """What ``tune`` is configured by."""
 
     def before_instantiate_classes(self) -> None:
-        """Refuse several processes, before the model is loaded."""
+        """Refuse several processes and what is not tuned, before the model is loaded."""
         super().before_instantiate_classes()
+        solver = self.config["update.solver"]
+        if solver not in SOLVERS:
+            raise InputError(
+                "what is tuned belongs to updates in closed form",
+                where=f"update.solver = {solver}",
+                hint=f"choose one of: {', '.join(SOLVERS)}",
+            )
         if self._several():
             raise InputError(
                 "tune runs in one process",
@@ -114,7 +122,7 @@ def _tuned(
     every = sorted({layer for layers in drawn_from.layers for layer in layers})
     module.check_layers(every)
     held = hold_back(plans.data, module, own.facts)
-    update = {key: value for key, value in vars(cli.config["update"]).items() if key != "layers"}
+    update = {key: value for key, value in update_arguments(cli).items() if key != "layers"}
     bench = Workbench(
         module,
         update,

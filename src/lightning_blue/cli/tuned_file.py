@@ -10,10 +10,11 @@ from typing import Any
 
 from blue_callbacks import ClosedFormUpdate
 from lightning_blue import __version__
+from lightning_blue.api.settings import arguments
 from lightning_blue.cli.found import FIRST_STEP, of_tuning, run_name
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.cli.settings_file import Proposal, Settings
-from lightning_blue.cli.written import WIDTH, comment, spell
+from lightning_blue.cli.written import WIDTH, comment, flat, spell
 from lightning_blue.tuning import results
 from lightning_blue.tuning.halving import KEPT
 from lightning_blue.tuning.results import Tuned
@@ -37,11 +38,17 @@ def run_file(cli: EditCLI, found: Tuned, file: Path) -> str:
     if config["run.name"] == name:
         config["run.name"] = f"{name}_{found.plan}"
         proposals["run.name"] = Proposal(config["run.name"])
-    update = ClosedFormUpdate(**vars(config["update"]))
+    update = ClosedFormUpdate(**update_arguments(cli))
     settings = Settings(cli, cli.model, update, proposals)
     remarks = dict(_remarks(found))
     head = "".join(f"{comment(line)}\n" for line in _head(found, settings.config, file))
     return f"{head}\n{settings.text(remarks)}"
+
+
+def update_arguments(cli: EditCLI) -> dict[str, Any]:
+    """Return what the configuration makes the update of."""
+    values = flat(cli.config.as_dict())
+    return arguments("update", {k: v for k, v in values.items() if k.startswith("update.")})
 
 
 def _remarks(found: Tuned) -> Iterator[tuple[str, str]]:

@@ -258,7 +258,7 @@ class Workbench:
                 "architecture": asdict(module.architecture),
                 "templates": module.templates,
                 "covariance": {key: str(value) for key, value in file.identity.items()},
-                "update": {key: self.update[key] for key in sorted(self.update)},
+                "update": {key: repr(self.update[key]) for key in sorted(self.update)},
                 "controls": hashlib.sha256(repr(self.facts.controls).encode()).hexdigest(),
                 "protocol": self.facts.protocol,
                 "seed": run_seed(module.seed),
