@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from conftest import ROOT
+from histories import small_history
 from lightning_blue.__main__ import main
 from lightning_blue.metrics import MeanOverRequests, table
 from lightning_blue.metrics.history import LossCurve, RunHistory
+from lightning_blue.metrics.matching import GeneratedAnswer
 from lightning_blue.metrics.table import METRICS, Measure, MetricSpec
 from lightning_blue.reporting import dashboard, wandb_logger, wandb_run, workspace
 from lightning_blue.reporting.dashboard import Panel, described, sections
@@ -107,6 +109,9 @@ def logged(small_run, tmp_path_factory) -> set[str]:  # noqa: F811
         loggers = [wandb_logger.make_logger(root / "told", "test", "offline")]
         wandb_run.log_loss_curve(loggers, LossCurve(0, 3, torch.ones(1, 2, 4)))
         wandb_run.log_edits_table(loggers, RunHistory())
+        said = GeneratedAnswer(0, table.OWN_PROMPT, "", "Rome", (), "", "", (), "end")
+        asked = RunHistory(requests=small_history().requests, answers_after=[said])
+        wandb_run.log_answers_table(loggers, asked)
     return keys | told.keys
 
 

@@ -62,6 +62,7 @@ def test_metrics_by_what_they_read(protocol: str) -> None:
         table.CONTROL_FACTS,
         table.RETENTION,
         table.GENERATED_ANSWERS,
+        table.JUDGED_ANSWERS,
     )
     every = table.PROTOCOLS
     read = {
@@ -111,5 +112,11 @@ def test_the_page_on_protocols_has_their_metrics() -> None:
         for spec in METRICS
         if spec.protocol is not None
     ]
-    assert [line for line in shown if line.split("`")[1] in IDS] == rows
+    named = {spec.name for spec in METRICS if spec.protocol is not None}
+    assert [line for line in shown if line.split("`")[1] in named] == rows
+    probes = table.of_group("negation")
+    assert probes
+    for spec in probes:
+        said = spec.measure("counterfact").definition
+        assert f"| `{spec.name}` | {said} | % | {spec.direction} |" in page
     assert {spec.unit for spec in METRICS if spec.protocol} == {table.PERCENT}

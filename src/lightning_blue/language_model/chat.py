@@ -54,6 +54,12 @@ class Markers(NamedTuple):
         ends = (before.rfind(control) + len(control) for control in self.controls if control)
         return max((end for end in ends if end > 0), default=0)
 
+    def parts(self, text: str) -> tuple[str, str, str]:
+        """Cut a text into what stands before the user's own words, these, and what follows them."""
+        start = self.opening(text)
+        tail = self.tail if start and self.tail and text[start:].endswith(self.tail) else ""
+        return text[:start], text[start : len(text) - len(tail)], tail
+
 
 NO_MARKERS = Markers()
 

@@ -21,6 +21,7 @@ from lightning_blue.data.corpus import corpus_texts, require_named, require_own_
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.fingerprints import tokenizer_fingerprint
 from lightning_blue.editing.module import EditModule
+from lightning_blue.judge import Judge, JudgeSettings
 from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.joining import joint
 from lightning_blue.language_model.scoring import perplexity
@@ -39,7 +40,9 @@ from lightning_blue.metrics.generated import (
     with_answers,
 )
 from lightning_blue.metrics.history import READ, LossCurve, Measurement, RunHistory
-from lightning_blue.metrics.protocols import choose, require_protocols
+from lightning_blue.metrics.judged import with_verdicts
+from lightning_blue.metrics.negation import negated_prompts, negation_text
+from lightning_blue.metrics.protocols import choose, require_answers, require_protocols
 from lightning_blue.metrics.retention import Retention, RetentionSettings, choose_sample
 from lightning_blue.metrics.retention_matrix import FOLLOWED, retention_matrix, three_numbers
 from lightning_blue.metrics.table import GENERATION
@@ -87,6 +90,10 @@ class MeasureEdits(Callback):
             by them. None: the data's alone.
         generation: how answers are generated under ``generation``: for ``pre``, ``post`` and
             ``test`` only, unless ``each_batch`` is set.
+        negation: whether to measure negation probes: true for "It is not true that {}", or other
+            words with ``{}`` for the request's own prompt.
+        judge: a language model behind an endpoint that judges the answers of ``pre``, ``post`` and
+            ``test``.
     """
 
     def __init__(
@@ -103,6 +110,8 @@ class MeasureEdits(Callback):
         ability: AbilitySettings = AbilitySettings(),  # noqa: B008  (frozen)
         protocols: list[str] | None = None,
         generation: GenerationSettings = GenerationSettings(),  # noqa: B008  (frozen)
+        negation: bool | str = False,
+        judge: JudgeSettings = JudgeSettings(),  # noqa: B008  (frozen)
     ) -> None:
         self.text, self.text_split, self.text_tokens = text, text_split, text_tokens
         self.cumulative = cumulative
@@ -113,7 +122,11 @@ class MeasureEdits(Callback):
         self.retention = retention
         self.ability = GeneralAbility(ability)
         self.protocols, self.generation = protocols, generation
+        self.negation = negation_text(negation)
+        self.judge = None if judge.url is None else Judge(judge)
         require_protocols(protocols)
+        if self.judge is not None:
+            require_answers(protocols)
         check_ranges(
             "measure",
             vars(self),
@@ -147,11 +160,17 @@ class MeasureEdits(Callback):
             protocol=protocol,
             added=added,
             generation=self.generation if GENERATION in added else None,
+            negation=self.negation,
+            judge="" if self.judge is None else str(self.judge.settings.model),
             joints=[joint(r.text, r.target_prefix, known) for r in data.requests],
         )
         self._ability_of = None
         if self.ability.settings.tasks:
             self.history.settings["ability"] = self.ability.described()
+        if self.judge is not None:
+            self.history.settings["judge"] = self.judge.described
+        if self.negation is not None:
+            self._say_what_cannot_be_denied(data.requests, pl_module)
         if stage == "fit":
             sample = self._sample(data.requests, data.batch_size)
             self.history.retention = Retention(sample)
@@ -177,6 +196,7 @@ class MeasureEdits(Callback):
             before = cache.shared(
                 identity, trainer.strategy, lambda: self._unedited(trainer, pl_module)
             )
+        before = self._with_verdicts(before, pl_module)  # kept by what was said, not with these
         self.history.before, self.history.answers_before = before.outcomes, before.answers
         self._keep(trainer, "pre", before.metrics)
 
@@ -254,7 +274,7 @@ class MeasureEdits(Callback):
         evaluation = self._evaluate(pl_module, [history.requests[place] for place in first])
         self._keep(trainer, "first_batch", evaluation.metrics)
         requests = [history.requests[place] for place in in_force]
-        after = self._evaluate(pl_module, requests, whole=True)
+        after = self._with_verdicts(self._evaluate(pl_module, requests, whole=True), pl_module)
         history.after = dict(zip(in_force, after.outcomes, strict=True))
         history.answers_after = [
             replace(answer, request=in_force[answer.request]) for answer in after.answers
@@ -268,6 +288,7 @@ class MeasureEdits(Callback):
         """Measure a model as it is, on all requests."""
         requests = self.history.requests
         evaluation = self._evaluate(pl_module, requests, whole=True)
+        evaluation = self._with_verdicts(evaluation, pl_module)
         self.history.after = dict(enumerate(evaluation.outcomes))
         self.history.answers_after = evaluation.answers
         effects = self._side_effects(trainer, pl_module)
@@ -288,7 +309,11 @@ class MeasureEdits(Callback):
         self.history.load_state_dict(state_dict)
 
     def _evaluate(
-        self, module: EditModule, requests: Sequence[EditRequest], whole: bool = False
+        self,
+        module: EditModule,
+        requests: Sequence[EditRequest],
+        whole: bool = False,
+        negation: bool = True,
     ) -> Evaluation:
         started = time.perf_counter()
         evaluation = evaluate(
@@ -299,6 +324,7 @@ class MeasureEdits(Callback):
             added=self.history.added,
             generate=self.generate and whole,
             continuation_tokens=CONTINUATION_TOKENS if whole else 0,
+            negation=self.negation if negation else None,
             seed=run_seed(self.seed),
             tokens_per_batch=self.tokens_per_batch,
             progress=whole,
@@ -326,11 +352,30 @@ class MeasureEdits(Callback):
             requests,
             self.generation,
             unedited=unedited,
+            negation=self.negation,
             progress=progress,
             sent=module.memory,
         )
         self._count_seconds("answers", time.perf_counter() - started)
         return evaluation
+
+    def _with_verdicts(self, evaluation: Evaluation, module: EditModule) -> Evaluation:
+        """Let the judge, if there is one, say which answers are right."""
+        if self.judge is None:
+            return evaluation
+        started = time.perf_counter()
+        evaluation = with_verdicts(evaluation, self.judge, module.tokenizer, progress=True)
+        self._count_seconds("judge", time.perf_counter() - started)
+        return evaluation
+
+    def _say_what_cannot_be_denied(self, requests: Sequence[EditRequest], module: Any) -> None:
+        """Warn of questions: they have no negation, and count in no metric of it."""
+        denied = negated_prompts(module.tokenizer, requests, self.negation)
+        if None in denied:
+            rank_zero_warn(
+                f"{denied.count(None):,} of {len(denied):,} prompts are questions, which cannot be "
+                "negated: measure.negation leaves them out"
+            )
 
     def _sample(self, requests: Sequence[EditRequest], batch_size: int) -> dict[int, list[int]]:
         """Return the requests of each batch that the retention matrix follows."""
@@ -341,7 +386,8 @@ class MeasureEdits(Callback):
         history, applied = self.history, set(self.history.applied_places)
         places = [place for place in history.retention.earlier(batch) if place in applied]
         if places:
-            again = self._evaluate(module, [history.requests[place] for place in places]).outcomes
+            earlier = [history.requests[place] for place in places]
+            again = self._evaluate(module, earlier, negation=False).outcomes
             outcomes = {**outcomes, **dict(zip(places, again, strict=True))}
         history.retention.take(batch, {place: o.values for place, o in outcomes.items()})
 

@@ -19,6 +19,7 @@ from lightning_blue.language_model.scoring import TargetScore
 from lightning_blue.metrics import MeanOverRequests, numbers, table
 from lightning_blue.metrics import functional as F
 from lightning_blue.metrics.matching import GeneratedAnswer
+from lightning_blue.metrics.negation import negated_prompts
 from lightning_blue.metrics.table import Measure, MetricSpec
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import distribute
@@ -72,8 +73,8 @@ class Evaluation:
 class Question(NamedTuple):
     """A prompt, the object that it should be followed by, and one that it should not.
 
-    ``prompts`` says which of a request's prompts it is: its own, a paraphrase, a neighbour's;
-    ``prefix`` what stands between it and the objects, where that is given.
+    ``prompts`` says which of a request's prompts it is: its own, a paraphrase, a neighbour's, the
+    negated one; ``prefix`` what stands between it and the objects, where that is given.
     """
 
     request: int
@@ -103,6 +104,7 @@ def evaluate(
     generate: bool = True,
     continuation_tokens: int = 12,
     idf_texts: Sequence[str] | None = None,
+    negation: str | None = None,
     seed: int = 0,
     tokens_per_batch: int = 4096,
     progress: bool = False,
@@ -132,6 +134,7 @@ def evaluate(
         continuation_tokens: length of each outcome's continuation; 0 leaves it empty.
         idf_texts: texts from which consistency learns how rare words are; the requests' own
             reference texts by default.
+        negation: words that deny the prompt in the place of their ``{}``; None: no negation probes.
         seed: of the sampling of generated texts.
         tokens_per_batch: tokens in one forward pass.
         progress: whether to show progress bars.
@@ -148,7 +151,9 @@ def evaluate(
     compare = protocol == "counterfact" or table.PROBABILITY in added
     answers = rated
     if answers is None:
-        answers = rate(model, tokenizer, requests, compare, tokens_per_batch, progress, sent)
+        answers = rate(
+            model, tokenizer, requests, compare, tokens_per_batch, progress, sent, negation
+        )
     means = {
         spec.name: _judge(spec, measure, answers)
         for spec, measure in table.of_protocol(
@@ -176,6 +181,7 @@ def rate(
     tokens_per_batch: int = 4096,
     progress: bool = False,
     sent: Callable[[str], str] = str,
+    negation: str | None = None,
 ) -> list[Answer]:
     """Return how a model rates the objects of all prompts of requests, in their order.
 
@@ -188,9 +194,12 @@ def rate(
         compare: whether paraphrases and neighbours are asked about the other object too.
         tokens_per_batch: tokens in one forward pass.
         progress: whether to show a progress bar.
-        sent: as in `evaluate`.
+        sent, negation: as in `evaluate`.
     """
-    questions = [q for i, request in enumerate(requests) for q in _ask(i, request, compare)]
+    denied = negated_prompts(tokenizer, requests, negation)
+    questions = [
+        q for i, request in enumerate(requests) for q in _ask(i, request, compare, denied[i])
+    ]
     return _answer(model, tokenizer, questions, tokens_per_batch, progress, sent)
 
 
@@ -248,7 +257,7 @@ def flatten(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def _ask(index: int, request: EditRequest, compare: bool) -> Iterable[Question]:
+def _ask(index: int, request: EditRequest, compare: bool, denied: str | None) -> Iterable[Question]:
     """Yield a request's questions; the first is its own prompt."""
     new, true, prefix = request.target_new, request.target_true, request.target_prefix
     yield Question(index, table.OWN_PROMPT, request.text, new, true, prefix)
@@ -257,6 +266,8 @@ def _ask(index: int, request: EditRequest, compare: bool) -> Iterable[Question]:
     for probe in request.neighborhood:
         given, other = probe.target_prefix, new if compare else None
         yield Question(index, table.NEIGHBOURS, probe.prompt, probe.answer, other, given)
+    if denied is not None:
+        yield Question(index, table.NEGATED, denied, new, true, prefix)
 
 
 def _answer(

@@ -31,6 +31,24 @@ def probability_success(nll_wanted: Tensor, nll_other: Tensor) -> Tensor:
     return nll_wanted < nll_other
 
 
+def probability_avoidance(nll_unwanted: Tensor, nll_other: Tensor) -> Tensor:
+    """Say for each prompt whether the unwanted object is less probable than the other one.
+
+    Args:
+        nll_unwanted: of the object that should not follow, nats per token; (n,)
+        nll_other: of the other one; (n,)
+
+    Returns:
+        Booleans, (n,). A tie counts as failure.
+    """
+    return nll_unwanted > nll_other
+
+
+def not_said(correct: Sequence[Sequence[bool]]) -> Tensor:
+    """Say for each prompt whether a target token is not the most probable one; (n,) bool."""
+    return ~exact_match(correct)
+
+
 def token_accuracy(correct: Sequence[Sequence[bool]]) -> Tensor:
     """Fraction of each target's tokens that are the most probable ones under teacher forcing.
 

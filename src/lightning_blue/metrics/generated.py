@@ -20,6 +20,7 @@ from lightning_blue.language_model.chat import Markers, markers, wrap
 from lightning_blue.metrics import MeanOverRequests, numbers, table
 from lightning_blue.metrics.evaluation import Evaluation, Metrics
 from lightning_blue.metrics.matching import GeneratedAnswer
+from lightning_blue.metrics.negation import negated_prompts
 from lightning_blue.metrics.table import MetricSpec
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.processes import distribute
@@ -87,6 +88,7 @@ def with_answers(
     settings: GenerationSettings = GenerationSettings(),
     *,
     unedited: Unedited | None = None,
+    negation: str | None = None,
     progress: bool = False,
     sent: Callable[[str], str] = str,
 ) -> Evaluation:
@@ -102,6 +104,7 @@ def with_answers(
         settings: how answers are generated, and to which prompts.
         unedited: what the unedited model wrote after neighbourhood prompts, see
             `unedited_continuations`; locality is measured on the prompts among them.
+        negation: words that deny a prompt, see `evaluation.evaluate`; None: no negation probes.
         progress: whether to show a progress bar.
         sent: what the model is sent for a prompt in its form, that itself by default.
 
@@ -113,7 +116,8 @@ def with_answers(
         InputError: if a prompt cannot be brought into the form that is asked for, or does not fit
             the model's context.
     """
-    written = _answer(model, tokenizer, requests, settings, progress, sent)
+    denied = negated_prompts(tokenizer, requests, negation)
+    written = _answer(model, tokenizer, requests, denied, settings, progress, sent)
     known = unedited or {}
     answers = [
         replace(each, unedited=known.get(each.prompt)) if each.prompts == table.NEIGHBOURS else each
@@ -125,6 +129,11 @@ def with_answers(
             "zsre", table.GENERATED_ANSWERS, added=(table.GENERATION,)
         )
     }
+    return extended(replace(evaluation, answers=answers), means)
+
+
+def extended(evaluation: Evaluation, means: Mapping[str, MeanOverRequests]) -> Evaluation:
+    """Add filled metrics to an evaluation: their estimates, and their values to its outcomes."""
     estimates = {name: numbers(metric.compute()) for name, metric in means.items()}
     found: Metrics = {name: each for name, each in estimates.items() if each["count"] > 0}
     per_request = {
@@ -139,7 +148,7 @@ def with_answers(
         )
         for i, outcome in enumerate(evaluation.outcomes)
     ]
-    return Evaluation({**evaluation.metrics, **found}, outcomes, answers)
+    return replace(evaluation, metrics={**evaluation.metrics, **found}, outcomes=outcomes)
 
 
 def unedited_continuations(answers: Sequence[GeneratedAnswer]) -> Unedited:
@@ -191,7 +200,7 @@ def _as_question(prompt: str, known: Markers) -> str:
     return QUESTION.replace("{}", prompt)
 
 
-def _ask(index: int, request: EditRequest, most: int) -> Iterator[_Question]:
+def _ask(index: int, request: EditRequest, denied: str | None, most: int) -> Iterator[_Question]:
     """Yield what a request is asked; at most so many prompts of each kind."""
     new, aliases = request.target_new, request.aliases
     yield _Question(index, table.OWN_PROMPT, request.text, new, aliases)
@@ -203,12 +212,15 @@ def _ask(index: int, request: EditRequest, most: int) -> Iterator[_Question]:
     ):
         for probe in probes[:most]:
             yield _Question(index, kind, probe.prompt, probe.answer, probe.aliases)
+    if denied is not None:
+        yield _Question(index, table.NEGATED, denied, new)
 
 
 def _answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[EditRequest],
+    denied: Sequence[str | None],
     settings: GenerationSettings,
     progress: bool,
     sent: Callable[[str], str],
@@ -216,7 +228,9 @@ def _answer(
     """Let the model answer everything, each process its part in one go."""
     form = prompt_form(tokenizer, settings.prompt)
     most = settings.prompts_per_kind
-    questions = [each for i, request in enumerate(requests) for each in _ask(i, request, most)]
+    questions = [
+        each for i, request in enumerate(requests) for each in _ask(i, request, denied[i], most)
+    ]
 
     def write(part: Sequence[_Question]) -> list[GeneratedAnswer]:
         continued = continue_prompts(
@@ -255,7 +269,7 @@ def _fill(
 
 def _is_read(spec: MetricSpec, answer: GeneratedAnswer) -> bool:
     if spec.prompts == table.ANSWERS:
-        return answer.prompts != table.NEIGHBOURS
+        return answer.compared
     if spec.prompts != answer.prompts or (table.ALIASES in spec.needs and not answer.aliases):
         return False
     return answer.prompts != table.NEIGHBOURS or answer.unedited is not None

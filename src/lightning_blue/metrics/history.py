@@ -17,6 +17,7 @@ from lightning_blue.metrics.retention import Retention
 from lightning_blue.support.errors import InputError
 
 READ = "editing_with_targets_read"  # a part of the seconds
+ASKED = ("protocols", "generation", "negation", "judge")  # as a run was started with
 
 
 class Measurement(NamedTuple):
@@ -60,6 +61,8 @@ class RunHistory:
         protocol: ``counterfact`` or ``zsre``.
         added: the protocols that requests are scored by besides, see `table.PROTOCOLS`.
         generation: how answers are generated; None where none are.
+        negation: the words that deny a prompt; None without negation probes.
+        judge: the model that judges answers; empty without one.
         requests: the requests of the run, in order.
         joints: what stands between the prompt and the object of each request, and why.
         rejected: requests that could not be used.
@@ -88,6 +91,8 @@ class RunHistory:
     protocol: str = "counterfact"
     added: tuple[str, ...] = ()
     generation: GenerationSettings | None = None
+    negation: str | None = None
+    judge: str = ""
     requests: list[EditRequest] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -130,17 +135,24 @@ class RunHistory:
     def added_settings(self) -> dict[str, Any]:
         """What the measurement of added protocols depends on, as plain values; empty without any.
 
-        That is ``protocols`` and, where answers are generated, ``generation``.
+        That is ``protocols``, ``generation`` where answers are generated, and ``negation``.
         """
         settings: dict[str, Any] = {"protocols": [*self.added]} if self.added else {}
         if self.generation is not None:
             how = asdict(self.generation)
             settings["generation"] = {**how, "stops": [*self.generation.stops]}
+        if self.negation is not None:
+            settings["negation"] = self.negation
         return settings
 
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""
         return [taken for taken in self.measurements if taken.stage == stage]
+
+    @property
+    def _as_asked(self) -> dict[str, Any]:
+        """What a run has to be resumed with: that, and the judge."""
+        return self.added_settings | ({"judge": self.judge} if self.judge else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot find out again, as plain values and tensors."""
@@ -154,7 +166,7 @@ class RunHistory:
             "answers_before": [asdict(answer) for answer in self.answers_before],
             "seconds": self.seconds,
             "targets_read": self.targets_read,
-            **self.added_settings,
+            **self._as_asked,
             "resumed_after": self.resumed_after,
         }
 
@@ -162,14 +174,15 @@ class RunHistory:
         """Take over what was gathered until a checkpoint.
 
         Raises:
-            InputError: if other protocols were added until then, or answers generated otherwise.
+            InputError: if other protocols were added until then, or answers generated or judged
+                otherwise.
         """
-        until_then = {key: state[key] for key in ("protocols", "generation") if key in state}
-        if until_then != self.added_settings:
+        until_then = {key: state[key] for key in ASKED if key in state}
+        if until_then != self._as_asked:
             said = ", ".join(f"{key}: {value}" for key, value in until_then.items())
             raise InputError(
                 f"the run was started with {said or 'no added protocols'}",
-                where="measure.protocols, measure.generation",
+                where=", ".join(f"measure.{key}" for key in ASKED),
                 hint="resume it with the same, or start a new run",
             )
         self.batches = state["batches"]

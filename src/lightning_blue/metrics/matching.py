@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_blue.language_model.joining import writes_no_spaces
+from lightning_blue.metrics.spec import NEGATED, NEIGHBOURS
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = regex.compile(r"\b(?:a|an|the)\b")
@@ -32,6 +33,7 @@ class GeneratedAnswer:
         ids: tokens of the answer with those of the stop string.
         ended_by: ``stop``, ``end`` (an end-of-text token) or ``limit``.
         unedited: what ``ids`` were before any edit; None where that was not asked.
+        judged: whether a judge calls it right; None where it was not asked or could not say.
     """
 
     request: int
@@ -44,6 +46,12 @@ class GeneratedAnswer:
     ids: tuple[int, ...]
     ended_by: str
     unedited: tuple[int, ...] | None = None
+    judged: bool | None = None
+
+    @property
+    def compared(self) -> bool:
+        """Whether the object is what should be said: not to a neighbour's or a negated prompt."""
+        return self.prompts not in (NEIGHBOURS, NEGATED)
 
 
 def answer_from(fields: Mapping[str, Any]) -> GeneratedAnswer:
@@ -113,6 +121,26 @@ def alias_match(answers: Sequence[GeneratedAnswer]) -> Tensor:
     An alias that holds a stop string itself is looked for in the longer text as well.
     """
     return torch.tensor([is_any(each) for each in answers], dtype=torch.bool)
+
+
+def avoids(answers: Sequence[GeneratedAnswer]) -> Tensor:
+    """Say of n answers in which the object does not stand, see `contains`; (n,) bool."""
+    return ~containment(answers)
+
+
+def called_right(answers: Sequence[GeneratedAnswer]) -> Tensor:
+    """Say which of n judged answers the judge calls right; (n,) bool."""
+    return torch.tensor([each.judged is True for each in answers], dtype=torch.bool)
+
+
+def agreement(answers: Sequence[GeneratedAnswer]) -> Tensor:
+    """Say of n judged answers where the judge says what exact match says; (n,) bool."""
+    return called_right(answers) == exact_match(answers)
+
+
+def is_not_judged(answers: Sequence[GeneratedAnswer]) -> Tensor:
+    """Say which of n answers have no verdict; (n,) bool."""
+    return torch.tensor([each.judged is None for each in answers], dtype=torch.bool)
 
 
 def same_continuation(answers: Sequence[GeneratedAnswer]) -> Tensor:

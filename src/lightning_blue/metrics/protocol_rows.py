@@ -14,7 +14,10 @@ from lightning_blue.metrics.spec import (
     ANSWERS,
     GENERATED_ANSWERS,
     GENERATION,
+    JUDGE,
+    JUDGED_ANSWERS,
     MAIN,
+    NEGATED,
     NEIGHBOURS,
     PARAPHRASES,
     PORTABILITY,
@@ -64,6 +67,11 @@ def _answered(function: Callable[..., Any], definition: str) -> Measure:
     return Measure(GENERATED_ANSWERS, partial(MeanOverRequests, function, 100.0), definition)
 
 
+def _judged(function: Callable[..., Any], definition: str) -> Measure:
+    """Return how a function of judged answers is measured, in percent."""
+    return Measure(JUDGED_ANSWERS, partial(MeanOverRequests, function, 100.0), definition)
+
+
 _MATCHES = (  # suffixes of name and title, function, what it says, what it needs besides
     ("", "generation", matching.exact_match, "{} is the object, normalized", ()),
     (
@@ -97,6 +105,15 @@ GENERATION_METRICS: tuple[MetricSpec, ...] = (
         for suffix, said, function, definition, needs in _MATCHES
         for name, answer, prompts in _ASKED
     ),
+    *(
+        _generated(
+            f"{name}_generation_judge",
+            f"{name} (judge)",
+            _judged(matching.called_right, f"the judge calls {answer} right; over judged answers"),
+            needs=(*prompts, JUDGE),
+        )
+        for name, answer, prompts in _ASKED
+    ),
     _generated(
         "locality_generation",
         "locality (generation)",
@@ -111,7 +128,7 @@ GENERATION_METRICS: tuple[MetricSpec, ...] = (
     _generated(
         "empty_generation",
         "empty answers (generation)",
-        _answered(matching.is_empty, "an answer, neighbours' left aside, is empty"),
+        _answered(matching.is_empty, "an answer that should be the object is empty"),
         direction="lower",
         needs=(ANSWERS,),
         panel=None,
@@ -122,7 +139,41 @@ GENERATION_METRICS: tuple[MetricSpec, ...] = (
         "cut-off answers (generation)",
         _answered(
             matching.is_cut_off,
-            "an answer, neighbours' left aside, was ended by the limit of new tokens",
+            "an answer that should be the object was ended by the limit of new tokens",
+        ),
+        direction="lower",
+        needs=(ANSWERS,),
+        panel=None,
+        per_request=False,
+    ),
+    _generated(
+        "negation_generation",
+        "negation (generation)",
+        _answered(
+            matching.avoids,
+            "the new object does not stand in the answer to the negated prompt",
+        ),
+        needs=(NEGATED,),
+    ),
+    _generated(
+        "agreement_generation_judge",
+        "agreement (judge)",
+        _judged(
+            matching.agreement,
+            "the judge says of an answer what exact match says; over judged answers",
+        ),
+        direction="neither",
+        needs=(ANSWERS, JUDGE),
+        panel=None,
+        per_request=False,
+    ),
+    _generated(
+        "unjudged_generation_judge",
+        "answers without a verdict (judge)",
+        _judged(
+            matching.is_not_judged,
+            "an answer that the judge should judge has no verdict: the endpoint has failed, or the "
+            "reply is not the letter asked for",
         ),
         direction="lower",
         needs=(ANSWERS,),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_blue.metrics.table import MAIN, PROTOCOLS
+from lightning_blue.metrics.table import GENERATION, MAIN, PROTOCOLS
 from lightning_blue.support.errors import InputError
 
 
@@ -24,6 +24,20 @@ def require_protocols(protocols: Sequence[str] | None) -> None:
     if not protocols or len(set(protocols)) < len(protocols):
         what = "a protocol comes twice" if protocols else "the list is empty"
         raise InputError(what, where=where, hint=hint)
+
+
+def require_answers(protocols: Sequence[str] | None) -> None:
+    """Refuse a judge where no answers are generated.
+
+    Raises:
+        InputError: if ``generation`` is not among the protocols.
+    """
+    if GENERATION not in (protocols or ()):
+        raise InputError(
+            "a judge reads generated answers, and none are asked for",
+            where="measure.judge.url",
+            hint="add generation to measure.protocols, or leave out measure.judge",
+        )
 
 
 def choose(

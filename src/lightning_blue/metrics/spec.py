@@ -18,6 +18,7 @@ CONTROL_FACTS = "control facts"  # known facts that are not edited
 RETENTION = "retention matrix"  # the efficacy of each edit batch, over the run
 HARNESS = "lm-evaluation-harness"
 GENERATED_ANSWERS = "generated answers"  # to the prompts of requests, written freely
+JUDGED_ANSWERS = "judged answers"  # the same, with what a judge says of each
 
 # How a run may ask for requests to be scored. One of the first two is its main protocol.
 PROBABILITY, TEACHER_FORCING, GENERATION = "probability", "teacher_forced", "generation"
@@ -32,9 +33,11 @@ PORTABILITY = "portability prompts"  # what follows from the edit
 ALIASES = "aliases"  # of the wanted object
 GENERATION_PROMPTS = "generation prompts"
 REFERENCE_TEXTS = "reference texts"
+NEGATED = "negated prompts"  # what is no question, behind "It is not true that"
+JUDGE = "a judge"
 
 OWN_PROMPT = "own prompt"  # the prompts of a metric that needs no other prompts
-ANSWERS = "answers"  # those of a metric that reads the answers to all prompts but neighbours'
+ANSWERS = "answers"  # those of a metric that reads all answers that are compared with the object
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,13 @@ class Measure:
 
     Attributes:
         protocol: what is read: `COMPARISON`, `TEACHER_FORCED`, `COMBINATION`, `GENERATED_TEXT`,
-            `GENERATED_ANSWERS`, `ORDINARY_TEXT`, `CONTROL_FACTS`, `RETENTION` or `HARNESS`.
+            `GENERATED_ANSWERS`, `JUDGED_ANSWERS`, `ORDINARY_TEXT`, `CONTROL_FACTS`, `RETENTION` or
+            `HARNESS`.
         metric: builds a `torchmetrics.Metric`, for instance ``ExactMatch``, or
             ``partial(MeanOverRequests, function)`` for a function of the prompts' answers:
             ``(nll_wanted, nll_other)`` under `COMPARISON`, ``(correct,)`` under `TEACHER_FORCED`
             and `CONTROL_FACTS`, ``(texts,)`` under `GENERATED_TEXT`, ``(answers,)`` under
-            `GENERATED_ANSWERS`.
+            `GENERATED_ANSWERS` and `JUDGED_ANSWERS`.
         definition: what the number says, a phrase without a full stop.
     """
 
@@ -69,8 +73,9 @@ class MetricSpec:
         direction: whether higher or lower is better, or neither.
         needs: what a request or the run must offer; without it the metric is absent.
         combines: the metrics that a `COMBINATION` reads; their rows stand above this one.
-        group: the table that shows it: ``scores``, ``top-1`` for the strict variants, the protocol
-            it belongs to, ``retention``, or ``ability`` for general ability.
+        group: the table that shows it: ``scores``, ``top-1`` for the strict variants,
+            ``negation``, the protocol it belongs to, ``retention``, or ``ability`` for general
+            ability.
         panel: how plots over edits applied show it: the batch just applied and all edits so far
             (``success``, percent), one line (``side effects``), or not at all.
         per_request: whether each outcome of a request holds its value.
@@ -87,7 +92,14 @@ class MetricSpec:
     needs: tuple[str, ...] = ()
     combines: tuple[str, ...] = ()
     group: Literal[
-        "scores", "top-1", "probability", "teacher_forced", "generation", "retention", "ability"
+        "scores",
+        "top-1",
+        "negation",
+        "probability",
+        "teacher_forced",
+        "generation",
+        "retention",
+        "ability",
     ] = "scores"
     panel: Literal["success", "side effects"] | None = None
     per_request: bool = False
@@ -101,7 +113,7 @@ class MetricSpec:
     @property
     def prompts(self) -> str:
         """The prompts of a request that it reads, for metrics that read their answers."""
-        others = (PARAPHRASES, NEIGHBOURS, PORTABILITY, ANSWERS)
+        others = (PARAPHRASES, NEIGHBOURS, PORTABILITY, NEGATED, ANSWERS)
         return next((need for need in self.needs if need in others), OWN_PROMPT)
 
     @property

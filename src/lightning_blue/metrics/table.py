@@ -39,7 +39,10 @@ from lightning_blue.metrics.spec import (  # noqa: F401  (some are read as `tabl
     GENERATION,
     GENERATION_PROMPTS,
     HARNESS,
+    JUDGE,
+    JUDGED_ANSWERS,
     MAIN,
+    NEGATED,
     NEIGHBOURS,
     ORDINARY_TEXT,
     OWN_PROMPT,
@@ -209,6 +212,30 @@ _MAIN: tuple[MetricSpec, ...] = (
         per_request=True,
     ),
     MetricSpec(
+        "negation",
+        "negation",
+        Measure(
+            COMPARISON,
+            partial(MeanOverRequests, F.probability_avoidance, 100.0),
+            "the new object is less probable than the true one after the negated prompt",
+        ),
+        needs=(TRUE_OBJECT, NEGATED),
+        group="negation",
+        per_request=True,
+    ),
+    MetricSpec(
+        "negation_top1",
+        "negation (top-1)",
+        Measure(
+            TEACHER_FORCED,
+            partial(MeanOverRequests, F.not_said, 100.0),
+            "a token of the new object is not the most probable one after the negated prompt",
+        ),
+        needs=(NEGATED,),
+        group="negation",
+        per_request=True,
+    ),
+    MetricSpec(
         "retention_mean",
         "retention (mean)",
         Measure(
@@ -260,7 +287,7 @@ METRICS: tuple[MetricSpec, ...] = (
     *scored(_MAIN, "teacher_forced"),
     *GENERATION_METRICS,
 )
-GROUPS = ("scores", "top-1", *PROTOCOLS, "retention", "ability")  # the tables, in order
+GROUPS = ("scores", "top-1", "negation", *PROTOCOLS, "retention", "ability")  # the tables, in order
 
 
 def by_name(name: str) -> MetricSpec:

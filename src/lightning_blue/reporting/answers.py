@@ -12,6 +12,7 @@ from lightning_blue.reporting.tables import markdown_table
 from lightning_blue.reporting.text import CELL, fill, inline
 
 SHOWN = 10
+VERDICTS = {True: "right", False: "wrong", None: "-"}
 ENDED_BY = {
     "stop": "a stop string",
     "end": "an end-of-text token",
@@ -31,20 +32,49 @@ def generated_answers(history: RunHistory) -> str:
             inline(answer.wanted),
             inline(answer.answer, CELL),
             ENDED_BY[answer.ended_by],
-            _judged(answer),
+            _match(answer),
         ]
         for answer in own[:SHOWN]
     ]
     header = ["prompt", "wanted", "answer", "ended by", "match"]
+    compared = [answer for answer in answers if answer.compared]
+    if history.judge:
+        header.append("judge")
+        rows = [[*row, VERDICTS[each.judged]] for row, each in zip(rows, own, strict=False)]
     parts = [
         markdown_table(rows, header),
-        fill(_counts([answer for answer in answers if answer.prompts != table.NEIGHBOURS])),
+        fill(_counts(compared)),
+        *([fill(_verdicts(history.judge, compared))] if history.judge else []),
         "All answers are in `answers.jsonl`, before and after, with their token ids.",
     ]
     return "\n\n".join(parts)
 
 
-def _judged(answer: GeneratedAnswer) -> str:
+def _verdicts(judge: str, answers: Sequence[GeneratedAnswer]) -> str:
+    """Say how many answers a judge has judged, and how far it agrees with exact match."""
+    pairs = [(each.judged, is_match(each.answer, each.wanted)) for each in answers]
+    judged = [(said, exact) for said, exact in pairs if said is not None]
+    text = f"The judge, {inline(judge)}, has judged {len(judged):,} of them"
+    if not judged:
+        return f"{text}: its metrics are absent."
+    right, exact, same = (
+        sum(map(test, judged)) for test in (lambda p: p[0], lambda p: p[1], lambda p: p[0] == p[1])
+    )
+    text += f": {right:,} right, where exact match has {exact:,}. They agree on {same:,}"
+    return f"{text}, {100 * same / len(judged):.1f}%{_kappa(judged)}."
+
+
+def _kappa(pairs: Sequence[tuple[bool, bool]]) -> str:
+    """Say Cohen's kappa, the agreement beyond chance; it is undefined where neither varies."""
+    from sklearn.metrics import cohen_kappa_score  # seconds to import, often not needed
+
+    first, second = zip(*pairs, strict=True)
+    if len({*first, *second}) == 1:
+        return " (both say the same of all, so that Cohen's kappa is undefined)"
+    return f" (Cohen's kappa {cohen_kappa_score(first, second):.2f})"
+
+
+def _match(answer: GeneratedAnswer) -> str:
     if is_match(answer.answer, answer.wanted):
         return "exact"
     return "contained" if contains(answer.longer, answer.wanted) else "no"

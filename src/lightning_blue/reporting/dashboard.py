@@ -85,7 +85,9 @@ def sections() -> tuple[Section, ...]:
         Section("Retention", tuple(_retention())),
         Section("Update norms and guard", tuple(_norms())),
         Section("Inner losses", tuple(_inner_losses()), is_open=False),
-        Section("Edits", (Panel("edits", "table", ("edits",)),)),
+        Section(
+            "Edits", (Panel("edits", "table", ("edits",)), Panel("answers", "table", ("answers",)))
+        ),
         Section("Runs compared by method and plan", tuple(_compared())),
     )
 

@@ -69,21 +69,25 @@ def write_answers(path: Path, history: RunHistory) -> None:
     """Write ``answers.jsonl``: every answer that the model wrote freely, if it was asked to.
 
     A line holds the request (``case_id``), the ``stage`` (``pre``, ``post`` or ``test``), which of
-    its ``prompts`` was asked, that ``prompt`` as the data has it, the wanted object and its
-    aliases, the answer and the longer text, the answer's token ids, what ended it, and whether it
-    matches (`lightning_blue.metrics.matching`). For a neighbour's prompt ``same`` says whether the
-    ids are those of the unedited model. What does not apply is null.
+    its ``prompts`` was asked, that ``prompt`` as the data has it, the wanted object (after a
+    negated prompt the new one) and its aliases, the answer and the longer text, the answer's token
+    ids, what ended it, whether it matches (`lightning_blue.metrics.matching`), and whether the
+    ``judge`` calls it right. For a neighbour's prompt ``same`` says whether the ids are those of
+    the unedited model. What does not apply is null.
 
     Raises:
         InputError: if the file cannot be written.
     """
+    rows = answer_rows(history)
+    if rows:
+        _write_lines(path, rows)
+
+
+def answer_rows(history: RunHistory) -> list[dict[str, Any]]:
+    """Return what `write_answers` writes, a row for each answer before and after."""
     last = "test" if history.of("test") else "post"
     taken = {"pre": history.answers_before, last: history.answers_after}
-    if any(taken.values()):
-        rows = (
-            _answer(history, stage, each) for stage, answers in taken.items() for each in answers
-        )
-        _write_lines(path, rows)
+    return [_answer(history, stage, each) for stage, answers in taken.items() for each in answers]
 
 
 def write_rejected(path: Path, history: RunHistory) -> None:
@@ -205,7 +209,7 @@ def _outcome(outcome: RequestOutcome | None, added: Sequence[str]) -> dict[str, 
 
 def _answer(history: RunHistory, stage: str, answer: GeneratedAnswer) -> dict[str, Any]:
     known = answer.unedited is not None
-    of_request = answer.prompts != table.NEIGHBOURS
+    compared, neighbour = answer.compared, answer.prompts == table.NEIGHBOURS
     return {
         "case_id": history.requests[answer.request].case_id,
         "stage": stage,
@@ -217,9 +221,10 @@ def _answer(history: RunHistory, stage: str, answer: GeneratedAnswer) -> dict[st
         "longer": answer.longer,
         "ids": answer.ids,
         "ended_by": answer.ended_by,
-        "exact_match": is_match(answer.answer, answer.wanted) if of_request else None,
-        "containment": contains(answer.longer, answer.wanted) if of_request else None,
-        "alias_match": is_any(answer) if of_request and answer.aliases else None,
+        "exact_match": is_match(answer.answer, answer.wanted) if compared else None,
+        "containment": None if neighbour else contains(answer.longer, answer.wanted),
+        "alias_match": is_any(answer) if compared and answer.aliases else None,
+        "judge": answer.judged,
         "same": answer.ids == answer.unedited if known else None,
     }
 

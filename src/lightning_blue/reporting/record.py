@@ -25,7 +25,7 @@ from lightning_blue.reporting import files, wandb_run
 from lightning_blue.reporting.disk_space import check_room, estimate
 from lightning_blue.reporting.export import export_model
 from lightning_blue.reporting.guarded import guarded, has_failed
-from lightning_blue.reporting.report import write_report
+from lightning_blue.reporting.report import PLOTS, write_report
 from lightning_blue.reporting.retention import write_retention
 from lightning_blue.reporting.wandb_logger import RunWandbLogger, make_logger
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
@@ -227,6 +227,8 @@ class RunRecord(Callback):
             return
         failures = self._write_outputs(trainer, module, history, export)
         wandb_run.log_edits_table(trainer.loggers, history)
+        wandb_run.log_answers_table(trainer.loggers, history)
+        wandb_run.log_pictures(trainer.loggers, self.folder / PLOTS)
         wandb_run.log_summary(trainer.loggers, history)
         if failures:
             raise self._not_written(failures)

@@ -43,6 +43,7 @@ from lightning_blue.reporting.views import (
 )
 from lightning_blue.support.storage import write_atomic
 
+PLOTS = "plots"  # folder of pictures, in the run's
 EXAMPLES = 10  # edits shown, and as many that failed
 REJECTED_SHOWN = 20
 EVENTS_SHOWN = 20
@@ -77,7 +78,7 @@ def write_report(folder: Path, history: RunHistory, model_folder: str | None = "
     if heat_map is not None:
         pictures["retention"] = png(heat_map)
     for name, picture in pictures.items():
-        write_atomic(folder / "plots" / f"{name}.png", picture)
+        write_atomic(folder / PLOTS / f"{name}.png", picture)
     path = folder / "report.md"
     write_atomic(path, report(history, pictures, model_folder))
     shown = sections(history, pictures, model_folder)

@@ -16,6 +16,7 @@ from lightning_blue.reporting.views import metrics_at
 WIDTH = 80  # characters of a line in a terminal
 STAGES = {"pre": "unedited", "post": "edited", "test": "measured"}
 NOT_FINITE = "not finite"
+JUDGED = "_generation_judge"  # ends the names of what a judge says
 SAME_QUESTIONS = {  # what is asked, and what the protocols call the score of it
     "own prompt": ("efficacy", "reliability"),
     "paraphrases": ("generalization",),
@@ -95,12 +96,14 @@ def protocols_table(history: RunHistory) -> str:
     main = next(name for name, main in table.MAIN.items() if main == history.protocol)
     columns = {name: f"_{name}" for name in table.PROTOCOLS if name in (main, *history.added)}
     columns[main] = ""
+    if any(name.endswith(JUDGED) for name in after):
+        columns["judge"] = JUDGED
     rows = [
         [row, *(_side_by_side(names, suffix, before, after) for suffix in columns.values())]
         for row, names in SAME_QUESTIONS.items()
     ]
     shown = [row for row in rows if set(row[1:]) != {"-"}]
-    header = ["", *(TITLES[name] for name in columns)]
+    header = ["", *(TITLES.get(name, name) for name in columns)]
     return markdown_table(shown, header) if shown else ""
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import LossCurve, RunHistory
-from lightning_blue.reporting.files import summary
+from lightning_blue.reporting.files import answer_rows, summary
 from lightning_blue.reporting.guarded import attempt, has_failed
 from lightning_blue.reporting.views import batch_of, mean_losses, outcome_pairs
 from lightning_blue.reporting.wandb_logger import AXIS, RunWandbLogger, sync_command
@@ -35,6 +35,21 @@ COLUMNS = (
     "probability of new after",
     "probability of true before",
     "probability of true after",
+)
+ANSWER_COLUMNS = (
+    "case_id",
+    "stage",
+    "prompts",
+    "prompt",
+    "wanted",
+    "aliases",
+    "answer",
+    "ended_by",
+    "exact_match",
+    "containment",
+    "alias_match",
+    "judge",
+    "same",
 )
 
 
@@ -102,6 +117,35 @@ def log_edits_table(loggers: Iterable[Logger], history: RunHistory) -> None:
     _tell(loggers, log)
 
 
+def log_answers_table(loggers: Iterable[Logger], history: RunHistory) -> None:
+    """Log the table ``answers``: every answer that the model wrote freely, if it was asked to."""
+    rows = answer_rows(history)
+    if not rows:
+        return
+
+    def log(run: Run) -> None:
+        from wandb import Table
+
+        data = [[_cell(row[name]) for name in ANSWER_COLUMNS] for row in rows]
+        run.log({"answers": Table(columns=list(ANSWER_COLUMNS), data=data)})
+
+    _tell(loggers, log)
+
+
+def log_pictures(loggers: Iterable[Logger], folder: Path) -> None:
+    """Log the pictures of the report, ``FOLDER/NAME.png``, as ``report/NAME``."""
+    pictures = sorted(folder.glob("*.png"))
+    if not pictures:
+        return
+
+    def log(run: Run) -> None:
+        from wandb import Image
+
+        run.log({f"report/{path.stem}": Image(str(path)) for path in pictures})
+
+    _tell(loggers, log)
+
+
 def log_summary(loggers: Iterable[Logger], history: RunHistory) -> None:
     """Put the numbers of ``summary.json`` into the run's summary."""
     numbers = summary(history)
@@ -129,6 +173,11 @@ def _tell(loggers: Iterable[Logger], what: Callable[[Run], object]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             attempt(logger, lambda logger=logger: what(logger.experiment))  # type: ignore[misc]
+
+
+def _cell(value: object) -> object:
+    """Write a list as people read it; W&B's columns are of one type."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def _probability(outcome: RequestOutcome | None, target: str) -> float | None:
