@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import subprocess
 import sys
 import time
@@ -215,3 +217,96 @@ def test_the_environment_names_group_and_tags(server, tmp_path):
     run = logger.experiment
     assert (run.group, run.tags) == ("mine", ("a", "b"))
     wandb_run.finish([logger])
+
+
+# what `wandb sync` reads
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Read the records of an offline run: a log in LevelDB's format behind a header of 7 bytes.
+
+    Blocks of 32 kB hold pieces of a checksum, a length and a type: 1 a whole record, 2 to 4 the
+    beginning, the middle and the end of one.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, whole = path.read_bytes(), 7, b""
+    assert content[:4] == b":W&B"
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def values(items: Any) -> dict[str, Any]:
+    """Return values by key; W&B nests what a table or a picture is made of."""
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+@pytest.fixture(scope="module")
+def offline(small_run, tmp_path_factory) -> Path:  # noqa: F811
+    """The folder of a run of two batches that was logged offline, with answers and a matrix."""
+    root = tmp_path_factory.mktemp("runs")
+    base = f"--config={ROOT / 'conf' / 'llama3_memit_blue.yaml'}"
+    measured = [
+        "--measure.protocols=[probability,generation]",
+        "--measure.generation.max_new_tokens=3",
+        "--measure.retention.prompts=20",
+        "--measure.negation=true",
+    ]
+    args = [*flags(small_run, "llama3"), *measured, "--data.batch_size=1", f"--run.root={root}"]
+    assert main(["fit", base, *args, "--run.name=seen", "--run.wandb=offline"]) == 0
+    return root / "seen"
+
+
+def test_an_offline_run_brings_name_configuration_and_summary(offline):
+    (log,) = offline.glob("wandb/offline-run-*/run-*.wandb")
+    read = list(records(log))
+    (run,) = [record.run for record in read if record.WhichOneof("record_type") == "run"]
+    assert (run.display_name, run.run_group) == ("seen", "seen")
+    config = values(run.config.update)
+    for record in read:
+        if record.WhichOneof("record_type") == "config":
+            config |= values(record.config.update)
+    assert config["measure/protocols"] == ["probability", "generation"]
+    assert config["method"] == "MEMIT + BLUE"
+    told: dict[str, Any] = {}
+    for record in read:
+        if record.WhichOneof("record_type") == "summary":
+            told |= values(record.summary.update)
+    summary = json.loads((offline / "summary.json").read_text())
+    assert {key: told.get(key) for key in summary} == summary
+
+
+def test_an_offline_run_brings_tables_and_pictures(offline):
+    (log,) = offline.glob("wandb/offline-run-*/run-*.wandb")
+    logged: dict[str, Any] = {}
+    for record in records(log):
+        if record.WhichOneof("record_type") == "history":
+            logged |= values(record.history.item)
+    pictures = {path.stem: path for path in (offline / "plots").glob("*.png")}
+    assert {"before_after", "losses", "metrics", "retention"} <= set(pictures)
+    files = log.parent / "files"
+    for name, path in pictures.items():
+        assert logged[f"report/{name}/_type"] == "image-file"
+        assert (files / logged[f"report/{name}/path"]).read_bytes() == path.read_bytes()
+    lines = [json.loads(line) for line in (offline / "answers.jsonl").open()]
+    for name, rows in (("answers", len(lines)), ("edits", 2)):
+        assert logged[f"{name}/_type"] == "table-file"
+        content = json.loads((files / logged[f"{name}/path"]).read_text())
+        assert len(content["data"]) == rows
+    content = json.loads((files / logged["answers/path"]).read_text())
+    assert content["columns"] == list(wandb_run.ANSWER_COLUMNS)
+    for line, row in zip(lines, content["data"], strict=True):
+        given = dict(zip(content["columns"], row, strict=True))
+        assert given["aliases"] == ", ".join(line["aliases"])
+        assert all(given[key] == line[key] for key in given if key != "aliases")
