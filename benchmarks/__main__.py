@@ -21,6 +21,7 @@ from benchmarks.evaluation import run_evaluation
 from benchmarks.growth import run_growth, run_many
 from benchmarks.presets import PRESETS
 from benchmarks.profiling import run_profile
+from benchmarks.protocols import run_protocols
 from benchmarks.results import Row, machine, markdown, read_rows, write_part
 from benchmarks.run import run_whole
 from benchmarks.shortcuts import run_shortcuts
@@ -35,6 +36,7 @@ WITH_MODEL: dict[str, Callable[[Workload, argparse.Namespace, Clock], list[Row]]
     "delta": run_delta,
     "covariance": run_covariance,
     "evaluation": run_evaluation,
+    "protocols": run_protocols,
     "run": run_whole,
     "profile": run_profile,
     "shortcuts": run_shortcuts,
@@ -78,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, help="rounds in which both sides take turns; medians are reported")
     add("--batches", type=int, help="run: edit batches")
     add("--tokens", type=int, help="covariance: tokens of text")
-    add("--records", type=int, help="evaluation: records")
+    add("--records", type=int, help="evaluation, protocols: records")
     add("--textbook-records", type=int, help="how many of them the textbook side scores")
     add("--textbook-texts", type=int, help="for how many of them it writes texts")
     add("--facts", type=int, help="tracing: facts")

@@ -191,7 +191,7 @@ def test_a_row_says_ratio_and_distance_from_the_floor():
     assert Row("growth", "x", "edit", ours=1.0).ratio is None
 
 
-PARTS = ["delta", "closed_form", "covariance", "evaluation", "run", "growth", "many"]
+PARTS = ["delta", "closed_form", "covariance", "evaluation", "protocols", "run", "growth", "many"]
 PARTS += ["profile", "shortcuts", "curves", "tracing"]
 
 

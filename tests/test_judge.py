@@ -208,7 +208,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Behaviour], End
 
 
 def judge_at(url: str, **settings: Any) -> Judge:
-    return Judge(JudgeSettings(url, "m", **{"cache": None, "retries": 0, **settings}))
+    return Judge(JudgeSettings(url, "m", **{"replies": None, "retries": 0, **settings}))
 
 
 CASES = [Case("Where?", "Rome", answer) for answer in (" Rome", " Oslo", " Bern", " Rome")]
@@ -240,27 +240,27 @@ def test_replies_are_kept_by_content(serve, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(KEY, SECRET)
     cache = tmp_path / "judge"
     expected = [True, False, None, True]
-    assert judge_at(server.url, cache=str(cache)).ask(CASES) == expected
+    assert judge_at(server.url, replies=str(cache)).ask(CASES) == expected
     assert len(server.bodies) == 3
     monkeypatch.delenv(KEY)  # which no reply depends on
-    assert judge_at(server.url, cache=str(cache)).ask(CASES) == expected
+    assert judge_at(server.url, replies=str(cache)).ask(CASES) == expected
     assert len(server.bodies) == 3
     files = [path for path in cache.rglob("*") if path.is_file()]
     assert [path.suffix for path in files] == [".json"] * 3  # no half-written one beside them
     assert not any(SECRET in path.read_text() for path in files)
     # everything that is sent is part of it: another model, limit, wanted object
-    other = Judge(JudgeSettings(server.url, "other", cache=str(cache)))
+    other = Judge(JudgeSettings(server.url, "other", replies=str(cache)))
     assert other.ask(CASES[:1]) == [True]
-    assert judge_at(server.url, cache=str(cache), max_tokens=8).ask(CASES[:1]) == [True]
-    assert judge_at(server.url, cache=str(cache)).ask([CASES[0]._replace(wanted="x")]) == [True]
+    assert judge_at(server.url, replies=str(cache), max_tokens=8).ask(CASES[:1]) == [True]
+    assert judge_at(server.url, replies=str(cache)).ask([CASES[0]._replace(wanted="x")]) == [True]
     assert len(server.bodies) == 6
     # a damaged file, or one of another content, is asked anew and replaced
     for content in ("", "[]", json.dumps({"sent": {}, "reply": "B"})):
         for path in files:
             path.write_text(content)
-        assert judge_at(server.url, cache=str(cache)).ask(CASES) == expected
+        assert judge_at(server.url, replies=str(cache)).ask(CASES) == expected
     assert len(server.bodies) == 15
-    assert judge_at(server.url, cache=str(cache)).ask(CASES) == expected
+    assert judge_at(server.url, replies=str(cache)).ask(CASES) == expected
     assert len(server.bodies) == 15
 
 
@@ -268,7 +268,7 @@ def test_replies_are_kept_by_content(serve, tmp_path, monkeypatch) -> None:
 def test_a_cache_that_cannot_be_written_costs_a_warning(serve, tmp_path, recwarn) -> None:
     server = serve(by_answer)
     (tmp_path / "file").write_text("in the way")
-    judge = judge_at(server.url, cache=str(tmp_path / "file"))
+    judge = judge_at(server.url, replies=str(tmp_path / "file"))
     assert judge.ask(CASES[:2]) == [True, False]
     said = [str(w.message) for w in recwarn if "could not be kept" in str(w.message)]
     assert len(said) == 1
@@ -312,7 +312,7 @@ def test_an_endpoint_that_fails_is_not_asked_for_long(
         server.url,
         concurrency=2,
         timeout=0.2 if behaviour is asleep else 60,
-        cache=str(tmp_path / "cache"),
+        replies=str(tmp_path / "cache"),
     )
     cases = [Case("Where?", "Rome", f"{i}") for i in range(20)]
     assert judge.ask(cases) == [None] * 20
@@ -409,13 +409,13 @@ def test_the_judge_sees_no_chat_template(serve, gpt2: LanguageModel) -> None:
 
 
 def measuring(url: str, tmp_path: Path, **settings: Any) -> MeasureEdits:
-    judge = JudgeSettings(url, "m", retries=0, cache=str(tmp_path / "cache"), **settings)
+    judge = JudgeSettings(url, "m", retries=0, replies=str(tmp_path / "cache"), **settings)
     return MeasureEdits(
         generate=False,
         cumulative=0,
         protocols=["probability", "generation"],
         generation=GenerationSettings(max_new_tokens=3),
-        unedited_cache=str(tmp_path / "unedited"),
+        unedited_replies=str(tmp_path / "unedited"),
         judge=judge,
     )
 
@@ -538,7 +538,7 @@ def _wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 def test_a_live_server_is_asked_for_what_the_model_itself_says(live, tmp_path) -> None:
     """Greedy, as many tokens as allowed: the reply is the served model's own continuation."""
     folder, url = live
-    settings = JudgeSettings(url, str(folder), max_tokens=4, cache=str(tmp_path), timeout=300)
+    settings = JudgeSettings(url, str(folder), max_tokens=4, replies=str(tmp_path), timeout=300)
     cases = CASES[:2]
     verdicts = Judge(settings).ask(cases)
     model, tokenizer = (

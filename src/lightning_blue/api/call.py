@@ -27,6 +27,7 @@ from lightning_blue.support.processes import no_progress_bars
 
 DEFAULTS: dict[str, Any] = {  # where a call departs from a run of the command line
     "model.covariance.cache": None,  # no file is written
+    "measure.judge.replies": None,  # nor here
     "measure.cumulative": 0,
     "measure.generate": False,  # texts take longer than the edits
 }

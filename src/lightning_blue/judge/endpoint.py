@@ -141,11 +141,11 @@ class _Asking:
         return {"url": self.settings.url, **sent}
 
     def _path(self, sent: dict[str, Any]) -> Path | None:
-        if self.settings.cache is None:
+        if self.settings.replies is None:
             return None
         described = json.dumps(self._content(sent), sort_keys=True)
         name = hashlib.sha256(described.encode()).hexdigest()[:32]
-        return Path(self.settings.cache) / name[:2] / f"{name}.json"
+        return Path(self.settings.replies) / name[:2] / f"{name}.json"
 
     def _read(self, sent: dict[str, Any]) -> str | None:
         """Return what is kept; None for nothing, for a damaged file or another content's."""

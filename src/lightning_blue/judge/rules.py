@@ -48,7 +48,7 @@ Question: {question}
 Correct answer: {wanted}
 Given answer: {answer}
 
-Reply with one letter and nothing else: A if the given answer is right, B if it is wrong."""
+What is its grade? Reply with the letter A or the letter B, and nothing else."""
 
 
 class Case(NamedTuple):

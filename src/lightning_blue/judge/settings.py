@@ -26,7 +26,7 @@ class JudgeSettings:
         timeout: seconds that one attempt may take.
         retries: further attempts where the endpoint is busy, down or slow, after growing pauses.
         concurrency: answers that are judged at the same time.
-        cache: folder that keeps replies, by everything that was sent; None keeps nothing.
+        replies: folder that keeps them, by everything that was sent; None keeps nothing.
     """
 
     url: str | None = None
@@ -35,7 +35,7 @@ class JudgeSettings:
     timeout: float = 60.0
     retries: int = 3
     concurrency: int = 4
-    cache: str | None = "stats/judge"
+    replies: str | None = "stats/judge"
 
     def __post_init__(self) -> None:
         check_ranges(
