@@ -415,7 +415,7 @@ def measuring(url: str, tmp_path: Path, **settings: Any) -> MeasureEdits:
         cumulative=0,
         protocols=["probability", "generation"],
         generation=GenerationSettings(max_new_tokens=3),
-        unedited_replies=str(tmp_path / "unedited"),
+        unedited_cache=str(tmp_path / "unedited"),
         judge=judge,
     )
 
