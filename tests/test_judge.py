@@ -438,7 +438,7 @@ def test_a_run_says_what_the_judge_says(serve, module, facts, tmp_path, monkeypa
         unjudged = 0.0 if of_judge else 100.0
         stages = [summary[f"{stage}/unjudged_generation_judge"] for stage in ("pre", "post")]
         assert stages == [unjudged] * 2
-        assert summary["settings/judge"] == f"m at {url}"
+        assert summary["settings/judge"] == "m"
         assert summary["seconds/judge"] > 0
         lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
         asked = {line["judge"] for line in lines if line["prompts"] != table.NEIGHBOURS}
@@ -446,6 +446,8 @@ def test_a_run_says_what_the_judge_says(serve, module, facts, tmp_path, monkeypa
         report = " ".join((folder / "report.md").read_text().split())
         count = sum(line["stage"] == "post" for line in lines if line["judge"] is not None)
         assert f"The judge, m, has judged {count} of them" in report
+        asked_at_end = [a for a in measure.history.answers_after if a.compared]
+        assert f"rest on the {count} of {len(asked_at_end)} answers that have a verdict" in report
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert not any(SECRET.encode() in path.read_bytes() for path in files)
     # verdicts are no part of what is kept of the unedited model: the second run had its own

@@ -17,6 +17,7 @@ from lightning import Callback, Trainer
 from blue_callbacks import EditRecord, EditRejected
 from histories import outcome, small_history
 from lightning_blue.data.requests import EditRequest, Probe
+from lightning_blue.metrics import table
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.evaluation import evaluate
 from lightning_blue.metrics.history import RunHistory
@@ -324,6 +325,21 @@ def test_the_report_shows_the_matrix_and_the_csv_holds_it(tmp_path: Path):
     assert cells["2", "2"] == 100
     assert ("2", "1") not in cells
     assert len(lines) == 12
+
+
+def test_many_matrices_stand_in_rows_of_three():
+    """In one row their numbers could not be read on a page."""
+    names = ("efficacy", "generalization", "specificity", "efficacy_teacher_forced")
+    history = small_history()
+    history.retention = Retention({0: [0], 1: [2]})
+    history.retention.take(0, {0: dict.fromkeys(names, 1.0)})
+    history.retention.take(1, dict.fromkeys((0, 2), dict.fromkeys(names, 0.5)))
+    figure = retention_figure(history)
+    *panels, _bar = figure.axes
+    assert [panel.get_title() for panel in panels] == [table.by_name(n).title for n in names]
+    rows = [panel.get_subplotspec().rowspan.start for panel in panels]
+    assert rows == [0, 0, 0, 1]
+    assert [bool(panel.get_ylabel()) for panel in panels] == [True, False, False, True]
 
 
 def test_a_run_without_it_says_nothing_of_it(tmp_path: Path):

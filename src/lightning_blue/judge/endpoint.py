@@ -39,11 +39,6 @@ class Judge:
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
 
-    @property
-    def described(self) -> str:
-        """The judge and where it is, for a report."""
-        return f"{self.settings.model} at {self.settings.url}"
-
     def ask(self, cases: Sequence[Case], *, progress: bool = False) -> list[bool | None]:
         """Judge n cases; of equal ones one is sent.
 

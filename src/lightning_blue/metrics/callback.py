@@ -168,7 +168,7 @@ class MeasureEdits(Callback):
         if self.ability.settings.tasks:
             self.history.settings["ability"] = self.ability.described()
         if self.judge is not None:
-            self.history.settings["judge"] = self.judge.described
+            self.history.settings["judge"] = self.history.judge
         if self.negation is not None:
             self._say_what_cannot_be_denied(data.requests, pl_module)
         if stage == "fit":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from lightning_blue.metrics import table
 from lightning_blue.metrics.history import RunHistory
@@ -12,7 +13,7 @@ from lightning_blue.reporting.tables import markdown_table
 from lightning_blue.reporting.text import CELL, fill, inline
 
 SHOWN = 10
-VERDICTS = {True: "right", False: "wrong", None: "-"}
+VERDICTS = {True: "right", False: "wrong", None: "none"}
 ENDED_BY = {
     "stop": "a stop string",
     "end": "an end-of-text token",
@@ -54,7 +55,7 @@ def _verdicts(judge: str, answers: Sequence[GeneratedAnswer]) -> str:
     """Say how many answers a judge has judged, and how far it agrees with exact match."""
     pairs = [(each.judged, is_match(each.answer, each.wanted)) for each in answers]
     judged = [(said, exact) for said, exact in pairs if said is not None]
-    text = f"The judge, {inline(judge)}, has judged {len(judged):,} of them"
+    text = f"The judge, {inline(PurePath(judge).name)}, has judged {len(judged):,} of them"
     if not judged:
         return f"{text}: its metrics are absent."
     right, exact, same = (
@@ -72,6 +73,15 @@ def _kappa(pairs: Sequence[tuple[bool, bool]]) -> str:
     if len({*first, *second}) == 1:
         return " (both say the same of all, so that Cohen's kappa is undefined)"
     return f" (Cohen's kappa {cohen_kappa_score(first, second):.2f})"
+
+
+def verdicts_sentence(history: RunHistory) -> str:
+    """Say on how many answers the judge's scores rest; empty without a judge."""
+    compared = [answer for answer in history.answers_after if answer.compared]
+    if not history.judge or not compared:
+        return ""
+    judged = sum(answer.judged is not None for answer in compared)
+    return f"The judge's rest on the {judged:,} of {len(compared):,} answers that have a verdict."
 
 
 def _match(answer: GeneratedAnswer) -> str:

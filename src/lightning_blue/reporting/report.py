@@ -11,7 +11,7 @@ from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import RequestOutcome
 from lightning_blue.metrics.history import RunHistory
-from lightning_blue.reporting.answers import generated_answers
+from lightning_blue.reporting.answers import generated_answers, verdicts_sentence
 from lightning_blue.reporting.files import FACTS
 from lightning_blue.reporting.page import page
 from lightning_blue.reporting.plots import CAPTIONS, plots, png
@@ -191,7 +191,8 @@ def _heat_map(history: RunHistory, names: Collection[str]) -> str:
 def _protocols(history: RunHistory) -> str:
     """Compare what the protocols say of the same prompts."""
     compared = protocols_table(history)
-    return compared and f"{compared}\n\n{fill(SIDE_BY_SIDE)}"
+    said = f"{SIDE_BY_SIDE} {verdicts_sentence(history)}".strip()
+    return compared and f"{compared}\n\n{fill(said)}"
 
 
 def _retention(history: RunHistory) -> str:

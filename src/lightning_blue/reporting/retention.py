@@ -20,13 +20,13 @@ from lightning_blue.metrics.retention_matrix import (
     three_numbers,
 )
 from lightning_blue.metrics.table import PERCENT, MetricSpec
-from lightning_blue.reporting.plots import INK, new_figure
+from lightning_blue.reporting.plots import COLUMNS, INK, new_figure
 from lightning_blue.reporting.tables import estimate_text, markdown_table
 from lightning_blue.support.storage import write_atomic
 
 NUMBERS_AT_MOST = 12  # rows of a picture whose cells show their numbers
 TICKS_AT_MOST = 15
-COLUMNS = ("metric", "batch", "after", "value", "requests")  # of the CSV file
+FIELDS = ("metric", "batch", "after", "value", "requests")  # of the CSV file
 
 Matrices = dict[str, RetentionMatrix]  # by metric
 
@@ -49,7 +49,7 @@ def write_retention(path: Path, history: RunHistory) -> None:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(FIELDS)
     found = matrices(history)
     for name, matrix in found.items():
         for batch, row, scores in zip(matrix.batches, matrix.values, matrix.scores, strict=True):
@@ -87,11 +87,16 @@ def retention_figure(history: RunHistory) -> Figure | None:
     if not sizes or max(sizes) < 2:
         return None
     side = min(5.0, 2.4 + 0.22 * max(sizes))
-    figure = new_figure(side * len(found) + 1.0, side + 0.5)
-    axes: list[Axes] = list(figure.subplots(1, len(found), squeeze=False, sharey=True).flat)
+    columns, rows = min(len(found), COLUMNS), math.ceil(len(found) / COLUMNS)
+    figure = new_figure(side * columns + 1.0, side * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    axes: list[Axes] = list(grid.flat)[: len(found)]
+    for unused in list(grid.flat)[len(found) :]:
+        unused.remove()
     for axis, (name, matrix) in zip(axes, found.items(), strict=True):
         image = _draw(axis, table.by_name(name), matrix)
-    axes[0].set_ylabel("edit batch")
+    for axis in axes[::COLUMNS]:
+        axis.set_ylabel("edit batch")
     bar = figure.colorbar(image, ax=axes, fraction=0.04)
     bar.ax.set_title("%", fontsize=9, color=INK)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_blue.metrics import table
 from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.tables import estimate_text
@@ -20,8 +21,10 @@ def score_tables(history: RunHistory, stages: Mapping[str, Metrics]) -> list[dic
     """
     found = [spec for spec in measured(history) if any(spec.name in m for m in stages.values())]
     tables = []
-    for group in dict.fromkeys(spec.group for spec in found):
+    for group in table.GROUPS:
         specs = [spec for spec in found if spec.group == group]
+        if not specs:
+            continue
         columns = {
             label: metrics
             for label, metrics in stages.items()
