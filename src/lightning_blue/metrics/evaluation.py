@@ -194,7 +194,8 @@ def rate(
         compare: whether paraphrases and neighbours are asked about the other object too.
         tokens_per_batch: tokens in one forward pass.
         progress: whether to show a progress bar.
-        sent, negation: as in `evaluate`.
+        sent: as in `evaluate`.
+        negation: as in `evaluate`.
     """
     denied = negated_prompts(tokenizer, requests, negation)
     questions = [
