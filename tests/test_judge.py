@@ -2,7 +2,7 @@
 
 What goes over the wire is tested against a small HTTP server in this process, and against
 ``transformers serve``: on a tiny random model, whose replies are compared with the model's own, and
-on SmolLM2-135M-Instruct where it can be had (LIGHTNING_BLUE_REAL_MODELS).
+on SmolLM2-135M-Instruct where it can be had (LIGHTNING_BLUE_MODELS).
 """
 
 from __future__ import annotations
@@ -492,7 +492,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def real_model() -> Path:
-    folder = Path(os.environ.get("LIGHTNING_BLUE_REAL_MODELS", "real-models"))
+    folder = Path(os.environ.get("LIGHTNING_BLUE_MODELS", "real-models"))
     return folder / "smollm2-135m-instruct"
 
 
@@ -504,7 +504,7 @@ def live(request: pytest.FixtureRequest) -> Iterator[tuple[Path, str]]:
     if request.param == "smollm2":
         model = real_model()
         if not model.is_dir():
-            pytest.skip("no SmolLM2-135M-Instruct; LIGHTNING_BLUE_REAL_MODELS names its folder")
+            pytest.skip("no SmolLM2-135M-Instruct; LIGHTNING_BLUE_MODELS names its folder")
     else:
         model = request.getfixturevalue("tiny")
     with socket.socket() as free:
