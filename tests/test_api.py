@@ -42,7 +42,7 @@ STRONG = {**QUICK, "steps": 15, "covariance_weight": 1e-3}  # for a random model
 
 @pytest.fixture
 def model(llama):
-    return copy.deepcopy(llama.model)
+    return copy.deepcopy(llama.model).requires_grad_(True)  # others may have frozen the original
 
 
 @pytest.fixture

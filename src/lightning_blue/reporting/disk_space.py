@@ -100,8 +100,8 @@ def size_of_run(
         records: whether a record of each batch is kept.
     """
     updates, batches = list(updates), -(-n // batch_size)
-    writes = any(update.plan != "none" for update in updates)  # or the model is not saved
-    parameters = module.model.parameters() if export and writes else []
+    saved = export and not any(update.plan == "none" for update in updates)  # nothing is edited
+    parameters = module.model.parameters() if saved else []
     model = sum(weight.numel() * module.export_dtype.itemsize for weight in parameters)
     kept = min(NEWEST, batches // checkpoint_every) if checkpoint_every else 0
     weights = keys = recorded = 0
