@@ -123,7 +123,7 @@ def edited(folder) -> Edited:
 
 def test_check_finds_the_model_fit_to_go(known, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_blue.preflight.timing.SECONDS", 0.1)
-    monkeypatch.setattr("lightning_blue.preflight.timing.FEW", 1)
+    monkeypatch.setattr("lightning_blue.preflight.timing.FEW", 2)
     facts = tmp_path / "facts.jsonl"
     facts.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
     settings = [
