@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue.cli.settings_file import Proposal
+from lightning_blue.locating.report import FILE as LOCATE_FILE
 from lightning_blue.support.errors import InputError
 from lightning_blue.tuning.results import NAME as TUNE_FILE
 
-LOCATE_FILE = "locate.json"
 TUNED, LOCATED = "tuned", "located"  # folders of both commands' folders
 NOWHERE = "none"  # to look into no folder
 LAYERS, PLAN, OFFSET = "update.layers", "update.plan", "data.offset"
@@ -39,7 +39,7 @@ def tuned_folder(model: str, data: str, plan: str) -> Path:
 
 
 def located_folder(model: str, data: str) -> Path:
-    """Return the folder in which what `locate` found is looked for by default."""
+    """Return the folder that `locate` writes into by default."""
     return Path(LOCATED) / run_name(model, data)
 
 

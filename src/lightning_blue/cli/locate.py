@@ -15,14 +15,13 @@ from scipy.stats import spearmanr
 
 from blue_callbacks import ClosedFormUpdate
 from blue_callbacks.plans import LayerUpdate
-from lightning_blue.cli.found import run_name
+from lightning_blue.cli.found import located_folder
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.hub import ALMANAC
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.decisions import decisions
 from lightning_blue.editing.module import EditModule
-from lightning_blue.language_model.architectures import hidden_size, projection_fault
 from lightning_blue.locating.effects import Effects, around_the_peak, average
 from lightning_blue.locating.facts import as_tokens, find_known
 from lightning_blue.locating.probe import ProbeResult, candidates, probe_layers, probe_requests
@@ -45,7 +44,7 @@ def locate(own: Namespace, for_fit: Sequence[str]) -> int:
     Raises:
         InputError: for what cannot be used; nothing is written then.
     """
-    folder = Path(own.output) if own.output else located_folder(own.model, own.data)
+    folder = Path(own.output) if own.output else located_folder(own.model, own.data or ALMANAC)
     _require_free(folder, own.force)
     check_writable(folder)
     named = {"model.name_or_path": own.model, "data.path": own.data}
@@ -67,11 +66,6 @@ def locate(own: Namespace, for_fit: Sequence[str]) -> int:
     write(located, folder)
     sys.stdout.write(as_text(located, folder))
     return 0
-
-
-def located_folder(model: str, data: str | None) -> Path:
-    """Return the folder that is written by default."""
-    return Path("located") / run_name(model, data or ALMANAC)
 
 
 def examine(
@@ -136,9 +130,7 @@ def examine(
 
 def usable_layers(module: EditModule) -> list[int]:
     """Return the layers that can be edited, without the last: a block must read what is written."""
-    d_model = hidden_size(module.model)
-    faults = [projection_fault(block, module.architecture, d_model) for block in module.blocks]
-    return [layer for layer, fault in enumerate(faults[:-1]) if fault is None]
+    return [layer for layer in module.editable_layers if layer < len(module.blocks) - 1]
 
 
 def rank_correlation(effects: Effects, probe: ProbeResult | None) -> float:
