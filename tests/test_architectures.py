@@ -323,6 +323,16 @@ def test_nothing_is_warned_of_where_the_logits_stay_the_same(foreign, prompts, d
     assert not recwarn
 
 
+def test_mixed_precision_is_no_reason_to_run_whole_prompts(foreign, prompts, recwarn):
+    """bfloat16 rounds the two ways of running apart by more than structure is judged by."""
+    fast = partial(fast_predictor, foreign, prompts[:1])
+    plain = plain_predictor(foreign, prompts[:1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert can_run_in_parts(fast, plain)
+        assert torch.is_autocast_enabled("cpu")
+    assert not recwarn
+
+
 def test_the_plain_predictor_adds_delta_in_the_model_s_own_pass(foreign, prompts):
     """Against the embedding: what is added behind block 0 at a token, written out."""
     delta = torch.linspace(-1, 1, 32)

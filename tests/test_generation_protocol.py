@@ -228,6 +228,28 @@ def test_metrics_are_those_of_the_answers(gpt2: LanguageModel) -> None:
     assert own.startswith(said[0, table.OWN_PROMPT].answer)
 
 
+def test_what_is_read_past_a_stop_string_that_an_object_holds(gpt2: LanguageModel) -> None:
+    """An object's or an alias's own stop strings end no answer; a neighbour's always do."""
+    text = REQUESTS[1].text
+    written = greedy(gpt2, text, 6)
+    stop = gpt2.tokenizer.decode(written[:1])
+    assert stop not in gpt2.tokenizer.decode(written[1:])
+    settings = GenerationSettings(max_new_tokens=6, stops=(stop,))
+
+    def longer(kind: str, **given: Any) -> str:
+        requests = [request_of("1", **given)]
+        scored = evaluate(*gpt2, requests, generate=False, continuation_tokens=0)
+        answers = with_answers(scored, *gpt2, requests, settings).answers
+        return next(each.longer for each in answers if each.prompts == kind)
+
+    whole = gpt2.tokenizer.decode(written)
+    assert longer(table.OWN_PROMPT, aliases=("Roma",)) == ""
+    assert longer(table.OWN_PROMPT, aliases=("Roma", f"a{stop}b")) == whole
+    for holds, expected in ((f"a{stop}b", whole), ("Rome", "")):
+        assert longer(table.PORTABILITY, portability=(Probe(text, holds),)) == expected
+        assert longer(table.NEIGHBOURS, neighborhood=(Probe(text, holds),)) == ""
+
+
 def test_an_alias_of_a_multi_hop_answer_counts_as_such(gpt2: LanguageModel) -> None:
     question = "The wife of Tower 1 is a citizen of"
     said = gpt2.tokenizer.decode(greedy(gpt2, question, 3))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -148,6 +147,8 @@ def _row(name: str, before: Tensor, after: Tensor) -> Row:
 
 def _figure(before: Tensor, after: Mapping[str, Tensor], seed: int) -> Figure:
     """Draw one t-SNE of all states together, a panel for each run."""
+    from sklearn.manifold import TSNE  # a second to import
+
     points = torch.cat([before, *after.values()]).float().numpy()
     perplexity = min(30.0, (len(points) - 1) / 3)
     projection = TSNE(perplexity=perplexity, init="pca", random_state=seed)
