@@ -236,7 +236,7 @@ def _paper_grid(
     rows = []
     for method, plan in dict.fromkeys((m, p) for m, p, _ in [*published, *ours]):
         cells = [Cell(method), Cell(plan_title(plan))]
-        cells += [Cell(_text(ours.get((method, plan, model)))) for model in models]
+        cells += [Cell(estimate_text(ours.get((method, plan, model)))) for model in models]
         for model in theirs:
             number = published.get((method, plan, model))
             text = "-" if number is None else f"{number.value:.2f} ± {number.error:.2f}"
@@ -274,10 +274,17 @@ def _mean_and_range(runs: Sequence[FinishedRun]) -> str:
 
 def _score(scores: ScoreTable, row: Row, column: Column) -> Cell:
     estimate = scores.cells.get((row, column))
-    return Cell(_text(estimate), scores.best(row, column), scores.improved(row, column))
+    return Cell(estimate_text(estimate), scores.best(row, column), scores.improved(row, column))
 
 
-def _text(estimate: Estimate | None) -> str:
+def estimate_text(estimate: Estimate | None) -> str:
+    """Write an estimate with its errors; that over seeds, in brackets, to one more decimal.
+
+    >>> estimate_text(Estimate(97.0123, 1.2, 0.7312, 3, 200))
+    '97.0 ± 1.2 (0.73)'
+    >>> estimate_text(Estimate(2.7702, 0.05, 5.3e-10, 3, 200))
+    '2.77 ± 0.05 (0)'
+    """
     if estimate is None:
         return "-"
     if not math.isfinite(estimate.value):
@@ -285,7 +292,8 @@ def _text(estimate: Estimate | None) -> str:
     error = estimate.standard_error
     text = value_and_error(estimate.value, error if math.isfinite(error) else None)
     if estimate.seed_error is not None:
-        text += f" ({estimate.seed_error:.2g})"
+        decimals = len(text.partition(" ")[0].partition(".")[2])
+        text += f" ({round(estimate.seed_error, decimals + 1):.2g})"
     return text
 
 
