@@ -13,7 +13,7 @@ from benchmarks.floor import costs_of, covariance_operations
 from benchmarks.results import Row
 from benchmarks.timing import Clock
 from benchmarks.workload import Workload, load_texts, shared_folder
-from lightning_blue.editing.covariance import collect_covariance, pack
+from lightning_blue.editing.collecting import collect_covariance, pack
 
 MAX_LENGTH = 512
 

@@ -191,7 +191,7 @@ def test_a_site_inside_the_ffn_needs_no_multiple(site):
 def module(name: str, **target) -> EditModule:
     settings = TargetOptimization(**{"steps": 3, **target})
     made = EditModule(random_model(name), tokenizer(bos=True), target=settings, contexts=[])
-    made._covariances = {n: torch.eye(64) for n in range(3)}
+    made.key_covariances.by_layer = {n: torch.eye(64) for n in range(3)}
     return made
 
 

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blue_callbacks import ClosedFormUpdate, WeightId
 from lightning_blue.data.requests import EditRequest, Probe
-from lightning_blue.editing.covariance import CovarianceSource, collect_covariance
+from lightning_blue.editing.collecting import collect_covariance
+from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.language_model.scoring import generate

@@ -11,15 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import load_model
+from lightning_blue.editing.collecting import collect_covariance, pack, read_keys
 from lightning_blue.editing.convergence import UpdateChange, solved_keys
-from lightning_blue.editing.covariance import (
-    CovarianceSource,
-    collect_covariance,
-    covariance_file,
-    load_or_collect,
-    pack,
-    read_keys,
-)
+from lightning_blue.editing.covariance import CovarianceSource, covariance_file, load_or_collect
 from lightning_blue.editing.covariance_file import CovarianceFile
 from lightning_blue.language_model.architectures import blocks, down_projection, find_architecture
 from lightning_blue.support.errors import InputError

@@ -16,8 +16,8 @@ from blue_callbacks.precision import float64_device, has_float64, in_float64
 from conftest import LanguageModel
 from fake_device import DEVICE, NO_FLOAT64, FakeDevice, OnDevice
 from lightning_blue.editing import EditModule
+from lightning_blue.editing.collecting import _add_product
 from lightning_blue.editing.convergence import solved_keys
-from lightning_blue.editing.covariance import _add_product
 from lightning_blue.metrics import functional as F
 
 

@@ -64,7 +64,7 @@ def test_covariances_in_memory_are_taken_as_they_are(gpt2, tmp_path):
     given = torch.eye(96, dtype=torch.float64) * 0.5
     module.set_covariances({2: given})
     assert torch.equal(module.key_covariance(WeightId(2)).cpu(), given)
-    assert "given in memory for layers 2" in module.statistics["covariance_trusted"]
+    assert "given in memory for layers 2" in module.key_covariances.about["covariance_trusted"]
     with pytest.raises(InputError, match=r"layer 1 is \(96, 96\), not \(32, 32\)"):
         module.set_covariances({1: torch.eye(32)})
     with pytest.raises(InputError, match=r"no layer 9|layers are"):

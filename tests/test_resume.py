@@ -243,7 +243,7 @@ def test_other_requests_and_batches_are_refused(module, facts, tmp_path):  # noq
 def test_another_covariance_is_refused(module, facts, tmp_path):  # noqa: F811
     unedited = stopped(module, facts, tmp_path)
     unedited.prepare([], [])
-    unedited._covariances = {layer: torch.eye(96) for layer in LAYERS}
+    unedited.key_covariances.by_layer = {layer: torch.eye(96) for layer in LAYERS}
     with pytest.raises(InputError, match="covariance of layer0 is not the one"):
         run(unedited, facts, tmp_path, resume=True)
 

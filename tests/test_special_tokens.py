@@ -14,7 +14,8 @@ from blue_callbacks import WeightId
 from conftest import CORPUS, LanguageModel
 from lightning_blue.data import EditDataModule
 from lightning_blue.data.requests import EditRequest, Probe
-from lightning_blue.editing.covariance import CovarianceSource, pack
+from lightning_blue.editing.collecting import pack
+from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.health import percent_known
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.prompts import edit_prompts

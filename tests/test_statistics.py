@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 from blue_callbacks import WeightId
 from lightning_blue.data.corpus import documents, require_own_text
 from lightning_blue.editing.brought import BroughtStatistics
+from lightning_blue.editing.collecting import pack
 from lightning_blue.editing.convergence import Change
-from lightning_blue.editing.covariance import CovarianceSource, load_or_collect, pack
+from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
 from lightning_blue.editing.covariance_file import Collected, CovarianceFile
 from lightning_blue.editing.module import EditModule
 from lightning_blue.language_model.loading import PACKAGED

@@ -199,7 +199,7 @@ def test_so_do_weights_layer_dtype_threads_and_the_model_itself(build, monkeypat
     module = build()
     key(module)  # nothing new, and the unedited weights are known
     with torch.no_grad():  # what an edit of a bit would be
-        weight = module._projection(WeightId(1)).weight
+        weight = module.layers.projection(WeightId(1)).weight
         weight.view(torch.int32)[3, 5] ^= 1
     assert key(module)
     module = build()

@@ -120,7 +120,7 @@ def stats(args: Sequence[str]) -> None:
             hint="make room there, or give another folder: --model.covariance.cache=FOLDER",
         )
     sys.stdout.write(f"covariance of layers {', '.join(map(str, layers))}: {file.path}\n")
-    for name, value in module.statistics.items():
+    for name, value in module.key_covariances.about.items():
         if name != "covariance_file":
             sys.stdout.write(f"{name.removeprefix('covariance_')}: {value}\n")
     if not module.covariance.trust:

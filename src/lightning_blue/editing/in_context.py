@@ -15,8 +15,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from blue_callbacks.ranges import COUNT, check_ranges
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.language_model.chat import NO_MARKERS, Markers
+from lightning_blue.language_model.tokens import target_prefixes
 from lightning_blue.support.errors import InputError
 
 SLOT = "{}"
@@ -61,6 +65,21 @@ class Fact:
     subject: str
     prompt: str
     statement: str
+
+
+def facts_of(tokenizer: PreTrainedTokenizerBase, batch: Sequence[EditRequest]) -> list[Fact]:
+    """Return what is remembered of each edit of a batch.
+
+    Args:
+        tokenizer: says what stands between a prompt and its object where the request does not.
+        batch: the edits.
+    """
+    given = [request.target_prefix for request in batch]
+    prefixes = target_prefixes(tokenizer, [request.shown for request in batch], given)
+    return [
+        Fact(r.case_id, r.subject, r.shown, f"{r.shown}{prefix}{r.target_new}")
+        for r, prefix in zip(batch, prefixes, strict=True)
+    ]
 
 
 class _Entry(NamedTuple):

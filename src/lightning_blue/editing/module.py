@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks import (
@@ -27,21 +26,21 @@ from blue_callbacks import (
 )
 from blue_callbacks.precision import float64_device
 from blue_callbacks.protocol import edit_names
-from blue_callbacks.ranges import SEED, Range, check_ranges
-from lightning_blue.data.checks import by_subject
-from lightning_blue.data.corpus import require_own_text
 from lightning_blue.data.datamodule import EditDataModule
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.covariance import CovarianceSource, load_or_collect
-from lightning_blue.editing.depth import proposed_layers, trained_layer
+from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.editing.fine_tuning import losses_and_gradient
 from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.editing.health import first_texts, known, percent_known, text_loss
-from lightning_blue.editing.in_context import Fact, FactMemory, InContext
+from lightning_blue.editing.in_context import FactMemory, InContext, facts_of
+from lightning_blue.editing.key_covariances import KeyCovariances
+from lightning_blue.editing.layers import EditableLayers
 from lightning_blue.editing.lookups import keys_at_lookups, outputs_at_lookups
 from lightning_blue.editing.optimization import TargetOptimization, Targets
 from lightning_blue.editing.prompts import (
+    MAX_CONTEXT_TOKENS,
     EditPrompts,
+    check_contexts,
     context_templates,
     edit_prompts,
     require_end_of_text,
@@ -50,17 +49,12 @@ from lightning_blue.editing.prompts import (
 from lightning_blue.editing.rounding import FinalRounding
 from lightning_blue.editing.target_site import PROMPTS
 from lightning_blue.editing.target_store import TargetStore, place, target_identity
-from lightning_blue.editing.targets import TargetFinder, losses_not_finite
+from lightning_blue.editing.targets import TargetFinder, TargetGroups
 from lightning_blue.language_model.architectures import (
     Architecture,
-    check_layers,
     check_site,
-    down_projection,
     find_architecture,
-    hidden_size,
-    projection_fault,
     site_modules,
-    weight_view,
 )
 from lightning_blue.language_model.batching import context_length
 from lightning_blue.language_model.chat import markers
@@ -72,14 +66,12 @@ from lightning_blue.language_model.loading import (
 )
 from lightning_blue.language_model.multimodal import LOADER, auto_class
 from lightning_blue.language_model.quantized import require_unquantized_model
-from lightning_blue.language_model.tokens import plain_ids, target_prefixes
+from lightning_blue.language_model.tokens import plain_ids
 from lightning_blue.language_model.vocabulary import check_vocabulary, vocabulary
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 
 log = logging.getLogger(__name__)
-
-MAX_CONTEXT_TOKENS = 10_000  # where the model does not say how many tokens it reads
 
 
 class EditModule(LightningModule):
@@ -143,10 +135,12 @@ class EditModule(LightningModule):
         self.export_dtype = checkpoint_dtype(model)
         if export_dtype is not None:
             self.export_dtype = dtype_named(export_dtype, "model.export_dtype")
+        self.layers = EditableLayers(model, self.architecture)
+        self.blocks = self.layers.blocks  # a plain list: already in self.model
         self.target_finder = TargetFinder(model, self.architecture, target)
+        self.target_groups = TargetGroups(target.merge_subjects)
         self.site = self.target_finder.site
-        self.blocks = self.target_finder.blocks  # a plain list: already in self.model
-        self.editable_weights = EditableWeights(self._weight_view)
+        self.editable_weights = EditableWeights(self.layers.weight)
         self.rounding = FinalRounding(self.editable_weights, self.export_dtype)
         self.in_context = in_context
         self.memory = FactMemory(in_context, markers(tokenizer))  # empty: prompts stay as they are
@@ -159,14 +153,12 @@ class EditModule(LightningModule):
         if cache_targets and covariance.cache is not None:
             self.target_store = TargetStore(Path(covariance.cache))
         self.preparation_seconds = 0.0
-        self.statistics: dict[str, Any] = {}  # what the covariances are from, for the report
-        self._covariances: dict[int, Tensor] = {}
+        self.key_covariances = KeyCovariances(self.layers)
         self._edited: list[WeightId] = []  # by the run, as far as is known
         self._identity: str | None = None
         self._templates: list[str] | None = None
         self._tokenised: tuple[Sequence[EditRequest], list[EditPrompts]] | None = None
         self._ordinary_text: str | None = ""  # read at first use
-        self._warned_of: set[str] = set()  # subjects that several requests of a batch were about
         self._written: list[int] = []  # layers that the run writes, as far as is known
         self.frozen = FrozenModel(model)  # last: what is refused above leaves the model alone
 
@@ -184,12 +176,12 @@ class EditModule(LightningModule):
             for update in (each for each in callbacks if isinstance(each, ClosedFormUpdate)):
                 self.check_layers(update.layers)
                 for part in update.layer_updates:
-                    self._check_loss_layer(part.target_layer)
+                    self.target_finder.check_loss_layer(part.target_layer)
             closed = all(
                 each.solver.closed_form for each in callbacks if isinstance(each, ClosedFormUpdate)
             )
-            if not self._covariances and closed:
-                self._require_own_text()
+            if not self.key_covariances.by_layer and closed:
+                self.covariance.require_own_text(self.tokenizer)
 
     def configure_callbacks(self) -> list[Callback]:
         """Leave the model as it was found, also where a run fails."""
@@ -259,13 +251,13 @@ class EditModule(LightningModule):
 
     def key_covariance(self, weight: WeightId) -> Tensor:
         """Return the covariance of the weight's keys, ``(d_in, d_in)``; see :meth:`prepare`."""
-        if weight.layer not in self._covariances:
+        if weight.layer not in self.key_covariances.by_layer:
             self.prepare([weight.layer], [weight])
-        return self._covariances[weight.layer].to(float64_device(self.device))
+        return self.key_covariances.by_layer[weight.layer].to(float64_device(self.device))
 
     def edit_keys(self, batch: Sequence[EditRequest], weight: WeightId) -> Tensor:
         """Return the key of each edit, averaged over contexts, ``(d_in, n)``."""
-        return keys_at_lookups(self.model, self._projection(weight), self._prompts(batch))
+        return keys_at_lookups(self.model, self.layers.projection(weight), self._prompts(batch))
 
     def edit_outputs(self, batch: Sequence[EditRequest], layer: int) -> Tensor:
         """Return the output at the target site at the bare lookup, ``(d_model, n)``."""
@@ -285,7 +277,7 @@ class EditModule(LightningModule):
                 target site's output in proportion.
             NonFiniteError: naming the requests whose own loss was not finite.
         """
-        self._check_loss_layer(layer)
+        self.target_finder.check_loss_layer(layer)
         self.measure_site([*self._written, layer], batch)
         values, losses = self._found_targets(batch, layer)
         self.target_losses[layer] = losses.to(self.device)
@@ -298,19 +290,11 @@ class EditModule(LightningModule):
         """Return losses of edits, ``(k,)``, and the gradient of their mean."""
         prompts = self._prompts(batch)
         chosen = [prompts[column] for column in columns]
-        return losses_and_gradient(self.model, self._projection(weight), chosen)
+        return losses_and_gradient(self.model, self.layers.projection(weight), chosen)
 
     def remembering(self, batch: Sequence[EditRequest]) -> AbstractContextManager[None]:
         """Put the facts of a batch before the prompts about them; no more if the block raises."""
-        prefixes = target_prefixes(
-            self.tokenizer, [r.shown for r in batch], [r.target_prefix for r in batch]
-        )
-        return self.memory.holding(
-            [
-                Fact(r.case_id, r.subject, r.shown, f"{r.shown}{prefix}{r.target_new}")
-                for r, prefix in zip(batch, prefixes, strict=True)
-            ]
-        )
+        return self.memory.holding(facts_of(self.tokenizer, batch))
 
     def request_ids(self, batch: Sequence[EditRequest]) -> list[str]:
         """Return the id of each request of a batch."""
@@ -383,20 +367,7 @@ class EditModule(LightningModule):
         Raises:
             InputError: for a layer that the model does not have, or a matrix of another size.
         """
-        for layer, covariance in covariances.items():
-            size = weight_view(self._projection(WeightId(layer))).shape[1]
-            if covariance.shape != (size, size):
-                raise InputError(
-                    f"a covariance of layer {layer} is ({size}, {size}), not "
-                    f"{tuple(covariance.shape)}: one row and column for each key dimension",
-                    where="covariances",
-                    hint="give the second moment of the inputs of the layer's down projection",
-                )
-        self._covariances |= covariances
-        given = ", ".join(map(str, sorted(covariances)))
-        self.statistics["covariance_trusted"] = (
-            f"given in memory for layers {given}; what model and text they are of was not checked"
-        )
+        self.key_covariances.give(covariances)
 
     def propose_layers(self) -> list[int]:
         """Return critical layers by depth, for an update that was given none.
@@ -404,7 +375,7 @@ class EditModule(LightningModule):
         Raises:
             InputError: if none of them can be edited.
         """
-        return proposed_layers(len(self.blocks), self.editable_layers)
+        return self.layers.proposed()
 
     def propose_trained_layers(self) -> list[int]:
         """Return the one layer that fine-tuning trains where none is given.
@@ -412,14 +383,12 @@ class EditModule(LightningModule):
         Raises:
             InputError: if no layer can be edited.
         """
-        return [trained_layer(len(self.blocks), self.editable_layers or self.propose_layers())]
+        return self.layers.proposed_for_training()
 
     @property
     def editable_layers(self) -> list[int]:
         """Layers with a down projection that can be written, ascending."""
-        d_model = hidden_size(self.model)
-        faults = [projection_fault(block, self.architecture, d_model) for block in self.blocks]
-        return [layer for layer, fault in enumerate(faults) if fault is None]
+        return self.layers.editable
 
     def go_on_from(self, earlier: EditModule) -> None:
         """Take over what was found on the unedited model by the module that edited it before.
@@ -428,7 +397,7 @@ class EditModule(LightningModule):
             earlier: of the same model, with its edits in the weights.
         """
         self._identity, self._templates = earlier.identity, earlier.templates
-        self._covariances, self.statistics = {**earlier._covariances}, {**earlier.statistics}
+        self.key_covariances.go_on_from(earlier.key_covariances)
         self._edited = [*earlier._edited]
         self.edit_batches_held = earlier.edit_batches_held
         self.site.load_state_dict(earlier.site.state_dict())
@@ -462,15 +431,8 @@ class EditModule(LightningModule):
         data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         if covariances and isinstance(data, EditDataModule):
             self.measure_site(self._written, data.requests[:PROMPTS])
-        missing = sorted(set(self._written) - set(self._covariances))
-        if missing and covariances:
-            self._require_own_text()
-            projections = {layer: self._projection(WeightId(layer)) for layer in missing}
-            found = load_or_collect(
-                self.model, self.tokenizer, projections, self.covariance, weight
-            )
-            self._covariances |= found.covariances
-            self.statistics |= found.about
+        if covariances:
+            self.key_covariances.complete(self.tokenizer, self._written, self.covariance, weight)
         self._edited = list(dict.fromkeys([*self._edited, *written]))
         self.note_unedited(self._edited)
         if self.export_dtype != self.model.dtype:
@@ -480,18 +442,18 @@ class EditModule(LightningModule):
     def note_unedited(self, weights: Sequence[WeightId]) -> None:
         """Let the store of targets know the weights as they are, before any is edited."""
         if self.target_store is not None and not self.edit_batches_held:
-            self.target_store.note_unedited(self._values_of(weights))
+            self.target_store.note_unedited(self.layers.stored(weights))
 
     def target_identity(self, batch: Sequence[EditRequest], layer: int) -> dict[str, str]:
         """Return what the targets of a batch depend on while the weights are unedited."""
-        prompts, groups = self._prompts(batch), self._edits_by_target(batch)
+        prompts, groups = self._prompts(batch), self.target_groups(batch)
         described = target_identity(self.target_finder, prompts, groups, layer)
         return {"model": self.identity, **described}
 
     @property
     def found_settings(self) -> dict[str, Any]:
         """Settings that were measured, under the names that a report shows them by."""
-        found = dict(self.statistics)
+        found = dict(self.key_covariances.about)
         if self.target.end_of_text:
             found["end_of_text"] = True
         if not self.site.multiples:
@@ -510,7 +472,7 @@ class EditModule(LightningModule):
         """
         if requests and not set(layers) <= set(self.site.multiples):
             rows = [prompt.rewriting[0] for prompt in self._prompts(requests)[:PROMPTS]]
-            places = {n: (self.blocks[n], self._projection(WeightId(n))) for n in layers}
+            places = {n: (self.blocks[n], self.layers.projection(WeightId(n))) for n in layers}
             self.site.measure(self.model, places, [row.ids[: row.lookup + 1] for row in rows])
 
     @property
@@ -520,8 +482,7 @@ class EditModule(LightningModule):
 
     def weight_names(self, weights: Sequence[WeightId]) -> list[str]:
         """Return the full names of weights, as ``model.named_parameters()`` has them."""
-        names = {id(weight): name for name, weight in self.model.named_parameters()}
-        return [names[id(self._projection(weight).weight)] for weight in weights]
+        return self.layers.names(weights)
 
     @property
     def contexts_length(self) -> int:
@@ -542,23 +503,12 @@ class EditModule(LightningModule):
         Raises:
             InputError: naming them, and those that can be.
         """
-        check_layers(layers, self.blocks, self.architecture, hidden_size(self.model))
+        self.layers.check(layers)
 
     @property
     def embeddings(self) -> int:
         """How many tokens the model has an embedding of."""
         return vocabulary(self.model, self.tokenizer).embeddings
-
-    def _require_own_text(self) -> None:
-        if not self.covariance.trust:
-            require_own_text(self.covariance.corpus, self.tokenizer)
-
-    def _projection(self, weight: WeightId) -> nn.Module:
-        self.check_layers([weight.layer])
-        return down_projection(self.blocks[weight.layer], self.architecture)
-
-    def _weight_view(self, weight: WeightId) -> Tensor:
-        return weight_view(self._projection(weight))
 
     def _prompts(self, batch: Sequence[EditRequest]) -> list[EditPrompts]:
         """Tokenise a batch, once for all that is asked about it."""
@@ -583,7 +533,7 @@ class EditModule(LightningModule):
         )
         identity = {
             **self.target_identity(batch, layer),
-            "edited": json.dumps(store.edited(self._values_of(self._edited)), sort_keys=True),
+            "edited": json.dumps(store.edited(self.layers.stored(self._edited)), sort_keys=True),
             "site": self.site.name,
             **place(self.device, precision),
         }
@@ -596,76 +546,14 @@ class EditModule(LightningModule):
 
     def _optimised(self, batch: Sequence[EditRequest], layer: int) -> Targets:
         prompts = self._prompts(batch)
-        found = self.target_finder.find(prompts, self._edits_by_target(batch), layer)
-        bad = losses_not_finite(found.losses)
+        found = self.target_finder.find(prompts, self.target_groups(batch), layer)
+        bad = self.target_finder.not_finite(prompts, found.losses, layer)
         if bad:
-            alone = [i for i in bad if self._fails_alone(prompts[i], layer)]
             raise NonFiniteError(
-                f"the loss of {edit_names(self, batch, alone or bad)} at layer {layer} is not "
-                "finite; the weights are as they were before this batch"
+                f"the loss of {edit_names(self, batch, bad)} at layer {layer} is not finite; "
+                "the weights are as they were before this batch"
             )
         return Targets(found.values.contiguous(), found.losses.contiguous())
-
-    def _values_of(self, weights: Sequence[WeightId]) -> dict[str, Tensor]:
-        """Return the weights that the model computes with, as it stores them."""
-        return {
-            str(weight): cast(Tensor, self._projection(weight).weight).detach()
-            for weight in weights
-        }
-
-    def _fails_alone(self, prompts: EditPrompts, layer: int) -> bool:
-        """Say whether an edit's loss is not finite when no other is computed with it."""
-        return bool(losses_not_finite(self.target_finder.find([prompts], [[0]], layer).losses))
-
-    def _edits_by_target(self, batch: Sequence[EditRequest]) -> list[list[int]]:
-        """Group the edits that have one target; name edits that ought to have one together."""
-        groups = by_subject(batch)
-        if self.target.merge_subjects:
-            return list(groups.values())
-        for subject, edits in groups.items():
-            if len(edits) > 1 and subject not in self._warned_of:
-                self._warned_of.add(subject)
-                names = ", ".join(batch[i].case_id for i in edits)
-                rank_zero_warn(
-                    f"requests {names} of one batch are about {subject!r}, and one key cannot "
-                    "hold several targets; --model.target.merge_subjects=true gives them one"
-                )
-        return [[index] for index in range(len(batch))]
-
-    def _check_loss_layer(self, layer: int) -> None:
-        if self.target.loss_layer is None:
-            return
-        if self.target.loss_layer >= len(self.blocks):
-            raise InputError(
-                f"the model has no layer {self.target.loss_layer}: its {len(self.blocks)} layers "
-                f"are 0 to {len(self.blocks) - 1}",
-                where="model.target.loss_layer",
-                hint="choose one of them, or null for the last one",
-            )
-        if self.target.loss_layer < layer:
-            raise InputError(
-                f"loss_layer {self.target.loss_layer} lies below the target layer {layer}, where "
-                "no delta can change the loss",
-                where="model.target.loss_layer",
-                hint="choose a higher layer, or null for the last one",
-            )
-
-
-def check_contexts(
-    context_tokens: int | None, seed: int | None, most: int = MAX_CONTEXT_TOKENS
-) -> None:
-    """Check the numbers that `EditModule` takes.
-
-    Args:
-        context_tokens: length of the prefixes that the model writes.
-        seed: of their sampling.
-        most: tokens that a prefix may have.
-
-    Raises:
-        InputError: naming the one that is out of its range.
-    """
-    given = {"context_tokens": context_tokens, "seed": seed}
-    check_ranges("model", given, context_tokens=Range(1, most, whole=True), seed=SEED)
 
 
 def edit_module(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blue_callbacks.ranges import SEED, Range, check_ranges
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.generation import generate
@@ -22,6 +23,7 @@ from lightning_blue.support.processes import distribute
 
 CONTEXT_STARTS = ("The", "Therefore", "Because", "I", "You")
 KL_PROMPT = "{} is a"
+MAX_CONTEXT_TOKENS = 10_000  # where the model does not say how many tokens it reads
 
 
 class EditPrompts(NamedTuple):
@@ -134,3 +136,20 @@ def written_contexts(
     texts = distribute(list(CONTEXT_STARTS), write)
     whole = [start + text for start, text in zip(CONTEXT_STARTS, texts, strict=True)]
     return [f"{' '.join(text.split())}." for text in whole]
+
+
+def check_contexts(
+    context_tokens: int | None, seed: int | None, most: int = MAX_CONTEXT_TOKENS
+) -> None:
+    """Check the numbers by which a model writes contexts.
+
+    Args:
+        context_tokens: length of the prefixes that the model writes.
+        seed: of their sampling.
+        most: tokens that a prefix may have.
+
+    Raises:
+        InputError: naming the one that is out of its range.
+    """
+    given = {"context_tokens": context_tokens, "seed": seed}
+    check_ranges("model", given, context_tokens=Range(1, most, whole=True), seed=SEED)

@@ -7,9 +7,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_blue.data.checks import by_subject
+from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.fast.frozen import ALL_SHORTCUTS, Shortcuts
 from lightning_blue.editing.fast.plain import PlainPredictor
 from lightning_blue.editing.fast.predictor import FastPredictor, can_run_in_parts
@@ -24,6 +27,7 @@ from lightning_blue.language_model.architectures import (
     weight_view,
 )
 from lightning_blue.language_model.batching import attention_width
+from lightning_blue.support.errors import InputError
 from lightning_blue.support.memory import available_memory
 from lightning_blue.support.processes import distribute, progress_bar
 
@@ -70,6 +74,48 @@ class TargetFinder:
         order = torch.tensor([index for group in groups for index in group]).argsort()
         values = torch.cat([part.values for part in parts], dim=1)[:, order]
         return Targets(values, torch.cat([part.losses for part in parts])[order])
+
+    def not_finite(self, prompts: Sequence[EditPrompts], losses: Tensor, layer: int) -> list[int]:
+        """Return the edits of a batch whose loss was not finite, of those whose own is not.
+
+        Edits that are computed together share their NaN: where any of them is not finite by itself,
+        those are returned, else all.
+
+        Args:
+            prompts: of the n edits.
+            losses: that :meth:`find` gave for them.
+            layer: target layer.
+        """
+        bad = losses_not_finite(losses)
+        alone = [i for i in bad if losses_not_finite(self.find([prompts[i]], [[0]], layer).losses)]
+        return alone or bad
+
+    def check_loss_layer(self, layer: int) -> None:
+        """Refuse a layer of the loss that the model does not have, or that lies below a target's.
+
+        Args:
+            layer: target layer.
+
+        Raises:
+            InputError: naming the layers that can be.
+        """
+        loss_layer, n_layers = self.settings.loss_layer, len(self.blocks)
+        if loss_layer is None:
+            return
+        if loss_layer >= n_layers:
+            raise InputError(
+                f"the model has no layer {loss_layer}: its {n_layers} layers are 0 to "
+                f"{n_layers - 1}",
+                where="model.target.loss_layer",
+                hint="choose one of them, or null for the last one",
+            )
+        if loss_layer < layer:
+            raise InputError(
+                f"loss_layer {loss_layer} lies below the target layer {layer}, where no delta can "
+                "change the loss",
+                where="model.target.loss_layer",
+                hint="choose a higher layer, or null for the last one",
+            )
 
     def predictor(
         self, prompts: Sequence[EditPrompts], layer: int
@@ -146,6 +192,34 @@ class TargetFinder:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         computed = (len(self.blocks) - layer) * (16 * d_model + 4 * d_in) + 4 * vocabulary
         return int(2 * 4 * computed)
+
+
+class TargetGroups:
+    """Says which edits of a batch have one target together.
+
+    Args:
+        merge: whether those on one subject do. Where they do not, each subject with several edits
+            in a batch is warned of once.
+    """
+
+    def __init__(self, merge: bool) -> None:
+        self.merge = merge
+        self._warned_of: set[str] = set()
+
+    def __call__(self, batch: Sequence[EditRequest]) -> list[list[int]]:
+        """Return the places of the edits of a batch, by target."""
+        groups = by_subject(batch)
+        if self.merge:
+            return list(groups.values())
+        for subject, edits in groups.items():
+            if len(edits) > 1 and subject not in self._warned_of:
+                self._warned_of.add(subject)
+                names = ", ".join(batch[i].case_id for i in edits)
+                rank_zero_warn(
+                    f"requests {names} of one batch are about {subject!r}, and one key cannot "
+                    "hold several targets; --model.target.merge_subjects=true gives them one"
+                )
+        return [[index] for index in range(len(batch))]
 
 
 class Budget(NamedTuple):

@@ -16,7 +16,8 @@ from blue_callbacks import ClosedFormUpdate, WeightId
 from blue_callbacks.closed_form import least_squares
 from blue_callbacks.precision import float64_device
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.covariance import collect_covariance, sequence_length
+from lightning_blue.editing.collecting import collect_covariance
+from lightning_blue.editing.covariance import sequence_length
 from lightning_blue.editing.module import EditModule
 from lightning_blue.language_model.architectures import down_projection, weight_view
 from lightning_blue.language_model.generation import generate

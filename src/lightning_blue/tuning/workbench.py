@@ -20,7 +20,8 @@ from blue_callbacks import (
 )
 from lightning_blue import __version__
 from lightning_blue.data.requests import EditRequest, Probe
-from lightning_blue.editing.covariance import covariance_file, tokenizer_fingerprint
+from lightning_blue.editing.covariance import covariance_file
+from lightning_blue.editing.fingerprints import tokenizer_fingerprint
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization, Targets
 from lightning_blue.editing.target_site import PROMPTS
