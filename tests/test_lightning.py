@@ -26,6 +26,7 @@ from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule, TargetOptimization
 from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.metrics.callback import MeasureEdits
+from lightning_blue.metrics.instruments import Instruments
 from lightning_blue.reporting import RunRecord
 from lightning_blue.support.errors import InputError
 from test_conf import flags, small_run  # noqa: F401  (a fixture)
@@ -146,13 +147,13 @@ def test_every_metric_can_be_monitored(module, facts):
 def test_the_cumulative_sample_is_of_applied_edits_alone(module, facts, monkeypatch):
     """A sample as large as the file: after the first batch it holds the two applied requests."""
     asked: list[list[str]] = []
-    real = MeasureEdits._evaluate
+    real = Instruments.evaluate
 
     def watch(self, module, requests, whole=False):
         asked.append([request.case_id for request in requests])
         return real(self, module, requests, whole)
 
-    monkeypatch.setattr(MeasureEdits, "_evaluate", watch)
+    monkeypatch.setattr(Instruments, "evaluate", watch)
     trainer = trainer_of()
     data = data_of(facts)
     trainer.fit(module, datamodule=data)
@@ -340,7 +341,7 @@ def test_a_second_fit_goes_on_with_the_same_callback_and_with_no_other(module, f
 def test_a_perplexity_that_explodes_does_not_end_the_run(module, facts, corpus, monkeypatch):
     """The metric leaves out a value that is not finite; a callback that monitors it gets NaN."""
     exploded = {"count": 16, "tokens": 8192}
-    monkeypatch.setattr("lightning_blue.metrics.callback.perplexity", lambda *_, **__: exploded)
+    monkeypatch.setattr("lightning_blue.metrics.instruments.perplexity", lambda *_, **__: exploded)
     trainer = trainer_of(MeasureEdits(text=str(corpus), generate=False))
     trainer.fit(module, datamodule=data_of(facts))
     assert trainer.callback_metrics["cumulative/perplexity"].isnan()

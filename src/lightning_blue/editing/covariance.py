@@ -32,11 +32,7 @@ from lightning_blue.data.corpus import (
 from lightning_blue.editing.brought import MARK, BroughtStatistics
 from lightning_blue.editing.collecting import collect_covariance, pack, read_keys
 from lightning_blue.editing.convergence import UpdateChange
-from lightning_blue.editing.covariance_file import (
-    COMPUTE_AGAIN,
-    Collected,
-    CovarianceFile,
-)
+from lightning_blue.editing.covariance_file import COMPUTE_AGAIN, Collected, CovarianceFile
 from lightning_blue.editing.fingerprints import (
     marks_documents,
     model_fingerprint,

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,22 @@ from blue_callbacks.ranges import COUNT, SEED, WHOLE, Range, check_ranges
 from lightning_blue.ability import AbilitySettings, GeneralAbility
 from lightning_blue.data.corpus import corpus_texts, require_named, require_own_text
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.editing.fingerprints import tokenizer_fingerprint
 from lightning_blue.editing.module import EditModule
 from lightning_blue.judge import Judge, JudgeSettings
 from lightning_blue.language_model.chat import markers
 from lightning_blue.language_model.joining import joint
-from lightning_blue.language_model.scoring import perplexity
-from lightning_blue.metrics.evaluation import (
-    Evaluation,
-    Metrics,
-    RequestOutcome,
-    evaluate,
-    evaluate_control_facts,
-    flatten,
-)
-from lightning_blue.metrics.generated import (
-    GenerationSettings,
-    prompt_form,
-    unedited_continuations,
-    with_answers,
-)
+from lightning_blue.metrics.evaluation import Metrics, RequestOutcome, flatten
+from lightning_blue.metrics.generated import GenerationSettings, prompt_form
 from lightning_blue.metrics.history import READ, LossCurve, Measurement, RunHistory
-from lightning_blue.metrics.judged import with_verdicts
+from lightning_blue.metrics.instruments import Instruments
 from lightning_blue.metrics.negation import negated_prompts, negation_text
 from lightning_blue.metrics.protocols import choose, require_answers, require_protocols
 from lightning_blue.metrics.retention import Retention, RetentionSettings, choose_sample
 from lightning_blue.metrics.retention_matrix import FOLLOWED, retention_matrix, three_numbers
 from lightning_blue.metrics.table import GENERATION
 from lightning_blue.metrics.unedited import UneditedMeasurements
-from lightning_blue.support.digests import digest
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.seeds import run_seed
-
-CONTINUATION_TOKENS = 12  # of each request's continuation before and after
 
 
 class MeasureEdits(Callback):
@@ -138,10 +121,9 @@ class MeasureEdits(Callback):
         if text is not None:
             require_named("measure.text", text)
         self.history = RunHistory()
-        self._text: str | None = None
+        self.instruments: Instruments  # made by setup, for the history that it begins
         self._started = 0.0
         self._committed: EditRecord | None = None  # by the newest batch
-        self._ability_of: tuple[str, Metrics] | None = None  # digest of weights, their ability
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Take the requests over, and read the text before any work is spent."""
@@ -164,7 +146,6 @@ class MeasureEdits(Callback):
             judge="" if self.judge is None else str(self.judge.settings.model),
             joints=[joint(r.text, r.target_prefix, known) for r in data.requests],
         )
-        self._ability_of = None
         if self.ability.settings.tasks:
             self.history.settings["ability"] = self.ability.described()
         if self.judge is not None:
@@ -174,12 +155,23 @@ class MeasureEdits(Callback):
         if stage == "fit":
             sample = self._sample(data.requests, data.batch_size)
             self.history.retention = Retention(sample)
+        text = None
         if self.text is not None:
             try:
                 require_own_text(self.text, pl_module.tokenizer)
             except InputError as error:
                 rank_zero_warn(f"perplexity says little here: {first_line(error)}")
-            self._text = "".join(corpus_texts(self.text, self.text_split))
+            text = "".join(corpus_texts(self.text, self.text_split))
+        self.instruments = Instruments(
+            self.history,
+            generate=self.generate,
+            seed=self.seed,
+            tokens_per_batch=self.tokens_per_batch,
+            text=text,
+            text_tokens=self.text_tokens,
+            judge=self.judge,
+            ability=self.ability,
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the unedited model; a resumed run has done so before."""
@@ -188,15 +180,15 @@ class MeasureEdits(Callback):
         self.history.controls_kept = data.controls_kept
         if self.history.before:
             return
+        measure = partial(self.instruments.unedited, trainer, pl_module)
         if self.unedited_cache is None:
-            before = self._unedited(trainer, pl_module)
+            before = measure()
         else:
             cache = UneditedMeasurements(Path(self.unedited_cache))
-            identity = self._unedited_identity(trainer, pl_module)
-            before = cache.shared(
-                identity, trainer.strategy, lambda: self._unedited(trainer, pl_module)
-            )
-        before = self._with_verdicts(before, pl_module)  # kept by what was said, not with these
+            identity = self.instruments.unedited_identity(trainer, pl_module)
+            before = cache.shared(identity, trainer.strategy, measure)
+        # verdicts are kept by what was said, not with these
+        before = self.instruments.with_verdicts(before, pl_module)
         self.history.before, self.history.answers_before = before.outcomes, before.answers
         self._keep(trainer, "pre", before.metrics)
 
@@ -220,9 +212,9 @@ class MeasureEdits(Callback):
     ) -> None:
         """Measure the batch just applied."""
         seconds, read = time.perf_counter() - self._started, _targets_read(pl_module)
-        self._count_seconds("editing", seconds)
+        self.history.count_seconds("editing", seconds)
         if read:
-            self._count_seconds(READ, seconds)
+            self.history.count_seconds(READ, seconds)
         if self._committed is None:
             return
         first = batch_idx * trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -232,14 +224,14 @@ class MeasureEdits(Callback):
             self.history.targets_read[number] = read
         for layer, losses in pl_module.target_losses.items():
             self.history.loss_curves.append(LossCurve(number, layer, losses.cpu()))
-        evaluation = self._evaluate(pl_module, batch)
+        evaluation = self.instruments.evaluate(pl_module, batch)
         metrics = evaluation.metrics
         self._keep(trainer, "batch", metrics)
         self._follow(pl_module, batch_idx, dict(enumerate(evaluation.outcomes, start=first)))
         self._log(trainer, _norms(trainer))
         shown = _values("batch", metrics)
         if self._ability_due(len(batch)):
-            metrics = self._general_ability(trainer, pl_module)
+            metrics = self.instruments.general_ability(trainer, pl_module)
             self._keep(trainer, "cumulative", metrics)
             shown |= _values("cumulative", metrics)
         pl_module.log_dict(shown, on_step=True, logger=False, batch_size=len(batch))
@@ -251,8 +243,9 @@ class MeasureEdits(Callback):
             return
         sampler = random.Random(run_seed(self.seed))
         sample = sampler.sample(places, min(self.cumulative, len(places)))
-        evaluation = self._evaluate(pl_module, [self.history.requests[place] for place in sample])
-        metrics = {**evaluation.metrics, **self._side_effects(trainer, pl_module)}
+        requests = [self.history.requests[place] for place in sample]
+        evaluation = self.instruments.evaluate(pl_module, requests)
+        metrics = {**evaluation.metrics, **self.instruments.side_effects(trainer, pl_module)}
         self._keep(trainer, "cumulative", metrics)
         shown = _values("cumulative", metrics)
         score = {key: shown.pop(key) for key in ("cumulative/score",) if key in shown}
@@ -270,29 +263,32 @@ class MeasureEdits(Callback):
         history, in_force = self.history, self.history.in_force
         if not in_force:
             return
+        instruments = self.instruments
         first = [place for place in next(iter(history.batches.values())) if place in in_force]
-        evaluation = self._evaluate(pl_module, [history.requests[place] for place in first])
+        evaluation = instruments.evaluate(pl_module, [history.requests[place] for place in first])
         self._keep(trainer, "first_batch", evaluation.metrics)
         requests = [history.requests[place] for place in in_force]
-        after = self._with_verdicts(self._evaluate(pl_module, requests, whole=True), pl_module)
+        after = instruments.evaluate(pl_module, requests, whole=True)
+        after = instruments.with_verdicts(after, pl_module)
         history.after = dict(zip(in_force, after.outcomes, strict=True))
         history.answers_after = [
             replace(answer, request=in_force[answer.request]) for answer in after.answers
         ]
-        effects = self._side_effects(trainer, pl_module)
-        ability = self._general_ability(trainer, pl_module)
+        effects = instruments.side_effects(trainer, pl_module)
+        ability = instruments.general_ability(trainer, pl_module)
         metrics = {**after.metrics, **effects, **self._retained(), **ability}
         self._keep(trainer, "post", metrics)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure a model as it is, on all requests."""
         requests = self.history.requests
-        evaluation = self._evaluate(pl_module, requests, whole=True)
-        evaluation = self._with_verdicts(evaluation, pl_module)
+        evaluation = self.instruments.evaluate(pl_module, requests, whole=True)
+        evaluation = self.instruments.with_verdicts(evaluation, pl_module)
         self.history.after = dict(enumerate(evaluation.outcomes))
         self.history.answers_after = evaluation.answers
-        effects = self._side_effects(trainer, pl_module)
-        metrics = {**evaluation.metrics, **effects, **self._general_ability(trainer, pl_module)}
+        effects = self.instruments.side_effects(trainer, pl_module)
+        ability = self.instruments.general_ability(trainer, pl_module)
+        metrics = {**evaluation.metrics, **effects, **ability}
         self.history.measurements.append(Measurement("test", 0, metrics))
         pl_module.log_dict({f"test/{key}": value for key, value in flatten(metrics).items()})
 
@@ -307,66 +303,6 @@ class MeasureEdits(Callback):
             InputError: if it was measured by other protocols than the run is to go on with.
         """
         self.history.load_state_dict(state_dict)
-
-    def _evaluate(
-        self,
-        module: EditModule,
-        requests: Sequence[EditRequest],
-        whole: bool = False,
-        negation: bool = True,
-    ) -> Evaluation:
-        started = time.perf_counter()
-        evaluation = evaluate(
-            module.model,
-            module.tokenizer,
-            requests,
-            protocol=self.history.protocol,
-            added=self.history.added,
-            generate=self.generate and whole,
-            continuation_tokens=CONTINUATION_TOKENS if whole else 0,
-            negation=self.negation if negation else None,
-            seed=run_seed(self.seed),
-            tokens_per_batch=self.tokens_per_batch,
-            progress=whole,
-            sent=module.memory,
-        )
-        self._count_seconds("evaluate", time.perf_counter() - started)
-        if self.history.generation is not None and (whole or self.generation.each_batch):
-            evaluation = self._with_answers(evaluation, module, requests, whole)
-        return evaluation
-
-    def _with_answers(
-        self,
-        evaluation: Evaluation,
-        module: EditModule,
-        requests: Sequence[EditRequest],
-        progress: bool,
-    ) -> Evaluation:
-        """Let the model answer freely; locality compares with what it wrote before any edit."""
-        started = time.perf_counter()
-        unedited = unedited_continuations(self.history.answers_before)
-        evaluation = with_answers(
-            evaluation,
-            module.model,
-            module.tokenizer,
-            requests,
-            self.generation,
-            unedited=unedited,
-            negation=self.negation,
-            progress=progress,
-            sent=module.memory,
-        )
-        self._count_seconds("answers", time.perf_counter() - started)
-        return evaluation
-
-    def _with_verdicts(self, evaluation: Evaluation, module: EditModule) -> Evaluation:
-        """Let the judge, if there is one, say which answers are right."""
-        if self.judge is None:
-            return evaluation
-        started = time.perf_counter()
-        evaluation = with_verdicts(evaluation, self.judge, module.tokenizer, progress=True)
-        self._count_seconds("judge", time.perf_counter() - started)
-        return evaluation
 
     def _say_what_cannot_be_denied(self, requests: Sequence[EditRequest], module: Any) -> None:
         """Warn of questions: they have no negation, and count in no metric of it."""
@@ -387,7 +323,7 @@ class MeasureEdits(Callback):
         places = [place for place in history.retention.earlier(batch) if place in applied]
         if places:
             earlier = [history.requests[place] for place in places]
-            again = self._evaluate(module, earlier, negation=False).outcomes
+            again = self.instruments.evaluate(module, earlier, negation=False).outcomes
             outcomes = {**outcomes, **dict(zip(places, again, strict=True))}
         history.retention.take(batch, {place: o.values for place, o in outcomes.items()})
 
@@ -395,77 +331,10 @@ class MeasureEdits(Callback):
         """Sum the retention matrix up, if there is one."""
         return three_numbers(retention_matrix(self.history, FOLLOWED))
 
-    def _unedited(self, trainer: Trainer, module: EditModule) -> Evaluation:
-        """Measure the model as it is on all requests, and what stands beside them."""
-        before = self._evaluate(module, self.history.requests, whole=True)
-        effects = self._side_effects(trainer, module)
-        ability = self._general_ability(trainer, module)
-        return replace(before, metrics={**before.metrics, **effects, **ability})
-
-    def _unedited_identity(self, trainer: Trainer, module: EditModule) -> dict[str, Any]:
-        """Return everything that the measurement of the unedited model depends on."""
-        return {
-            "model": module.identity,
-            "tokenizer": tokenizer_fingerprint(module.tokenizer),
-            "data": trainer.datamodule.state_dict()["requests"],  # type: ignore[attr-defined]
-            "protocol": self.history.protocol,
-            **self.history.added_settings,
-            "text": None if self._text is None else sha256(self._text.encode()).hexdigest(),
-            "text_tokens": self.text_tokens,
-            "ability": self.ability.identity(),
-            "generate": self.generate,
-            "continuation_tokens": CONTINUATION_TOKENS,
-            "tokens_per_batch": self.tokens_per_batch,
-            "seed": run_seed(self.seed),
-            "device": module.device.type,
-            "dtype": str(module.model.dtype),
-            "precision": trainer.precision,
-        }
-
-    def _side_effects(self, trainer: Trainer, module: EditModule) -> Metrics:
-        """Perplexity on ordinary text and retained knowledge of control facts."""
-        started = time.perf_counter()
-        metrics = evaluate_control_facts(
-            module.model,
-            module.tokenizer,
-            trainer.datamodule.controls,  # type: ignore[attr-defined]
-            protocol=self.history.protocol,
-            tokens_per_batch=self.tokens_per_batch,
-            sent=module.memory,
-        )
-        if self._text is not None:
-            metrics["perplexity"] = perplexity(
-                module.model,
-                module.tokenizer,
-                self._text,
-                max_tokens=self.text_tokens,
-            )
-        self._count_seconds("evaluate", time.perf_counter() - started)
-        return metrics
-
     def _ability_due(self, newest: int) -> bool:
         """Say whether general ability is to be measured after a batch of so many edits."""
         every, applied = self.ability.settings.every, self.history.applied
         return bool(every) and applied // every > (applied - newest) // every
-
-    def _general_ability(self, trainer: Trainer, module: EditModule) -> Metrics:
-        """Measure general ability; the first process does it for all.
-
-        At the end a run may measure weights that it has just measured: they are not read again.
-        """
-        if not self.ability.settings.tasks:
-            return {}
-        started, measured = time.perf_counter(), Metrics()
-        if trainer.is_global_zero:
-            weights = {n: module.model.get_parameter(n).cpu() for n in module.edited_names}
-            now = digest(weights)
-            if self._ability_of is None or self._ability_of[0] != now:
-                found = self.ability.measure(module.model, module.tokenizer)
-                self._ability_of = (now, found)
-            measured = self._ability_of[1]
-        measured = trainer.strategy.broadcast(measured)
-        self._count_seconds("ability", time.perf_counter() - started)
-        return measured
 
     def _keep(self, trainer: Trainer, stage: str, metrics: Metrics) -> None:
         """Put a measurement into the history and before the loggers."""
@@ -477,9 +346,6 @@ class MeasureEdits(Callback):
         self.history.logged.append((applied, {**values, "edits/applied": applied}))
         for logger in trainer.loggers:
             logger.log_metrics({**values, "edits/applied": applied}, step=applied)
-
-    def _count_seconds(self, part: str, seconds: float) -> None:
-        self.history.seconds[part] = self.history.seconds.get(part, 0.0) + seconds
 
 
 def _reason_of_end(trainer: Trainer) -> str:

@@ -145,6 +145,10 @@ class RunHistory:
             settings["negation"] = self.negation
         return settings
 
+    def count_seconds(self, part: str, seconds: float) -> None:
+        """Add to the time spent on a part."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
     def of(self, stage: str) -> list[Measurement]:
         """Return the measurements of one stage, in order."""
         return [taken for taken in self.measurements if taken.stage == stage]
