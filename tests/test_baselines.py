@@ -37,9 +37,9 @@ from lightning_blue.language_model.answers import continue_prompts
 from lightning_blue.language_model.architectures import down_projection
 from lightning_blue.language_model.chat import Markers
 from lightning_blue.language_model.generation import generate
-from lightning_blue.metrics import evaluation
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.generated import GenerationSettings
+from lightning_blue.metrics.texts import write_texts
 from lightning_blue.reporting.files import flat
 from lightning_blue.runs.base import UneditedModel
 from lightning_blue.runs.journal import EditJournal, Journal
@@ -409,7 +409,7 @@ def test_texts_for_fluency_hold_no_facts(gpt2):
     """What is written behind the facts counts as a text that begins with the prompt."""
     request = EditRequest("0", "{} lies in", "Lyon", "Spain", generation_prompts=("Lyon is",))
     memory = memory_of(("Lyon", "{} lies in", "Spain"))
-    [(place, text)] = evaluation._write(*gpt2, [request], 0, False, memory)
+    [(place, text)] = write_texts(*gpt2, [request], 0, False, memory)
     [written] = generate(*gpt2, [memory("Lyon is")], lengths_of=["Lyon is"])
     assert (place, text) == (0, f"Lyon is{written}")
 

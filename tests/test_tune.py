@@ -33,7 +33,7 @@ from lightning_blue.editing.targets import TargetFinder
 from lightning_blue.language_model.next_tokens import ask
 from lightning_blue.language_model.scoring import TargetScore
 from lightning_blue.metrics import table
-from lightning_blue.metrics.evaluation import Answer
+from lightning_blue.metrics.ratings import Answer
 from lightning_blue.preflight.timing import Rates
 from lightning_blue.tuning import estimate, space
 from lightning_blue.tuning.halving import Trial, best, halve, rounds, without_tuning

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,12 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.data.requests import EditRequest, Probe
-from lightning_blue.language_model import generation, scoring
-from lightning_blue.language_model.chat import markers
-from lightning_blue.language_model.scoring import TargetScore
+from lightning_blue.language_model import scoring
 from lightning_blue.metrics import MeanOverRequests, numbers, table
-from lightning_blue.metrics import functional as F
 from lightning_blue.metrics.matching import GeneratedAnswer
-from lightning_blue.metrics.negation import negated_prompts
+from lightning_blue.metrics.ratings import Answer, rate
 from lightning_blue.metrics.table import Measure, MetricSpec
+from lightning_blue.metrics.texts import continue_prompts, text_metric, write_texts
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.processes import distribute
 
@@ -70,30 +68,6 @@ class Evaluation:
         return flatten(self.metrics)
 
 
-class Question(NamedTuple):
-    """A prompt, the object that it should be followed by, and one that it should not.
-
-    ``prompts`` says which of a request's prompts it is: its own, a paraphrase, a neighbour's, the
-    negated one; ``prefix`` what stands between it and the objects, where that is given.
-    """
-
-    request: int
-    prompts: str
-    prompt: str
-    wanted: str
-    other: str | None
-    prefix: str | None = None
-
-
-class Answer(NamedTuple):
-    """How the model rates both objects of a question."""
-
-    request: int
-    prompts: str
-    wanted: TargetScore
-    other: TargetScore | None
-
-
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -139,7 +113,7 @@ def evaluate(
         tokens_per_batch: tokens in one forward pass.
         progress: whether to show progress bars.
         sent: what the model is sent for a prompt of the data, the prompt itself by default.
-        rated: what `rate` says of the same requests, so that the model is not asked again.
+        rated: what `ratings.rate` says of the same requests, so that the model is not asked again.
 
     Raises:
         InputError: for an unknown protocol, or a prompt that the model's context cannot hold.
@@ -165,43 +139,14 @@ def evaluate(
         for spec, measure in table.of_protocol(protocol, table.COMBINATION, added=added)
     }
     if generate:
-        texts = _write(model, tokenizer, requests, seed, progress, sent)
+        texts = write_texts(model, tokenizer, requests, seed, progress, sent)
         for spec, measure in table.of_protocol(protocol, table.GENERATED_TEXT):
-            means[spec.name] = _read(spec, measure, texts, requests, idf_texts)
-    continuations = _continue(model, tokenizer, requests, continuation_tokens, progress, sent)
+            means[spec.name] = text_metric(spec, measure, texts, requests, idf_texts)
+    continuations = continue_prompts(
+        model, tokenizer, requests, continuation_tokens, progress, sent
+    )
     outcomes = _outcomes(requests, answers, means, continuations)
     return Evaluation(_compute({**means, **scores}), outcomes)
-
-
-def rate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    compare: bool,
-    tokens_per_batch: int = 4096,
-    progress: bool = False,
-    sent: Callable[[str], str] = str,
-    negation: str | None = None,
-) -> list[Answer]:
-    """Return how a model rates the objects of all prompts of requests, in their order.
-
-    Several processes share the prompts, and each gets all results; all of them must call it.
-
-    Args:
-        model: a causal language model on any device, in any dtype.
-        tokenizer: its tokenizer.
-        requests: n edit requests.
-        compare: whether paraphrases and neighbours are asked about the other object too.
-        tokens_per_batch: tokens in one forward pass.
-        progress: whether to show a progress bar.
-        sent: as in `evaluate`.
-        negation: as in `evaluate`.
-    """
-    denied = negated_prompts(tokenizer, requests, negation)
-    questions = [
-        q for i, request in enumerate(requests) for q in _ask(i, request, compare, denied[i])
-    ]
-    return _answer(model, tokenizer, questions, tokens_per_batch, progress, sent)
 
 
 def evaluate_control_facts(
@@ -258,52 +203,6 @@ def flatten(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def _ask(index: int, request: EditRequest, compare: bool, denied: str | None) -> Iterable[Question]:
-    """Yield a request's questions; the first is its own prompt."""
-    new, true, prefix = request.target_new, request.target_true, request.target_prefix
-    yield Question(index, table.OWN_PROMPT, request.text, new, true, prefix)
-    for prompt in request.paraphrases:
-        yield Question(index, table.PARAPHRASES, prompt, new, true if compare else None, prefix)
-    for probe in request.neighborhood:
-        given, other = probe.target_prefix, new if compare else None
-        yield Question(index, table.NEIGHBOURS, probe.prompt, probe.answer, other, given)
-    if denied is not None:
-        yield Question(index, table.NEGATED, denied, new, true, prefix)
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[Question],
-    tokens_per_batch: int,
-    progress: bool,
-    sent: Callable[[str], str],
-) -> list[Answer]:
-    """Score the objects of all questions, each process those of its part in one go."""
-
-    def score(part: Sequence[Question]) -> list[Answer]:
-        pairs = [(q.prompt, q.wanted, q.prefix) for q in part]
-        pairs += [(q.prompt, q.other, q.prefix) for q in part if q.other is not None]
-        scores = iter(
-            scoring.score_targets(
-                model,
-                tokenizer,
-                [sent(prompt) for prompt, _, _ in pairs],
-                [target for _, target, _ in pairs],
-                prefixes=[prefix for _, _, prefix in pairs],
-                tokens_per_batch=tokens_per_batch,
-                progress="probabilities" if progress else None,
-            )
-        )
-        wanted = [next(scores) for _ in part]
-        other = [None if q.other is None else next(scores) for q in part]
-        return [
-            Answer(q.request, q.prompts, w, o) for q, w, o in zip(part, wanted, other, strict=True)
-        ]
-
-    return distribute(questions, score)
-
-
 def _judge(spec: MetricSpec, measure: Measure, answers: Sequence[Answer]) -> MeanOverRequests:
     """Fill a metric that reads answers; it is not synchronised: each process has all answers."""
     chosen = [answer for answer in answers if answer.prompts == spec.prompts]
@@ -332,100 +231,6 @@ def _nll(answers: Sequence[Answer]) -> tuple[Tensor, Tensor]:
     wanted = [answer.wanted.nll for answer in answers]
     other = [answer.other.nll for answer in answers if answer.other is not None]
     return torch.tensor(wanted), torch.tensor(other)
-
-
-def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    seed: int,
-    progress: bool,
-    sent: Callable[[str], str],
-) -> list[tuple[int, str]]:
-    """Continue all generation prompts; return each whole text with its request.
-
-    A chat template is no part of the text, and neither is what is sent besides the prompt: as much
-    is written behind it as without it.
-    """
-    prompts = [(i, p) for i, request in enumerate(requests) for p in request.generation_prompts]
-    continuations = distribute(
-        [prompt for _, prompt in prompts],
-        lambda part: generation.generate(
-            model,
-            tokenizer,
-            [sent(prompt) for prompt in part],
-            lengths_of=part,
-            seed=seed,
-            progress="texts" if progress else None,
-        ),
-    )
-    known = markers(tokenizer)
-    return [
-        (i, more if known.carried_by(prompt) else prompt + more)
-        for (i, prompt), more in zip(prompts, continuations, strict=True)
-    ]
-
-
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[EditRequest],
-    tokens: int,
-    progress: bool,
-    sent: Callable[[str], str],
-) -> list[str]:
-    """Return the model's greedy continuation of each request's prompt."""
-    if not tokens:
-        return [""] * len(requests)
-    return distribute(
-        [sent(request.text) for request in requests],
-        lambda prompts: generation.generate(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=tokens,
-            top_k=1,
-            stop_at_end=True,
-            progress="continuations" if progress else None,
-        ),
-    )
-
-
-def _read(
-    spec: MetricSpec,
-    measure: Measure,
-    texts: Sequence[tuple[int, str]],
-    requests: Sequence[EditRequest],
-    idf_texts: Sequence[str] | None,
-) -> MeanOverRequests:
-    """Fill a metric that reads generated texts, beside reference texts if it needs them."""
-    if table.REFERENCE_TEXTS in spec.needs:
-        return _compare(measure, texts, requests, idf_texts)
-    metric = measure.metric(sync_on_compute=False)
-    request = torch.tensor([index for index, _ in texts], dtype=torch.long)
-    metric.update([text for _, text in texts], request)
-    return metric
-
-
-def _compare(
-    measure: Measure,
-    texts: Sequence[tuple[int, str]],
-    requests: Sequence[EditRequest],
-    idf_texts: Sequence[str] | None,
-) -> MeanOverRequests:
-    """Compare each request's texts, joined, with its reference texts, joined."""
-    written: dict[int, list[str]] = {}
-    for index, text in texts:
-        if requests[index].reference_texts:
-            written.setdefault(index, []).append(text)
-    references = [text for request in requests for text in request.reference_texts]
-    metric = measure.metric(F.fit_tfidf(idf_texts or references), sync_on_compute=False)
-    metric.update(
-        [" ".join(parts) for parts in written.values()],
-        [" ".join(requests[index].reference_texts) for index in written],
-        torch.tensor(list(written), dtype=torch.long),
-    )
-    return metric
 
 
 def _compute(metrics: Mapping[str, Metric]) -> Metrics:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lightning_blue.metrics import table
-from lightning_blue.metrics.evaluation import Answer
 from lightning_blue.metrics.functional import harmonic_mean, mean_by_request
+from lightning_blue.metrics.ratings import Answer
 
 AIMS = ("efficacy", "generalization")
 PRICES = ("specificity", "retained_knowledge")

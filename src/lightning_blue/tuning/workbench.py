@@ -25,7 +25,8 @@ from lightning_blue.editing.fingerprints import tokenizer_fingerprint
 from lightning_blue.editing.module import EditModule
 from lightning_blue.editing.optimization import TargetOptimization, Targets
 from lightning_blue.editing.target_site import PROMPTS
-from lightning_blue.metrics.evaluation import evaluate, evaluate_control_facts, rate
+from lightning_blue.metrics.evaluation import evaluate, evaluate_control_facts
+from lightning_blue.metrics.ratings import rate
 from lightning_blue.studies.bench import Bench
 from lightning_blue.studies.module import StudyModule
 from lightning_blue.support.errors import first_line
