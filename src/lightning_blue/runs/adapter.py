@@ -17,7 +17,8 @@ from torch import Tensor
 from blue_callbacks import WeightId
 from blue_callbacks.solvers import CLOSED_FORMS
 from lightning_blue.runs.base import UneditedModel
-from lightning_blue.runs.journal import Journal, JournalHeader
+from lightning_blue.runs.journal import Journal
+from lightning_blue.runs.journal_header import JournalHeader
 from lightning_blue.runs.undo import transformed
 from lightning_blue.runs.weights import solvable, with_changes
 from lightning_blue.support.storage import whole_folder, write_atomic, writing

@@ -13,7 +13,7 @@ from lightning_blue.editing.fingerprints import model_fingerprint
 from lightning_blue.language_model.architectures import weight_view
 from lightning_blue.language_model.loading import DTYPES, load_language_model
 from lightning_blue.language_model.saving import save_language_model
-from lightning_blue.runs.journal import BaseModel, WrittenWeight
+from lightning_blue.runs.journal_header import BaseModel, WrittenWeight
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import whole_folder, write_atomic, writing
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from blue_callbacks import WeightId
 from lightning_blue import __version__
 from lightning_blue.reporting.base_card import base_head, front_matter
-from lightning_blue.runs.journal import BaseModel, Journal
+from lightning_blue.runs.journal import Journal
+from lightning_blue.runs.journal_header import BaseModel
 from lightning_blue.runs.undo import is_exact
 from lightning_blue.runs.weights import Removed
 

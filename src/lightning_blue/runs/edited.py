@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_blue.language_model.loading import DTYPES, load_language_model
 from lightning_blue.language_model.saving import rounded
 from lightning_blue.runs.base import UneditedModel
-from lightning_blue.runs.journal import HEADER, RECORDS, Journal, JournalHeader
+from lightning_blue.runs.journal import HEADER, RECORDS, Journal
+from lightning_blue.runs.journal_header import JournalHeader
 from lightning_blue.runs.show import RUN_FILES
 from lightning_blue.runs.undo import write_without
 from lightning_blue.support.errors import InputError

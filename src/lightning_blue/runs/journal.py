@@ -7,136 +7,23 @@ they are the edited one.
 
 from __future__ import annotations
 
-import json
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers.pytorch_utils import Conv1D
 
 from blue_callbacks import ClosedFormUpdate, EditRecord, WeightChange, WeightId
-from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.editing.module import EditModule
-from lightning_blue.language_model.architectures import down_projection
-from lightning_blue.language_model.loading import loaded_name
-from lightning_blue.reporting.files import FACTS, versions
+from lightning_blue.reporting.files import FACTS
+from lightning_blue.runs.journal_header import RESTORE, JournalHeader, describe, plain_settings
 from lightning_blue.runs.record_files import RecordFile, write_record
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import NotWritten, make_folder, write_atomic
 
-FORMAT, VERSION = "lightning-blue journal", 1
 RECORDS, HEADER = "records", "journal.json"
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The model that was edited.
-
-    Attributes:
-        name_or_path: as it was given to the run.
-        revision: commit on the hub; None for a local one.
-        type: of its architecture, e.g. ``llama``.
-        dtype: of its weights in the run, e.g. ``float32``.
-        fingerprint: of the unedited weights.
-        export_dtype: in which the edited model is saved; None (in older records): ``dtype``.
-    """
-
-    name_or_path: str
-    revision: str | None
-    type: str
-    dtype: str
-    fingerprint: str
-    export_dtype: str | None = None
-
-    @property
-    def saved_dtype(self) -> torch.dtype:
-        """The dtype of what is saved."""
-        dtype: torch.dtype = getattr(torch, self.export_dtype or self.dtype)
-        return dtype
-
-
-@dataclass(frozen=True)
-class WrittenWeight:
-    """Where a weight that the run writes stands in the model.
-
-    Attributes:
-        module: full name of the module.
-        shape: ``(d_out, d_in)``.
-        transposed: whether the model stores it as ``(d_in, d_out)``, as Conv1D does.
-    """
-
-    module: str
-    shape: tuple[int, int]
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class JournalHeader:
-    """What stays the same over a run.
-
-    Attributes:
-        run: an id of the run alone; its files carry it too.
-        model: the unedited model.
-        update: settings of :class:`blue_callbacks.ClosedFormUpdate`.
-        covariance: the statistics file's path and what it was computed from.
-        weights: by id, in the order of writing.
-        versions: of the libraries.
-    """
-
-    run: str
-    model: BaseModel
-    update: dict[str, Any]
-    covariance: dict[str, Any]
-    weights: dict[WeightId, WrittenWeight]
-    versions: dict[str, str]
-
-    def to_json(self) -> str:
-        """Spell the header as the file does."""
-        weights = {str(weight): asdict(written) for weight, written in self.weights.items()}
-        named = {**asdict(self), "weights": weights}
-        return json.dumps({"format": FORMAT, "version": VERSION, **named}, indent=2) + "\n"
-
-    @classmethod
-    def read(cls, path: Path) -> JournalHeader:
-        """Read the file.
-
-        Raises:
-            InputError: if it is damaged, no journal, or of another version.
-        """
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            kind, version = found.pop("format"), found.pop("version")
-        except Exception as error:
-            raise InputError(
-                f"the journal cannot be read: {error!r}", where=str(path), hint=_RESTORE
-            ) from error
-        if (kind, version) != (FORMAT, VERSION):
-            raise InputError(
-                f"this is {kind!r} of version {version}; {FORMAT!r} of version {VERSION} can be "
-                "read",
-                where=str(path),
-                hint="use the release of lightning-blue that wrote it",
-            )
-        try:
-            found["model"] = BaseModel(**found["model"])
-            found["weights"] = {
-                WeightId.parse(weight): WrittenWeight(**{**written, "shape": (*written["shape"],)})
-                for weight, written in found["weights"].items()
-            }
-            return cls(**found)
-        except Exception as error:
-            raise InputError(
-                f"the journal is damaged: {error!r}", where=str(path), hint=_RESTORE
-            ) from error
-
-
-_RESTORE = "bring the file back from a copy"
 
 
 class EditJournal(Callback):
@@ -174,7 +61,7 @@ class EditJournal(Callback):
             return
         self.header = JournalHeader.read(there)
         fresh = update.committed == 0 and trainer.ckpt_path is None
-        if fresh or self.header.update != _plain(_settings(update)):
+        if fresh or self.header.update != plain_settings(update):
             raise InputError(
                 "the folder holds the records of another run",
                 where=str(self.folder),
@@ -273,7 +160,7 @@ class Journal:
         for file in self.files:
             if (file.run, file.model) != (self.header.run, self.header.model.fingerprint):
                 raise InputError(
-                    "this record belongs to another run", where=str(file.path), hint=_RESTORE
+                    "this record belongs to another run", where=str(file.path), hint=RESTORE
                 )
 
     @property
@@ -336,56 +223,14 @@ def record_files(folder: Path, count: int | None = None) -> list[RecordFile]:
         path = folder / record_name(batch)
         if not path.is_file():
             raise InputError(
-                f"the record of batch {batch} is missing", where=str(path), hint=_RESTORE
+                f"the record of batch {batch} is missing", where=str(path), hint=RESTORE
             )
         files.append(RecordFile(path))
         if files[-1].batch != batch:
             raise InputError(
-                f"this is the record of batch {files[-1].batch}", where=str(path), hint=_RESTORE
+                f"this is the record of batch {files[-1].batch}", where=str(path), hint=RESTORE
             )
     return files
-
-
-def describe(module: EditModule, update: ClosedFormUpdate) -> JournalHeader:
-    """Describe a run whose weights are still unedited.
-
-    Raises:
-        InputError: if a layer cannot be edited.
-    """
-    model = module.model
-    module.check_layers(update.layers)
-    covariance: dict[str, Any] = {}
-    if update.solver.closed_form:
-        source, layers = module.covariance, update.written_layers
-        statistics = covariance_file(model, module.tokenizer, source, layers)
-        covariance = {"path": str(statistics.path), "identity": statistics.identity}
-    return JournalHeader(
-        run=uuid.uuid4().hex[:16],
-        model=BaseModel(
-            name_or_path=loaded_name(model),
-            revision=getattr(model.config, "_commit_hash", None),
-            type=model.config.model_type,
-            dtype=str(model.dtype).removeprefix("torch."),
-            fingerprint=module.identity,
-            export_dtype=str(module.export_dtype).removeprefix("torch."),
-        ),
-        update=_plain(_settings(update)),
-        covariance=covariance,
-        weights=_written(module, update.written_weights(module)),
-        versions=versions(),
-    )
-
-
-def _written(module: EditModule, weights: Sequence[WeightId]) -> dict[WeightId, WrittenWeight]:
-    """Find the modules whose weights are written."""
-    names = {id(part): name for name, part in module.model.named_modules()}
-    found = {}
-    for weight in weights:
-        projection = down_projection(module.blocks[weight.layer], module.architecture)
-        d_out, d_in = module.editable_weights.read(weight).shape
-        transposed = isinstance(projection, Conv1D)
-        found[weight] = WrittenWeight(names[id(projection)], (d_out, d_in), transposed)
-    return found
 
 
 def _update_of(trainer: Trainer) -> ClosedFormUpdate:
@@ -393,14 +238,3 @@ def _update_of(trainer: Trainer) -> ClosedFormUpdate:
         if isinstance(callback, ClosedFormUpdate):
             return callback
     raise RuntimeError("EditJournal needs a ClosedFormUpdate callback before it")
-
-
-def _settings(update: ClosedFormUpdate) -> dict[str, Any]:
-    settings: dict[str, Any] = update.state_dict()["settings"]
-    return settings
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as JSON gives them back."""
-    plain: dict[str, Any] = json.loads(json.dumps(settings))
-    return plain

@@ -20,7 +20,8 @@ from blue_callbacks.records import apply_factors
 from blue_callbacks.solvers import CLOSED_FORMS
 from lightning_blue.reporting.files import versions
 from lightning_blue.runs.base import UneditedModel
-from lightning_blue.runs.journal import BaseModel, Journal, WrittenWeight
+from lightning_blue.runs.journal import Journal
+from lightning_blue.runs.journal_header import BaseModel, WrittenWeight
 from lightning_blue.runs.record_files import digest, opened, write_tensors
 from lightning_blue.runs.undo import write_without
 

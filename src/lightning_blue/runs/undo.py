@@ -14,7 +14,8 @@ from blue_callbacks.transforms import POST_EDIT_TRANSFORMS
 from lightning_blue.editing.brought import MARK, BroughtStatistics
 from lightning_blue.editing.covariance_file import CovarianceFile
 from lightning_blue.runs.base import UneditedModel
-from lightning_blue.runs.journal import Journal, JournalHeader
+from lightning_blue.runs.journal import Journal
+from lightning_blue.runs.journal_header import JournalHeader
 from lightning_blue.runs.weights import (
     Removed,
     relative_distance,
