@@ -29,7 +29,7 @@ from lightning_blue.__main__ import main
 from lightning_blue.reporting import RunRecord
 from lightning_blue.reporting.disk_space import Estimate, check_room, estimate
 from lightning_blue.reporting.guarded import guarded, has_failed
-from lightning_blue.reporting.record import claim_folder, read_status
+from lightning_blue.reporting.run_folders import claim_folder, read_status
 from lightning_blue.runs.journal import RECORDS, EditJournal, Journal
 from lightning_blue.support import leftovers, space
 from lightning_blue.support.checkpoints import (

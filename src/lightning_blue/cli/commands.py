@@ -29,7 +29,7 @@ from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.editing.covariance_file import Collected
 from lightning_blue.pretrain import FactCorpusModule, PretrainModule
 from lightning_blue.reporting import MeasureEdits, RunRecord
-from lightning_blue.reporting.record import read_status
+from lightning_blue.reporting.run_folders import read_status
 from lightning_blue.reporting.tables import WIDTH, score_table
 from lightning_blue.reporting.text import protocol_sentence
 from lightning_blue.support.errors import InputError, first_line

@@ -30,7 +30,7 @@ from lightning_blue.editing.decisions import decisions
 from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.guarded import guarded
 from lightning_blue.reporting.progress import EditProgressBar, ProgressLines
-from lightning_blue.reporting.record import read_status, run_to_resume
+from lightning_blue.reporting.run_folders import read_status, run_to_resume
 from lightning_blue.reporting.settings import run_settings
 from lightning_blue.reporting.wandb_logger import require_key
 from lightning_blue.runs.journal import EditJournal

@@ -20,7 +20,7 @@ from lightning_blue.comparison.runs import FinishedRun, LeftOut, read_runs
 from lightning_blue.comparison.scores import ScoreTable, score_tables
 from lightning_blue.comparison.written import log_to_wandb, write_comparison
 from lightning_blue.metrics import table
-from lightning_blue.reporting.record import STATUS
+from lightning_blue.reporting.run_folders import STATUS
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.space import check_writable
 

@@ -16,7 +16,7 @@ import yaml
 
 from lightning_blue.comparison.labels import Labels, labels
 from lightning_blue.reporting.files import flat
-from lightning_blue.reporting.record import STATUS, read_status
+from lightning_blue.reporting.run_folders import STATUS, read_status
 from lightning_blue.support.errors import InputError, first_line
 
 # Keys that do not make another run of what is compared: where and how it was made and measured.

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import count
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from lightning_blue.reporting.export import export_model
 from lightning_blue.reporting.guarded import guarded, has_failed
 from lightning_blue.reporting.report import PLOTS, write_report
 from lightning_blue.reporting.retention import write_retention
+from lightning_blue.reporting.run_folders import STATUS, claim_folder, inside, read_status
 from lightning_blue.reporting.wandb_logger import RunWandbLogger, make_logger
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
 from lightning_blue.support.errors import InputError, first_line
@@ -36,10 +36,8 @@ from lightning_blue.support.storage import (
     make_folder,
     unless_full,
     write_atomic,
-    writing,
 )
 
-STATUS = "run.json"
 TAGS = ("method", "model", "data", "plan", "solver")  # settings that a W&B run is tagged with
 
 
@@ -65,7 +63,7 @@ class RunRecord(Callback):
         export: bool = True,
         checkpoint_every: int = 1,
     ) -> None:
-        self.name, self.root = _inside(name), root
+        self.name, self.root = inside(name), root
         self.wandb, self.project = wandb, project
         self.export = export
         self.checkpoint_every = checkpoint_every
@@ -358,75 +356,3 @@ def _guard_events(trainer: Trainer) -> list[dict[str, Any]] | None:
         if isinstance(callback, EditGuard) and callback.readings:
             return callback.events
     return None
-
-
-def claim_folder(root: Path, name: str) -> Path:
-    """Make the folder for a run, numbered from 2 where the name is taken.
-
-    Raises:
-        InputError: if it cannot be made.
-    """
-    for number in count(1):
-        folder = root / (name if number == 1 else f"{name}-{number}")
-        with writing(folder):
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                if not folder.exists() or folder.is_dir():
-                    continue
-                raise
-        return folder
-    raise AssertionError("count() has an end")
-
-
-def run_to_resume(root: Path, name: str) -> Path | None:
-    """Return the newest run of a name that edits.
-
-    One that failed before its first checkpoint, or was killed before it was begun, counts only
-    where there is no other: it may have been a slip of the command line.
-    """
-    runs = [(folder, read_status(folder)) for folder in _folders_of(root, name)]
-    runs = [
-        (folder, status)
-        for folder, status in runs
-        if status.get("command", "fit") == "fit" and status.get("name", name) == name
-    ]
-    solid = [
-        (folder, status)
-        for folder, status in runs
-        if status.get("status", "failed") != "failed" or checkpoints(folder / FOLDER)
-    ]
-    candidates = [folder for folder, _ in solid or runs]
-    return candidates[-1] if candidates else None
-
-
-def _folders_of(root: Path, name: str) -> list[Path]:
-    """Return the folders of all runs of a name, the newest last."""
-    first = root / name
-    numbered = [
-        (int(folder.name.removeprefix(f"{first.name}-")), folder)
-        for folder in first.parent.glob(f"{first.name}-*")
-        if folder.name.removeprefix(f"{first.name}-").isdigit()
-    ]
-    return [*([first] if first.is_dir() else []), *(folder for _, folder in sorted(numbered))]
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """Return what is known of a run: status, reason, W&B id; empty if nothing is."""
-    try:
-        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _inside(name: str) -> str:
-    """Refuse a name that would lead out of the folder of all runs."""
-    path = PurePath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise InputError(
-            f"{name!r} is not the name of a run",
-            where="run.name",
-            hint="give a name without '..' that does not start at the root; --run.root says where",
-        )
-    return name

@@ -17,7 +17,7 @@ import yaml
 
 from lightning_blue.cli.parser import EditCLI
 from lightning_blue.reporting.files import flat
-from lightning_blue.reporting.record import read_status
+from lightning_blue.reporting.run_folders import read_status
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
 from lightning_blue.support.errors import InputError
 from lightning_blue.sweeps.sweep_file import Sweep, Values, short

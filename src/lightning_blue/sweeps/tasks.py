@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from lightning_blue.reporting.record import read_status
+from lightning_blue.reporting.run_folders import read_status
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.storage import make_folder, write_atomic
 from lightning_blue.sweeps.planned import DIGITS, PlannedRun
