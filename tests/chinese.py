@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from helpers import load_model
+from helpers import load_model, write_jsonl
 from lightning_blue.__main__ import main
 
 CAPITALS = {
@@ -118,7 +117,7 @@ def says(folder: Path, prompt: str, tokens: int) -> str:
 
 def edit(knowing: Knowing, folder: Path, facts: list[dict], *more: str) -> Path:
     """Edit the model by the command line; return the run's folder."""
-    (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    write_jsonl(folder / "facts.jsonl", facts)
     flags = [
         f"--model.name_or_path={knowing.model}",
         "--model.contexts=[]",

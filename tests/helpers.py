@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,25 @@ from transformers import (
 )
 
 from blue_callbacks import CommittedBatches
+
+
+def write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> str:
+    """Write a record a line; return the path as a command takes it."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def brief_run(text: Path, stats: Path) -> list[str]:
+    """Flags with which a command takes little time: short contexts, few steps, a little text."""
+    return [
+        "--model.context_tokens=4",
+        "--model.target.steps=3",
+        f"--model.covariance.corpus={text}",
+        "--model.covariance.tokens_per_dim=4",
+        f"--model.covariance.cache={stats}",
+        "--measure.generate=false",
+        "--trainer.accelerator=cpu",
+    ]
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

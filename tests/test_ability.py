@@ -7,7 +7,6 @@ settings, errors and how answers are read are tested without it.
 from __future__ import annotations
 
 import copy
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 from conftest import LanguageModel
+from helpers import write_jsonl
 from histories import estimate, small_history
 from lightning_blue import edit
 from lightning_blue.ability import AbilitySettings, GeneralAbility, paper
@@ -66,7 +66,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Two tasks on a local file: a choice among two, and the perplexity of a continuation."""
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"town": town, "label": i % 2, "rest": "Europe"} for i, town in enumerate(TOWNS)]
-    (folder / "towns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(folder / "towns.jsonl", rows)
     choice = 'doc_to_choice: ["France", "the town of Basel"]\nmetric_list:\n'
     choice += "".join(
         f"  - metric: {metric}\n    aggregation: {aggregation}\n    higher_is_better: true\n"
@@ -241,8 +241,7 @@ def paper_files(tmp_path: Path) -> Path:
         "mmlu": {"question": "2 x 2?", "choices": ["1", "2", "3", "4"], "answer": 3},
     }
     for name, row in rows.items():
-        lines = [json.dumps({**row, "idx": index}) + "\n" for index in range(13)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_jsonl(folder / f"{name}.jsonl", [{**row, "idx": index} for index in range(13)])
     return folder
 
 

@@ -13,6 +13,7 @@ import torch
 
 from blue_callbacks import ClosedFormUpdate, EditGuard
 from conftest import LanguageModel
+from helpers import brief_run, write_jsonl
 from lightning_blue.__main__ import main
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.depth import layers_by_depth
@@ -38,11 +39,6 @@ FAULTS = [
 ]
 
 
-def write(path: Path, facts: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, gpt2, llama) -> Path:
     """Two models, facts and a text."""
@@ -50,8 +46,8 @@ def folder(tmp_path_factory, gpt2, llama) -> Path:
     for name, (model, tokenizer) in (("gpt2", gpt2), ("llama", llama)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    write(folder / "facts.jsonl", FACTS)
-    write(folder / "faulty.jsonl", [*FACTS, *FAULTS])
+    write_jsonl(folder / "facts.jsonl", FACTS)
+    write_jsonl(folder / "faulty.jsonl", [*FACTS, *FAULTS])
     (folder / "text.txt").write_text("The river runs through the town of Basel. " * 80)
     return folder
 
@@ -59,14 +55,8 @@ def folder(tmp_path_factory, gpt2, llama) -> Path:
 def settings(folder: Path) -> list[str]:
     return [
         "--update.layers=[0,2]",
-        "--model.context_tokens=4",
-        "--model.target.steps=3",
-        f"--model.covariance.corpus={folder / 'text.txt'}",
-        "--model.covariance.tokens_per_dim=4",
-        f"--model.covariance.cache={folder / 'stats'}",
-        "--measure.generate=false",
+        *brief_run(folder / "text.txt", folder / "stats"),
         f"--run.root={folder / 'runs'}",
-        "--trainer.accelerator=cpu",
     ]
 
 
@@ -213,14 +203,14 @@ def test_a_later_batch_supersedes_and_shares_no_subject(run):
 
 
 def test_a_blank_behind_a_prompt_is_told(run, folder):
-    write(folder / "blank.jsonl", [*FACTS, BLANK])
+    write_jsonl(folder / "blank.jsonl", [*FACTS, BLANK])
     code, out, _ = run("llama", "--facts=0", data="blank.jsonl")
     assert code == 0
     assert "blank.jsonl:5: prompt ends with a blank" in " ".join(out.split())
 
 
 def test_no_usable_fact_is_a_problem(run, folder):
-    write(folder / "none.jsonl", FAULTS[2:3])
+    write_jsonl(folder / "none.jsonl", FAULTS[2:3])
     code, out, _ = run("llama", data="none.jsonl")
     assert code == 1
     assert "no fact can be edited" in out

@@ -22,6 +22,7 @@ import yaml
 from scipy import stats
 
 from conftest import ROOT
+from helpers import write_jsonl
 from lightning_blue.__main__ import main
 from lightning_blue.comparison import paper
 from lightning_blue.comparison.differences import differences, mcnemar, paired_t, sign_flips
@@ -92,7 +93,7 @@ def make_run(
         }
         for place in range(REQUESTS)
     ]
-    (folder / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(folder / "edits.jsonl", lines)
     points = [
         "step,edits/applied,cumulative/efficacy,cumulative/efficacy/standard_error",
         *(f"{n},{n},{100 - n - config['seed_everything']},3.0" for n in (4, 8, 12)),
@@ -426,7 +427,7 @@ def test_seeds_are_paired_by_what_they_are_and_requests_by_all_runs(tmp_path):
             run = make_run(tmp_path, f"{plan}-{place}", each, **changed)
     rows = [json.loads(line) for line in (run / "edits.jsonl").read_text().splitlines()]
     rows[3]["after"]["efficacy"] = None
-    (run / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(run / "edits.jsonl", rows)
     (table,) = score_tables(read_runs([tmp_path])[0])
     found = {each.metric: each for each in differences(table, table.pairs())}
     ours = found["efficacy"]

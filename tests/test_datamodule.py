@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from conftest import LanguageModel
+from helpers import write_jsonl
 from lightning_blue.data import EditDataModule, read_requests
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.support.errors import InputError
@@ -25,9 +25,7 @@ def fact(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def write(tmp_path: Path, facts: list[dict[str, Any]]) -> str:
-    path = tmp_path / "facts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in facts))
-    return str(path)
+    return write_jsonl(tmp_path / "facts.jsonl", facts)
 
 
 def prepared(path: str, **arguments: Any) -> EditDataModule:

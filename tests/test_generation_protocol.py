@@ -15,6 +15,7 @@ import torch
 from lightning import Callback
 
 from conftest import LanguageModel
+from helpers import write_jsonl
 from lightning_blue.__main__ import main
 from lightning_blue.data import EditDataModule
 from lightning_blue.data.requests import EditRequest, Probe
@@ -365,7 +366,7 @@ def facts(tmp_path: Path) -> Path:
     more = {"aliases": ["Roma"], "portability": [{"prompt": "The language is", "answer": "Latin"}]}
     path = tmp_path / "facts.jsonl"
     rows = [{**fact, **(more if i == 0 else {})} for i, fact in enumerate(FACTS[:4])]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(path, rows)
     return path
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
+from helpers import brief_run, write_jsonl
 from lightning_blue.__main__ import main
 from lightning_blue.cli.written import comment, flat, spell
 from lightning_blue.editing.depth import layers_by_depth
@@ -25,11 +26,6 @@ NO_SUBJECT = {"subject": "Paris", "prompt": "Rome is\x1b[31m", "target_new": "Os
 LAYERS, WIDTH = 4, 96  # of the random Llama
 
 
-def write(path: Path, facts: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, llama) -> Path:
     """A model, and facts under a name that YAML needs quotes for."""
@@ -39,23 +35,17 @@ def folder(tmp_path_factory, llama) -> Path:
     tokenizer.save_pretrained(folder / "llama")
     assert model.config.num_hidden_layers == LAYERS
     assert model.model.layers[0].mlp.down_proj.weight.shape[1] == WIDTH
-    write(folder / "my: facts #é.jsonl", FACTS)
-    write(folder / "faulty.jsonl", [*FACTS, NO_SUBJECT])
+    write_jsonl(folder / "my: facts #é.jsonl", FACTS)
+    write_jsonl(folder / "faulty.jsonl", [*FACTS, NO_SUBJECT])
     (folder / "text.txt").write_text("The river runs through the town of Basel. " * 80)
     return folder
 
 
 def settings(folder: Path) -> list[str]:
     return [
-        "--model.context_tokens=4",
-        "--model.target.steps=3",
-        f"--model.covariance.corpus={folder / 'text.txt'}",
-        "--model.covariance.tokens_per_dim=4",
-        f"--model.covariance.cache={folder / 'stats'}",
-        "--measure.generate=false",
+        *brief_run(folder / "text.txt", folder / "stats"),
         f"--run.root={folder / 'runs'}",
         "--run.wandb=off",
-        "--trainer.accelerator=cpu",
     ]
 
 
@@ -181,7 +171,7 @@ def test_a_fault_is_written_down_and_told(run):
 
 
 def test_thousands_of_unusable_facts_are_not_all_named(run, folder):
-    write(folder / "many.jsonl", [*FACTS, *[NO_SUBJECT] * 30])
+    write_jsonl(folder / "many.jsonl", [*FACTS, *[NO_SUBJECT] * 30])
     code, out, _ = run(data="many.jsonl")
     text = Path("run.yaml").read_text()
     assert code == 1

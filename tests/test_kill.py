@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
+from helpers import write_jsonl
 from test_conf import flags, small_run  # noqa: F401  (a fixture)
 from test_lightning import FACTS
 
@@ -32,7 +33,7 @@ LIMIT = 300  # seconds for a run of a few; a machine may be busy
 def command(small_run, tmp_path_factory):  # noqa: F811
     """The command of a run of three batches, without a name."""
     facts = tmp_path_factory.mktemp("facts") / "facts.jsonl"
-    facts.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    write_jsonl(facts, FACTS)
     text = "\n".join(f"The river {number} runs through Basel." for number in range(60))
     (ordinary := facts.with_name("ordinary.txt")).write_text(text)
     return [

@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 from blue_callbacks import ClosedFormUpdate, WeightId
 from blue_callbacks.trainer_checks import check_trainer
 from conftest import ROOT, LanguageModel
+from helpers import write_jsonl
 from lightning_blue.__main__ import main
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule, TargetOptimization
@@ -48,7 +49,7 @@ FACTS = [
 @pytest.fixture
 def facts(tmp_path: Path) -> Path:
     path = tmp_path / "facts.jsonl"
-    path.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    write_jsonl(path, FACTS)
     return path
 
 
@@ -165,8 +166,7 @@ def test_the_cumulative_sample_is_of_applied_edits_alone(module, facts, monkeypa
 def test_an_edit_that_a_later_one_replaces_is_no_failure(module, facts, tmp_path):
     """Tower 0 is edited in the first batch and again in the last: the last one counts."""
     again = {**FACTS[0], "target_new": "Oslo"}
-    lines = [json.dumps(fact) + "\n" for fact in [*FACTS[:5], again]]
-    facts.write_text("".join(lines))
+    write_jsonl(facts, [*FACTS[:5], again])
     trainer = trainer_of()
     trainer.fit(module, datamodule=data_of(facts))
     history = trainer.callbacks[1].history

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from conftest import LanguageModel
+from helpers import write_jsonl
 from lightning_blue.__main__ import main
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.language_model.chat import Markers, markers
@@ -136,7 +137,7 @@ def test_top1_and_answers_fail_where_the_object_follows(gpt2: LanguageModel) -> 
 def test_a_run_measures_them_if_asked(module, tmp_path, recwarn) -> None:  # noqa: F811
     path = tmp_path / "facts.jsonl"
     facts = [{**fact, "prompt": "Where is {}?"} if i == 3 else fact for i, fact in enumerate(FACTS)]
-    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts[:4]))
+    write_jsonl(path, facts[:4])
     unedited = copy.deepcopy(module)
     measure = MeasureEdits(
         generate=False,

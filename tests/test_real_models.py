@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from helpers import write_jsonl
 from lightning_blue import EditResult, edit, load_language_model
 from lightning_blue.__main__ import main
 
@@ -125,7 +126,7 @@ def test_check_finds_the_model_fit_to_go(known, folder, tmp_path, monkeypatch, c
     monkeypatch.setattr("lightning_blue.preflight.timing.SECONDS", 0.1)
     monkeypatch.setattr("lightning_blue.preflight.timing.FEW", 2)
     facts = tmp_path / "facts.jsonl"
-    facts.write_text("".join(json.dumps(fact) + "\n" for fact in FACTS))
+    write_jsonl(facts, FACTS)
     settings = [
         "--model.contexts=[]",
         "--model.target.steps=3",

@@ -20,6 +20,7 @@ import yaml
 
 from blue_callbacks import NonFiniteError
 from conftest import CORPUS, LanguageModel
+from helpers import brief_run
 from lightning_blue import edit
 from lightning_blue.__main__ import main
 from lightning_blue.cli.written import flat
@@ -426,14 +427,8 @@ def folder(tmp_path_factory, llama, text) -> Path:
 def flags(folder: Path, text: Path) -> list[str]:
     return [
         "--data.on_unusable=skip",
-        "--model.context_tokens=4",
-        "--model.target.steps=3",
-        f"--model.covariance.corpus={text}",
-        "--model.covariance.tokens_per_dim=4",
-        f"--model.covariance.cache={folder / 'stats'}",
-        "--measure.generate=false",
+        *brief_run(text, folder / "stats"),
         "--run.wandb=off",
-        "--trainer.accelerator=cpu",
     ]
 
 
