@@ -106,6 +106,13 @@ def test_importing_the_package_imports_nothing_heavy():
     assert not heavy
 
 
+def test_reading_what_was_found_imports_nothing_that_finds_it():
+    code = "import sys, lightning_blue.cli.found; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    finds = "lightning_blue.locating.", "lightning_blue.tuning."
+    assert not [name for name in done.stdout.split() if name.startswith(finds)]
+
+
 def test_the_package_says_what_it_does_not_have():
     import lightning_blue
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue.cli.settings_file import Proposal
-from lightning_blue.locating.report import FILE as LOCATE_FILE
+from lightning_blue.locating import FILE as LOCATE_FILE
 from lightning_blue.support.errors import InputError
-from lightning_blue.tuning.results import NAME as TUNE_FILE
+from lightning_blue.tuning import FILE as TUNE_FILE
 
 TUNED, LOCATED = "tuned", "located"  # folders of both commands' folders
 NOWHERE = "none"  # to look into no folder

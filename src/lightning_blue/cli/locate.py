@@ -22,10 +22,11 @@ from lightning_blue.data.hub import ALMANAC
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.decisions import decisions
 from lightning_blue.editing.module import EditModule
+from lightning_blue.locating import FILE
 from lightning_blue.locating.effects import Effects, around_the_peak, average
 from lightning_blue.locating.facts import as_tokens, find_known
 from lightning_blue.locating.probe import ProbeResult, candidates, probe_layers, probe_requests
-from lightning_blue.locating.report import FILE, Located, as_text, write
+from lightning_blue.locating.report import Located, as_text, write
 from lightning_blue.locating.tracing import CausalTracer
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed

@@ -27,7 +27,7 @@ from lightning_blue.support.processes import no_progress_bars
 from lightning_blue.support.seeds import run_seed
 from lightning_blue.support.space import check_writable
 from lightning_blue.support.storage import write_atomic
-from lightning_blue.tuning import results, space
+from lightning_blue.tuning import FILE, results, space
 from lightning_blue.tuning.estimate import seconds, seconds_left
 from lightning_blue.tuning.figure import figure_of
 from lightning_blue.tuning.halving import Trial, halve, rounds
@@ -103,9 +103,9 @@ def _configured(own: Namespace, for_fit: Sequence[str]) -> EditCLI:
 
 def _require_own(folder: Path) -> None:
     """Refuse a folder whose run file tuning has not written."""
-    if (folder / "run.yaml").exists() and not (folder / results.NAME).exists():
+    if (folder / "run.yaml").exists() and not (folder / FILE).exists():
         raise InputError(
-            f"a run.yaml stands there, and no {results.NAME} beside it",
+            f"a run.yaml stands there, and no {FILE} beside it",
             where=str(folder),
             hint="give another folder: --output=FOLDER",
         )
@@ -315,7 +315,7 @@ def _write(cli: EditCLI, found: results.Tuned, folder: Path) -> None:
     file = folder / "run.yaml"
     write_atomic(folder / "tune.csv", results.as_csv(found.trials))
     write_atomic(folder / "tune.png", png(figure_of(found)))
-    write_atomic(folder / results.NAME, json.dumps(found.to_dict(), indent=2) + "\n")
+    write_atomic(folder / FILE, json.dumps(found.to_dict(), indent=2) + "\n")
     write_atomic(file, run_file(cli, found, file))
     rows = (("untuned", found.untuned.measured), ("tuned", found.best.measured))
     for name, measured in (("unedited", found.unedited), *rows):

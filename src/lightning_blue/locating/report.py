@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_blue import __version__
 from lightning_blue.data.requests import EditRequest
+from lightning_blue.locating import FILE
 from lightning_blue.locating.effects import CONFIDENCE, Band, Effects, Proposal
 from lightning_blue.locating.facts import TOKEN_CLASSES, TracedFact
 from lightning_blue.locating.modules import KINDS
@@ -21,8 +22,6 @@ from lightning_blue.preflight.layout import line, span
 from lightning_blue.reporting.plots import png
 from lightning_blue.studies.results import Row, csv_text
 from lightning_blue.support.storage import write_atomic
-
-FILE = "locate.json"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from lightning_blue.tuning.halving import Trial, best, ranked, without_tuning
 from lightning_blue.tuning.objective import ORDINARY_TEXT, Measured
 from lightning_blue.tuning.space import Choice, Space
 
-NAME = "tune.json"
 FORMAT = 1
 LABELS = {ORDINARY_TEXT: "ordinary text"}
 
