@@ -40,6 +40,7 @@ from lightning_blue.locating.facts import (
 from lightning_blue.locating.modules import KINDS
 from lightning_blue.locating.probe import (
     LayerScore,
+    ProbeResult,
     around_the_best,
     measure,
     probe_layers,
@@ -320,8 +321,8 @@ PROMPT = "She met the {}"  # read where it is written: a random model attends to
 STRONG: dict[str, Any] = {"steps": 30, "clamp": 10.0, "contexts": [], "covariance_weight": 1e-3}
 
 
-def mixing_once() -> Any:
-    """A random Llama whose attention is silent but in layer 2.
+def mixing_once(mixed: int = MIXED) -> Any:
+    """A random Llama whose attention is silent but in one layer.
 
     Subjects end alike, so that no layer below it can tell them apart at their last token.
     """
@@ -331,7 +332,7 @@ def mixing_once() -> Any:
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for layer, block in enumerate(model.model.layers):
-            block.self_attn.o_proj.weight.mul_(3 if layer == MIXED else 0)
+            block.self_attn.o_proj.weight.mul_(3 if layer == mixed else 0)
     return model
 
 
@@ -372,24 +373,45 @@ def test_tracing_finds_planted_facts(planted):
     assert (proposal.layers, proposal.peak) == ([PLANTED_IN], PLANTED_IN)
 
 
+@pytest.mark.parametrize("layer", [2, 4])
+def test_tracing_finds_facts_of_the_same_model_planted_elsewhere(layer, text):
+    model, own = mixing_once(), tokenizer(True)
+    plant(model, own, layer, text)
+    assert around_the_peak(effects_of_planted(model, own), range(5))[:2] == ([layer], layer)
+
+
 def test_tracing_finds_another_layer_of_another_model(llama, text):
     model, own = copy.deepcopy(llama)
     plant(model, own, 1, text)
     assert around_the_peak(effects_of_planted(model, own), range(3)).peak == 1
 
 
-def test_the_probe_finds_the_layers_that_tell_subjects_apart(planted, text):
-    model, own = planted
+def probed(model: Any, own: Any, text: Path) -> ProbeResult:
     source = CovarianceSource(str(text), tokens_per_dim=8, cache=None)
     target = TargetOptimization(steps=STRONG["steps"], clamp=STRONG["clamp"])
     module = EditModule(model, own, target=target, contexts=[], covariance=source)
     known = [EditRequest(w, PROMPT, w, new, target_true=new) for w, new in PLANTED]
     edits = probe_requests(known, known, module, seed=0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     update = ClosedFormUpdate([0], covariance_weight=STRONG["covariance_weight"])
-    result = probe_layers(module, update, edits, range(5), range(5), accelerator="cpu")
+    return probe_layers(module, update, edits, range(5), range(5), accelerator="cpu")
+
+
+@pytest.mark.parametrize(("mixed", "layer"), [(1, 4), (3, 4)])
+def test_the_probe_finds_from_where_on_facts_can_be_written(mixed, layer, text):
+    """It follows where subjects are told apart, wherever the facts that it overwrites stand."""
+    model, own = mixing_once(mixed), tokenizer(True)
+    plant(model, own, layer, text)
+    efficacy = [each.shares[0] for each in probed(model, own, text).scores]
+    steps = {at: min(efficacy[at:]) - max(efficacy[:at]) for at in range(1, 5)}
+    assert steps[mixed] > 0
+    assert max(steps, key=steps.__getitem__) == mixed
+
+
+def test_the_probe_proposes_among_layers_that_tell_subjects_apart(planted, text):
+    model, own = planted
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = probed(model, own, text)
     below, above = result.scores[:MIXED], result.scores[MIXED:]
-    assert max(each.shares[0] for each in below) < min(each.shares[0] for each in above)
     assert max(each.score.mean for each in below) + 0.1 < max(each.score.mean for each in above)
     assert set(result.proposal.layers) <= set(range(MIXED, 5))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -1,24 +1,25 @@
 """Causal tracing: noise on the subject, states restored one place at a time (Meng et al. 2022a).
 
 Restorations at one layer are computed together, for all facts, tokens and samples of noise, from
-that layer and that token on: nothing before either of them changes.
+behind that layer and from that token on: nothing else changes. Of the layer itself only the token
+does, so that all layers share one pass for it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_blue.editing.fast.frozen import Frozen
-from lightning_blue.editing.fast.passes import Pass, logits_with
+from lightning_blue.editing.fast.passes import Pass, cache_before, logits_with, only_at
 from lightning_blue.editing.fast.rows import AlignedRows
 from lightning_blue.editing.targets import Budget, micro_batches
 from lightning_blue.language_model.architectures import (
@@ -28,7 +29,7 @@ from lightning_blue.language_model.architectures import (
     hidden_size,
 )
 from lightning_blue.language_model.batching import context_length, inference
-from lightning_blue.language_model.states import replacing
+from lightning_blue.language_model.states import hidden_of, replacing
 from lightning_blue.locating.corrupted import (
     States,
     embedding_spread,
@@ -86,6 +87,13 @@ class _Rows:
     width: Tensor
     widest: int
     answers: Tensor
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of what is no padding, the token's column being 0."""
+        columns = torch.arange(self.widest, device=self.width.device)
+        row, column = (columns < self.width[:, None]).nonzero().T
+        return row, column
 
 
 class CausalTracer:
@@ -214,39 +222,87 @@ class CausalTracer:
         """
         frozen = self._frozen(states, rows)
         chosen = places or [(kind, layer) for kind in KINDS for layer in range(len(self.blocks))]
-        return torch.stack([self._restored(states, rows, frozen, *place) for place in chosen])
+        kinds = {kind for kind, _ in chosen} if self.in_parts else set()
+        behind = {kind: self._behind(states, rows, frozen, kind) for kind in kinds}
+        return torch.stack([self._restored(states, rows, frozen, behind, *at) for at in chosen])
+
+    def _behind(self, states: States, rows: _Rows, frozen: Frozen, kind: str) -> list[Tensor]:
+        """Return each block's output at the token if an output is restored there in it alone.
+
+        One pass of the tokens alone: every block takes the corrupted run's states, which nothing
+        has changed below the first restored layer.
+
+        Returns:
+            By layer, ``(n_rows, d_model)``.
+        """
+        clean = [each[rows.fact, rows.position] for each in states.clean[kind]]
+        if kind == "hidden":
+            return clean
+        column = frozen.rows.column
+        aligned = frozen.rows._replace(input_ids=frozen.rows.input_ids[:, : column + 1])
+        token = replace(frozen, rows=aligned)
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
+            corrupted = states.hidden[len(found)][rows.row, rows.position][:, None]
+            found.append(hidden_of(output)[:, 0])
+            return (corrupted, *output[1:]) if isinstance(output, tuple) else corrupted
+
+        with ExitStack() as stack:
+            stack.enter_context(_embedded(self.model, states, token, rows))
+            for block, module, values in zip(self.blocks, self.modules[kind], clean, strict=True):
+                stack.enter_context(replacing(module, values, 0))
+                stack.callback(block.register_forward_hook(keep).remove)
+            cache = cache_before(token.before, token.start)
+            self.model.base_model(
+                **aligned.arguments(token.first), past_key_values=cache, use_cache=bool(cache)
+            )
+        return found
 
     def _restored(
-        self, states: States, rows: _Rows, frozen: Frozen, kind: str, layer: int
+        self,
+        states: States,
+        rows: _Rows,
+        frozen: Frozen,
+        behind: Mapping[str, Sequence[Tensor]],
+        kind: str,
+        layer: int,
     ) -> Tensor:
         """Return log probabilities with the outputs around one layer restored, ``(n_rows,)``."""
-        layers = [layer] if kind == "hidden" else window(layer, self.window, len(self.blocks))
-        here = {each: states.clean[kind][each][rows.fact, rows.position] for each in layers}
-        start = layers[0] - (kind != "hidden") if self.in_parts else -1
-        hidden = None
-        columns = rows.position[:, None] + torch.arange(rows.widest, device=rows.position.device)
-        columns = columns.clamp(max=states.ids.shape[1] - 1)
-        if start >= 0:
-            hidden = states.hidden[start][rows.row[:, None], columns]
-            if kind == "hidden":
-                hidden[:, 0] = here.pop(start)
-        frozen = Frozen(
-            frozen.rows, frozen.first, start, hidden, frozen.before, [], states.returns_tuple
-        )
-        replaced = [self.modules[kind][each] for each in here]
+        layers = range(layer, layer + 1)
+        if kind != "hidden":
+            layers = window(layer, self.window, len(self.blocks))
+        if self.in_parts:
+            hidden = self._from(states, rows, layers[0], behind[kind][layers[0]])
+            frozen = replace(frozen, start=layers[0], hidden=hidden)
+            layers = layers[1:]
+        replaced = {self.modules[kind][each] for each in layers}
+        ffns = [feed_forward(block, self.architecture) for block in self.blocks]
+        # One that is restored must see all tokens
+        free = [None if ffn is None or replaced & set(ffn.modules()) else ffn for ffn in ffns]
         with ExitStack() as stack:
-            if start < 0:
+            if not self.in_parts:
                 stack.enter_context(_embedded(self.model, states, frozen, rows))
-            for module, values in zip(replaced, here.values(), strict=True):
-                stack.enter_context(replacing(module, values, frozen.rows.column - frozen.first))
+            for each in layers:
+                values = states.clean[kind][each][rows.fact, rows.position]
+                at = frozen.rows.column - frozen.first
+                stack.enter_context(replacing(self.modules[kind][each], values, at))
+            if self.in_parts:
+                for ffn in filter(None, free[frozen.start + 1 : -1]):
+                    stack.enter_context(only_at(ffn, *rows.tokens))
             index = torch.arange(len(rows.row), device=rows.row.device)
             last = frozen.rows.column + rows.width - 1
-            ffn = feed_forward(self.blocks[-1], self.architecture)
-            if ffn is not None and set(replaced) & set(ffn.modules()):
-                ffn = None  # it must see the token that is restored
-            single = Pass(frozen, [], index, last, ffn=ffn)
+            single = Pass(frozen, [], index, last, ffn=free[-1])
             (logits,) = logits_with(self.model, self.blocks, [single])
         return logits.log_softmax(-1).gather(1, rows.answers[:, None])[:, 0]
+
+    def _from(self, states: States, rows: _Rows, layer: int, token: Tensor) -> Tensor:
+        """Return the corrupted output of a layer from the token on, which itself is given."""
+        columns = rows.position[:, None] + torch.arange(rows.widest, device=rows.row.device)
+        columns = columns.clamp(max=states.ids.shape[1] - 1)
+        hidden = states.hidden[layer][rows.row[:, None], columns]
+        hidden[:, 0] = token
+        return hidden
 
     def _frozen(self, states: States, rows: _Rows) -> Frozen:
         """Align rows at their tokens; take the keys and values of what is before them."""

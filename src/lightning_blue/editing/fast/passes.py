@@ -73,7 +73,7 @@ def logits_with(
             hook = model.get_output_embeddings().register_forward_pre_hook(take)
             stack.callback(hook.remove)
             if each.ffn is not None and not {m for m, _ in each.added} & set(each.ffn.modules()):
-                stack.enter_context(_only_at(each.ffn, *each.where))
+                stack.enter_context(only_at(each.ffn, *each.where))
             stack.enter_context(suppress(Reached))
             logits = _run(model, blocks, each)
     return precise(logits).split([len(states) for states in head_inputs])
@@ -93,12 +93,12 @@ def _run(model: PreTrainedModel, blocks: Sequence[nn.Module], single: Pass) -> T
         for module, delta in single.added:
             stack.enter_context(adding(module, delta, frozen.rows.column - frozen.first))
         arguments = frozen.rows.arguments(frozen.first)
-        cache = _cache(frozen.before, frozen.start)
+        cache = cache_before(frozen.before, frozen.start)
         logits: Tensor = model(**arguments, past_key_values=cache, use_cache=bool(cache)).logits
     return logits
 
 
-def _cache(before: Sequence[tuple[Tensor, ...]], start: int) -> DynamicCache | None:
+def cache_before(before: Sequence[tuple[Tensor, ...]], start: int) -> DynamicCache | None:
     """Rebuild a cache, which a forward pass changes; skipped layers only tell the length."""
     if not before:
         return None
@@ -128,7 +128,7 @@ def _replaced(block: nn.Module, output: Tensor | None, as_tuple: bool) -> Iterat
 
 
 @contextmanager
-def _only_at(ffn: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
+def only_at(ffn: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
     """Let a module that treats every position alike see few of them; the others get zeros.
 
     All of its arguments that have a position each are cut: Bloom's FFN is given the residual too.
