@@ -16,6 +16,7 @@ import yaml
 from conftest import ROOT
 from helpers import load_model
 from lightning_blue.__main__ import main
+from lightning_blue.reporting.text import inline
 from test_conf import flags, flat, small_run  # noqa: F401  (a fixture)
 
 BASE = f"--config={ROOT / 'conf' / 'llama3_memit_blue.yaml'}"
@@ -114,6 +115,20 @@ def test_facts_that_cannot_be_used(run, tmp_path, text, said):
     assert said in err
     assert "hint" in err
     assert "Traceback" not in err
+
+
+def test_what_is_left_out_is_in_the_report(run, tmp_path):
+    """Nothing is dropped in silence: number, reason and line of requests that were skipped."""
+    path = facts_file(tmp_path, fact(target_new=None) + "\n" + fact())
+    code, out, err = run(path, "--data.edits=null", "--data.on_unusable=skip")
+    assert code == 0, err
+    folder = Path(out.rpartition("report: ")[2].strip()).parent
+    (left_out,) = map(json.loads, (folder / "rejected.jsonl").read_text().splitlines())
+    assert "facts.jsonl:1" in left_out["source"]
+    report = (folder / "report.md").read_text()
+    assert "1 more could not be used" in report
+    assert inline(left_out["source"]) in report
+    assert inline(left_out["reason"]) in report
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_control_facts_come_after_the_edits_on_other_subjects(
         assert prepared(path, edits=2, controls=2).controls == expected
         assert prepared(path, edits=2, controls=9).controls == expected
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("INFO", "2 requests, 1 control facts"),
+        ("INFO", "2 requests, 1 control fact"),
         ("INFO", "2 requests, 2 control facts"),
         ("INFO", "2 requests, 2 control facts (data.controls: at most 9)"),
     ]

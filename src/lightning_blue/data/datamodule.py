@@ -411,8 +411,8 @@ def _amount(found: int, what: str, key: str, most: int | None) -> str:
 
     >>> _amount(10, "requests", "edits", 200)
     '10 requests (data.edits: at most 200)'
-    >>> _amount(200, "control facts", "controls", 200)
-    '200 control facts'
+    >>> _amount(1, "control facts", "controls", None)
+    '1 control fact'
     """
     limit = f" (data.{key}: at most {most:,})" if most and found < most else ""
-    return f"{found:,} {what}{limit}"
+    return f"{found:,} {what.removesuffix('s') if found == 1 else what}{limit}"
