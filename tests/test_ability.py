@@ -175,6 +175,16 @@ def test_a_call_from_python_measures_ability_and_retention(
     assert {"retention_first_batch", "forgetting"} < set(result.scores)
 
 
+def test_ability_is_not_read_twice(lm_eval, module, facts, tasks, tmp_path, monkeypatch):  # noqa: F811
+    """At the end the weights are those that were just measured, after the last batch."""
+    measure, calls = GeneralAbility.measure, []
+    monkeypatch.setattr(
+        GeneralAbility, "measure", lambda *args: [measure(*args), calls.append(1)][0]
+    )
+    run(module, facts, tmp_path / "run", measuring(tasks, every=2))
+    assert len(calls) == 4  # after 0, 2, 4 and 6 edits
+
+
 def test_a_resumed_run_has_the_same_ability(lm_eval, module, facts, tasks, tmp_path):  # noqa: F811
     whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
     expected = run(whole, facts, tmp_path / "whole", measuring(tasks, every=2))
