@@ -255,6 +255,8 @@ def test_what_is_kept_of_an_unedited_model_belongs_to_all_that_it_depends_on(
         ({"max_steps": 0}, "nothing would be edited"),
         ({"limit_train_batches": 0}, "nothing would be edited"),
         ({"overfit_batches": 1}, "a part of the requests"),
+        ({"check_val_every_n_epoch": 0}, "never time to validate"),
+        ({"val_check_interval": 0}, "never time to validate"),
     ],
 )
 def test_trainer_settings_that_would_edit_wrongly_are_refused(module, facts, flags, message):

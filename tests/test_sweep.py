@@ -25,6 +25,7 @@ from lightning_blue.__main__ import main
 from lightning_blue.cli.experiment_commands import parse
 from lightning_blue.comparison.labels import labels
 from lightning_blue.metrics.evaluation import Evaluation, RequestOutcome
+from lightning_blue.metrics.matching import GeneratedAnswer
 from lightning_blue.metrics.unedited import UneditedMeasurements
 from lightning_blue.support.errors import InputError
 from lightning_blue.sweeps.launch import run_here, slot_environments
@@ -448,9 +449,11 @@ class Alone:
 
 def measured_as(value: float) -> Evaluation:
     outcome = RequestOutcome("7", {"efficacy": 1 / 3}, value, None, 0.1, None, (True, False), "no")
-    return Evaluation(
-        {"efficacy": {"value": value, "count": 1}, "perplexity": {"count": 1}}, [outcome]
+    answer = GeneratedAnswer(
+        0, "neighbours", "Rome is in", "Italy", ("it",), "a", "b", (1, 2), "end"
     )
+    metrics = {"efficacy": {"value": value, "count": 1}, "perplexity": {"count": 1}}
+    return Evaluation(metrics, [outcome], [answer])
 
 
 @pytest.mark.parametrize("value", [0.1 + 0.2, 1e-320, math.inf])
