@@ -261,7 +261,7 @@ def test_runs_that_cannot_be_compared_are_named(folder, capsys):
 def test_nothing_to_compare_is_one_message(tmp_path, capsys):
     make_run(tmp_path / "runs", "broken", values(0, 0.5), status="failed")
     (tmp_path / "empty").mkdir()
-    for path, said in (("runs", "none of 1 runs"), ("empty", "no runs"), ("nowhere", "no such")):
+    for path, said in (("runs", "none of 1 run can"), ("empty", "no runs"), ("nowhere", "no such")):
         assert main(["compare", str(tmp_path / path)]) == 2
         error = capsys.readouterr().err
         assert said in error
@@ -595,5 +595,5 @@ def test_a_damaged_run_is_left_out_by_name(folder, file):
     assert len(runs) == 3
     assert [left.folder.name for left in left_out] == ["rect-even"]
     assert "cannot be read" in left_out[0].reason
-    with pytest.raises(InputError, match="none of 1 runs can be compared"):
+    with pytest.raises(InputError, match="none of 1 run can be compared"):
         read_runs([folder / "rect-even"])

@@ -116,6 +116,18 @@ def test_lines_of_a_resumed_run_with_a_rejected_batch(monkeypatch) -> None:
     ]
 
 
+def test_one_request_is_in_the_singular(monkeypatch) -> None:
+    log = logging(monkeypatch)
+    measure = MeasureEdits()
+    measure.history.requests = [EditRequest("0", "{} is", "s", "new")]
+    trainer: Any = SimpleNamespace(callbacks=[measure], is_global_zero=True)
+    ProgressLines().on_fit_start(trainer, None)
+    ProgressLines().on_test_start(trainer, None)
+    first, second = log.flushed.splitlines()
+    assert first.startswith("1 request: ")
+    assert second == "measuring 1 request"
+
+
 def test_one_process_speaks(monkeypatch) -> None:
     log = logging(monkeypatch)
     trainer: Any = SimpleNamespace(callbacks=[], is_global_zero=False)

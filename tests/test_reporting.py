@@ -231,7 +231,7 @@ def test_a_perplexity_that_is_not_finite_is_shown_as_such(
         ),
         (
             "zsre",
-            "count right tokens (protocol zsre) of all 4 requests: 3 of 4 requests name their "
+            "count right tokens (protocol zsre) of all requests: 3 of 4 requests name their "
             "current object",
         ),
     ],

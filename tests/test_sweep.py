@@ -621,7 +621,7 @@ def test_a_sweep_whose_run_was_killed_goes_on_to_the_same_table(
     said = capsys.readouterr().out
     assert code == 1, said
     assert "killed by signal 9" in said
-    assert "1 of 1 runs have no result" in said
+    assert "without a result: 1 of 1 run;" in said
     assert main(command) == 0
     said = capsys.readouterr().out
     assert "2 runs: 1 stopped, 1 new; 1 at a time" in said

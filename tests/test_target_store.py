@@ -129,7 +129,7 @@ def test_what_was_read_is_told_and_is_not_in_the_seconds_per_edit(edit, caplog, 
     assert numbers["seconds/edit"] == later / 4
     said = " ".join(report(history, [], None).split())
     assert "Targets of batch 0, layer 0, 2, were read from the cache" in said
-    assert "The 2 edits of the batch are not in the seconds per edit" in said
+    assert "The seconds per edit leave out the batch's 2 edits" in said
     again = copy.deepcopy(computed)
     again.load_state_dict(history.state_dict())  # as a run that is resumed
     assert again.targets_read == history.targets_read

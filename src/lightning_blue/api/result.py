@@ -23,6 +23,7 @@ from lightning_blue.reporting.settings import run_settings
 from lightning_blue.reporting.tables import estimate_text, markdown_table
 from lightning_blue.reporting.views import measured, metrics_at
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.text import counted
 
 NAMED = 5  # failed edits that the representation lists
 
@@ -186,7 +187,7 @@ class EditResult:
         config = {
             **by_name.complete(self.settings),
             "model.name_or_path": loaded_name(module.model) or type(module.model).__name__,
-            "data.path": f"{len(self.history.requests):,} facts in memory",
+            "data.path": f"{counted(len(self.history.requests), 'fact')} in memory",
             "seed_everything": seed,
         }
         return {
@@ -248,7 +249,7 @@ class EditResult:
 
     def _head(self) -> str:
         settings, applied = self.history.settings, self.history.applied
-        facts = "1 fact" if applied == 1 else f"{applied:,} facts"
+        facts = counted(applied, "fact")
         layers = ", ".join(map(str, settings["layers"]))
         undone = ", undone" if self._undone else ""
         return f"{facts} edited with {settings['method']}, layers {layers}{undone}"

@@ -25,6 +25,7 @@ from lightning_blue.studies.table import STUDIES
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.space import check_writable
+from lightning_blue.support.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -146,8 +147,9 @@ def _described(cli: AnalyzeCLI, bench: Bench, name: str) -> Described:
     study, module = STUDIES[name], bench.module
     model, data = cli.setting("model.name_or_path"), cli.setting("data.path")
     layers = ", ".join(map(str, bench.layers))
+    requests = counted(len(bench.requests), "request")
     setting = (
-        f"Made on {Path(str(model)).name} with the first {len(bench.requests)} requests of "
+        f"Made on {Path(str(model)).name} with the first {requests} of "
         f"{Path(str(data)).name}, critical layers {layers}."
     )
     depends = {

@@ -36,6 +36,7 @@ from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import speaks
 from lightning_blue.support.space import check_writable
+from lightning_blue.support.text import counted
 from lightning_blue.support.watch import ProcessLost
 
 
@@ -163,7 +164,7 @@ def _say(trainer: Trainer, notes: Sequence[str]) -> None:
     notes = [*textwrap.wrap(protocol_sentence(history), WIDTH), *notes]
     if history.ended_early:
         never = len(history.requests) - history.applied
-        notes = [*notes, f"{never:,} requests were never applied: {history.ended_early}"]
+        notes = [*notes, f"never applied: {counted(never, 'request')} ({history.ended_early})"]
     lines = "".join(f"{note}\n" for note in notes)
     report = _only(trainer, RunRecord).report
     sys.stdout.write(f"\n{score_table(history)}\n\n{lines}report: {report}\n")

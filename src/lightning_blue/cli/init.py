@@ -24,6 +24,7 @@ from lightning_blue.preflight.report import Report
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.space import check_writable
 from lightning_blue.support.storage import write_atomic
+from lightning_blue.support.text import counted
 
 ASKED = 10  # facts of which it is found out whether the model says them already
 SAID = 5  # unusable facts that are said to a terminal
@@ -126,9 +127,10 @@ def _remarks(plans: Plans, report: Report) -> dict[str, str]:
     requests, tokens = report.requests, plans.module.covariance.tokens_per_dim
     if requests is not None and requests.usable:
         batches = -(-requests.usable // report.settings.batch_size)
-        count = "1 batch" if batches == 1 else f"{batches:,} batches"
-        remarks["data.batch_size"] = f"makes {count}"
-        remarks["data.edits"] = f"{requests.usable:,} of {requests.total:,} facts will be edited"
+        remarks["data.batch_size"] = f"makes {counted(batches, 'batch', 'batches')}"
+        remarks["data.edits"] = (
+            f"{requests.usable:,} of {counted(requests.total, 'fact')} will be edited"
+        )
     widths = [tokens * width for width in key_widths(plans.module, plans.update)]
     number = " or ".join(f"{round(width):,}" for width in widths)
     remarks["model.covariance.tokens_per_dim"] = f"{number} tokens of text in all"

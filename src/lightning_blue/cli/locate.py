@@ -31,6 +31,7 @@ from lightning_blue.locating.tracing import CausalTracer
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.seeds import run_seed
 from lightning_blue.support.space import check_writable
+from lightning_blue.support.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ def _read(data: EditDataModule, module: EditModule) -> tuple[list[EditRequest], 
     notes = []
     if found.rejected:
         notes.append(
-            f"{len(found.rejected):,} of {found.total:,} facts are not used, the first: "
+            f"{len(found.rejected):,} of {counted(found.total, 'fact')} are not used, the first: "
             f"{found.rejected[0]}"
         )
     return found.chosen, notes

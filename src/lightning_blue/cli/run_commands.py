@@ -101,7 +101,7 @@ def export(args: Namespace) -> None:
 def apply(args: Namespace) -> None:
     """Make the edited model of a patch and the unedited one."""
     from lightning_blue.runs.base import check_output
-    from lightning_blue.runs.card import card
+    from lightning_blue.runs.card import card, edits_in_batches
     from lightning_blue.runs.patch import Patch, load_for
 
     patch = Patch(args.patch)
@@ -109,8 +109,7 @@ def apply(args: Namespace) -> None:
     check_output(output, args.force)
     base = load_for(patch, args.model)
     patch.apply(base)
-    edits = sum(map(len, patch.request_ids))
-    said = f"{edits} edits in {len(patch.request_ids)} batches, from {args.patch.name}"
+    said = f"{edits_in_batches(patch.request_ids)}, from {args.patch.name}"
     base.save(output, card(patch.model, patch.request_ids, {}, said))
     _say(f"{said}\nmodel: {output}")
 
@@ -129,13 +128,12 @@ def _removal(journal: Journal, args: Namespace) -> tuple[dict[int, Sequence[int]
 
 
 def _as_model(journal: Journal, output: Path, args: Namespace) -> None:
-    from lightning_blue.runs.card import card
+    from lightning_blue.runs.card import card, edits_in_batches
     from lightning_blue.runs.undo import write_without
 
     base = _base(journal, args)
     write_without(journal, {}, base, None)
-    edits = sum(map(len, journal.request_ids))
-    said = f"{edits} edits in {len(journal.files)} batches"
+    said = edits_in_batches(journal.request_ids)
     base.save(output, card(journal.header.model, journal.request_ids, {}, said))
 
 

@@ -27,6 +27,7 @@ from lightning_blue.support.processes import no_progress_bars
 from lightning_blue.support.seeds import run_seed
 from lightning_blue.support.space import check_writable
 from lightning_blue.support.storage import write_atomic
+from lightning_blue.support.text import counted
 from lightning_blue.tuning import FILE, results, space
 from lightning_blue.tuning.estimate import seconds, seconds_left
 from lightning_blue.tuning.figure import figure_of
@@ -139,7 +140,7 @@ def _tuned(
     _say_time(bench, choices, held, plan)
     bench.prepare(sorted({layer for choice in choices for layer in choice.layers}))
     unedited = bench.unedited(count)
-    _say(f"unedited, {count} facts: {results.sentence(unedited)}")
+    _say(f"unedited, {counted(count, 'fact')}: {results.sentence(unedited)}")
     trials = halve(choices, count, _Told(bench, choices))
     best = results.best(trials)
     return results.Tuned(
@@ -246,8 +247,8 @@ def _say_facts(offset: int, held: HeldBack) -> None:
     """Say what is tuned on."""
     count, known = len(held.facts.requests), len(held.facts.controls)
     _say(
-        f"tuned on {count} facts, usable ones from data.offset = {offset} on; {held.left:,} are "
-        f"left behind data.offset = {held.offset}"
+        f"tuned on {counted(count, 'fact')}, usable ones from data.offset = {offset} on; "
+        f"{held.left:,} are left behind data.offset = {held.offset}"
     )
     _say(f"control facts: {known} that the model answers, of {held.asked} asked{_instead(held)}")
 

@@ -18,6 +18,7 @@ from lightning_blue.comparison.labels import Labels, labels
 from lightning_blue.reporting.files import flat
 from lightning_blue.reporting.run_folders import STATUS, read_status
 from lightning_blue.support.errors import InputError, first_line
+from lightning_blue.support.text import counted
 
 # Keys that do not make another run of what is compared: where and how it was made and measured.
 NOT_COMPARED = (
@@ -147,7 +148,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]:
     if not runs:
         reasons = "; ".join(f"{left.folder.name}: {left.reason}" for left in left_out[:5])
         raise InputError(
-            f"none of {len(left_out)} runs can be compared: {reasons}",
+            f"none of {counted(len(left_out), 'run')} can be compared: {reasons}",
             where=", ".join(map(str, paths)),
             hint="let them finish: the command of each with --ckpt_path=last",
         )

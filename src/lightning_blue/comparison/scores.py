@@ -19,6 +19,7 @@ from lightning_blue.comparison.labels import (
 from lightning_blue.comparison.runs import NOT_COMPARED, FinishedRun
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import MetricSpec
+from lightning_blue.support.text import counted
 
 # Keys in which runs of one row may differ, or do: the seed, and what their labels say.
 BY_LABEL = (
@@ -39,7 +40,7 @@ class Setting(NamedTuple):
     def title(self) -> str:
         """As a heading."""
         if self.batch_size >= self.edits:
-            return f"{self.edits:,} edits in one batch"
+            return f"{counted(self.edits, 'edit')} in one batch"
         return f"{self.edits:,} edits, {self.batch_size:,} at a time"
 
 

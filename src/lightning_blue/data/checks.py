@@ -19,7 +19,7 @@ from lightning_blue.language_model.tokens import (
 )
 from lightning_blue.language_model.vocabulary import HINT, Vocabulary
 from lightning_blue.support.errors import InputError
-from lightning_blue.support.text import shown
+from lightning_blue.support.text import counted, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,7 +189,7 @@ def apply_policy(rejected: Sequence[Rejected], total: int, on_unusable: str) -> 
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in count_by_kind(rejected).items())
     raise InputError(
-        f"{len(rejected)} of {_count(total, 'request')} cannot be used ({kinds})",
+        f"{len(rejected)} of {counted(total, 'request')} cannot be used ({kinds})",
         where=_listing([str(fault) for fault in rejected[:NAMED_AT_MOST]], len(rejected)),
         hint="correct them, or go on without them: --data.on_unusable=skip",
     )
@@ -316,8 +316,3 @@ def _listing(lines: Sequence[str], total: int) -> str:
     """Lines below each other, and how many more there are."""
     more = [f"and {total - len(lines)} more"] if total > len(lines) else []
     return "\n         ".join([*lines, *more])
-
-
-def _count(number: int, noun: str) -> str:
-    """A number with its noun."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -31,6 +31,7 @@ from lightning_blue.data.memory import Facts, name_of, rows_of
 from lightning_blue.data.reading import ALMANAC, read_requests, require_source
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.text import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -191,8 +192,8 @@ class EditDataModule(LightningDataModule):
         self._controls = self._asked
         log.info(
             "%s, %s",
-            _amount(len(chosen), "requests", "edits", self.edits),
-            _amount(len(self._asked), "control facts", "controls", at_most),
+            _amount(len(chosen), "request", "edits", self.edits),
+            _amount(len(self._asked), "control fact", "controls", at_most),
         )
 
     def sort_out(
@@ -409,10 +410,10 @@ class EditDataModule(LightningDataModule):
 def _amount(found: int, what: str, key: str, most: int | None) -> str:
     """Say how much there is, and of which limit it falls short.
 
-    >>> _amount(10, "requests", "edits", 200)
+    >>> _amount(10, "request", "edits", 200)
     '10 requests (data.edits: at most 200)'
-    >>> _amount(1, "control facts", "controls", None)
+    >>> _amount(1, "control fact", "controls", None)
     '1 control fact'
     """
     limit = f" (data.{key}: at most {most:,})" if most and found < most else ""
-    return f"{found:,} {what.removesuffix('s') if found == 1 else what}{limit}"
+    return f"{counted(found, what)}{limit}"

@@ -35,6 +35,7 @@ from lightning_blue.reporting.record import RunRecord
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.memory import available_memory
 from lightning_blue.support.space import free_space, size
+from lightning_blue.support.text import counted
 
 SAMPLE = 32  # requests whose length stands for all
 
@@ -193,7 +194,8 @@ def _problems(plans: Plans, requests: Requests | None) -> tuple[list[str], list[
     if not requests.usable:
         problems.append("no fact can be edited")
     if requests.unusable:
-        count = f"{len(requests.unusable):,} of {requests.total:,} facts cannot be used (above)"
+        total = counted(requests.total, "fact")
+        count = f"{len(requests.unusable):,} of {total} cannot be used (above)"
         if plans.data.on_unusable == "skip":
             notes.append(f"{count}: they are left out (data.on_unusable=skip)")
         else:

@@ -10,6 +10,7 @@ from lightning_blue.preflight.facts import FactSeen, Requests
 from lightning_blue.preflight.model import Arrival, ModelFacts
 from lightning_blue.preflight.report import Cost, Report, Settings
 from lightning_blue.support.space import size
+from lightning_blue.support.text import counted
 
 WIDTH = 80
 LABEL = 14  # characters of a line's name
@@ -177,7 +178,7 @@ def _probabilities(fact: FactSeen) -> str:
 
 
 def _cost(cost: Cost) -> Iterator[str]:
-    what = f"{cost.edits:,} edits" + (" of facts in the package" if cost.stand_ins else "")
+    what = counted(cost.edits, "edit") + (" of facts in the package" if cost.stand_ins else "")
     total = f"{duration(cost.seconds[0])} to {duration(cost.seconds[1])}"
     yield from line("time", f"{total} for {what}; start, plots and saving come on top")
     for part in cost.parts:
@@ -205,7 +206,7 @@ def _verdict(problems: Sequence[str]) -> Iterator[str]:
     if not problems:
         yield from line("verdict", "fit to go")
         return
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    count = counted(len(problems), "problem")
     yield from line("verdict", f"not yet: {count} to be mended first")
     for problem in problems:
         yield from line("problem", problem)

@@ -19,6 +19,7 @@ from lightning_blue.reporting.tables import estimate_text, markdown_table, score
 from lightning_blue.reporting.text import definitions, inline, loaded_with, settings_rows
 from lightning_blue.reporting.views import measured, metrics_at
 from lightning_blue.support.storage import whole_folder, write_atomic, writing
+from lightning_blue.support.text import counted
 
 LISTED_AT_MOST = 200
 
@@ -67,7 +68,7 @@ def model_card(history: RunHistory, head: Mapping[str, Any] = MappingProxyType({
     method = markdown_table(settings_rows(history.settings), ["setting", "value"])
     return f"""{front_matter(head)}
 
-# {inline(name)} with {_facts(history.applied)} edited
+# {inline(name)} with {counted(history.applied, "fact")} edited
 
 The weights of {inline(name)} were {_edited_how(history)} so that the model states the
 facts listed below. Everything else was meant to stay as it was; see the caution.
@@ -139,10 +140,6 @@ def _licence(head: Mapping[str, Any]) -> str:
     return "No licence was found with the model that was edited; whatever holds for it holds here."
 
 
-def _facts(n: int) -> str:
-    return "1 fact" if n == 1 else f"{n:,} facts"
-
-
 def _edits(history: RunHistory) -> str:
     applied = [history.requests[place] for place in history.applied_places]
     lines = [
@@ -152,4 +149,4 @@ def _edits(history: RunHistory) -> str:
         for request in applied[:LISTED_AT_MOST]
     ]
     more = len(applied) - LISTED_AT_MOST
-    return "\n".join([*lines, f"\nand {_facts(more)} more."] if more > 0 else lines)
+    return "\n".join([*lines, f"\nand {counted(more, 'fact')} more."] if more > 0 else lines)

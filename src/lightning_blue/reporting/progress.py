@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning_blue.metrics import table
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import RunHistory
+from lightning_blue.support.text import counted
 
 
 class EditProgressBar(TQDMProgressBar):
@@ -46,7 +47,10 @@ class ProgressLines(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what comes before the first batch, which takes long on a large model."""
         n = len(_history(trainer).requests)
-        _say(trainer, f"{n:,} requests: contexts, covariances and the unedited model come first")
+        _say(
+            trainer,
+            f"{counted(n, 'request')}: contexts, covariances and the unedited model come first",
+        )
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -64,7 +68,7 @@ class ProgressLines(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what takes so long."""
-        _say(trainer, f"measuring {len(_history(trainer).requests):,} requests")
+        _say(trainer, f"measuring {counted(len(_history(trainer).requests), 'request')}")
 
     def _finish(self, trainer: Trainer, over: bool = False) -> None:
         """Write the line of the batch that was under way."""
@@ -78,7 +82,7 @@ class ProgressLines(Callback):
         each = (time.perf_counter() - self._started) / (done - self._first)
         left = 0 if over else batches - done
         parts = [
-            f"{history.applied:,} of {len(history.requests):,} edits",
+            f"{history.applied:,} of {counted(len(history.requests), 'edit')}",
             _efficacy(history) if history.applied > self._applied else "rejected",
             f"about {duration(each * left)} of editing left" if left else "",
         ]

@@ -42,6 +42,7 @@ from lightning_blue.reporting.views import (
     seconds_per_edit,
 )
 from lightning_blue.support.storage import write_atomic
+from lightning_blue.support.text import counted
 
 PLOTS = "plots"  # folder of pictures, in the run's
 EXAMPLES = 10  # edits shown, and as many that failed
@@ -127,17 +128,19 @@ def _sentence(history: RunHistory) -> str:
     if history.of("test"):
         model, data = (inline(str(settings.get(key, f"the {key}"))) for key in ("model", "data"))
         return (
-            f"{len(history.requests):,} facts of {data} were measured in {model}, without editing."
+            f"{counted(len(history.requests), 'fact')} of {data} "
+            f"{'was' if len(history.requests) == 1 else 'were'} measured in {model}, "
+            "without editing."
         )
-    text = f"{history.applied:,} of {len(history.requests):,} requested facts"
+    text = f"{history.applied:,} of {counted(len(history.requests), 'requested fact')}"
     if "data" in settings:
         text += f" of {inline(str(settings['data']))}"
-    text += " were edited"
+    text += " was edited" if history.applied == 1 else " were edited"
     if "model" in settings:
         text += f" in {inline(str(settings['model']))}"
     number = len(history.batches)
     if number:
-        text += f", in {number} {'batch' if number == 1 else 'batches'}"
+        text += f", in {counted(number, 'batch', 'batches')}"
     if number and "batch_size" in settings:
         text += f" of up to {settings['batch_size']}"
     if "plan" in settings:
@@ -268,10 +271,10 @@ def _times(history: RunHistory) -> str:
         text += f"\n\n{each:.3g} seconds per edit."
     for batch, layers in history.targets_read.items():
         named = ", ".join(map(str, layers))
+        edits = counted(len(history.batches[batch]), "edit")
         text += (
             f"\n\nTargets of batch {batch}, layer {named}, were read from the cache: another run "
-            f"had optimised them. The {len(history.batches[batch]):,} edits of the batch are not "
-            "in the seconds per edit."
+            f"had optimised them. The seconds per edit leave out the batch's {edits}."
         )
     return text
 

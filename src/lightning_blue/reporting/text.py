@@ -11,6 +11,7 @@ from typing import Any
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.protocol_rows import TITLES
 from lightning_blue.metrics.table import HARNESS, ORDINARY_TEXT, RETENTION, MetricSpec
+from lightning_blue.support.text import counted
 
 LINE = 100  # characters of a line of running text
 CELL = 90  # characters of a text shown in a table
@@ -104,10 +105,11 @@ def _main_sentence(history: RunHistory) -> str:
     if not total:
         return ""
     known = sum(request.target_true is not None for request in history.requests)
-    named = f"{known:,} of {total:,} requests name their current object"
+    name_theirs = "names its" if total == 1 else "name their"
+    named = f"{known:,} of {counted(total, 'request')} {name_theirs} current object"
     scores = "Efficacy, generalization and specificity"
     if history.protocol == "zsre":
-        return f"{scores} count right tokens (protocol zsre) of all {total:,} requests: {named}."
+        return f"{scores} count right tokens (protocol zsre) of all requests: {named}."
     text = f"{scores} compare the probabilities of two objects (protocol counterfact): {named}"
     left = total - known
     if not left:

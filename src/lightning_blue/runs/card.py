@@ -12,6 +12,7 @@ from lightning_blue.runs.journal import Journal
 from lightning_blue.runs.journal_header import BaseModel
 from lightning_blue.runs.undo import is_exact
 from lightning_blue.runs.weights import Removed
+from lightning_blue.support.text import counted
 
 LISTED_AT_MOST = 200
 
@@ -20,12 +21,11 @@ def undone(
     journal: Journal, removed: Removed, distances: Mapping[WeightId, float], replay: bool
 ) -> str:
     """Say what was left out of a run, and what that makes of the rest."""
-    count = len(journal.files)
     edits = sum(map(len, removed.values()))
     batches = ", ".join(map(str, sorted(removed))) or "none"
     lines = [
-        f"{sum(map(len, journal.request_ids))} edits in {count} batches",
-        f"left out: {edits} edits, of batches {batches}",
+        edits_in_batches(journal.request_ids),
+        f"left out: {counted(edits, 'edit')}, of batches {batches}",
         _rest(journal, removed, replay),
     ]
     lines += [
@@ -36,6 +36,16 @@ def undone(
     if transform is not None:
         lines.append(f"{transform} was applied to what is left")
     return "\n".join(lines)
+
+
+def edits_in_batches(request_ids: Sequence[Sequence[str]]) -> str:
+    """Say how much a run has written.
+
+    >>> edits_in_batches([["7", "8"], ["9"]])
+    '3 edits in 2 batches'
+    """
+    edits = sum(map(len, request_ids))
+    return f"{counted(edits, 'edit')} in {counted(len(request_ids), 'batch', 'batches')}"
 
 
 def card(

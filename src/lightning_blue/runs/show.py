@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from blue_callbacks import WeightId
+from lightning_blue.runs.card import edits_in_batches
 from lightning_blue.runs.journal import HEADER, RECORDS, Journal
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.text import counted
 
 WIDTH = 80
 EDITS_A_BATCH = 3  # shown, unless all are asked for
@@ -72,8 +74,7 @@ def _head(folder: Path, journal: Journal | None) -> Iterator[str]:
         for name in ("rect_keep", "post_edit_transform"):
             if update[name] is not None:
                 yield f"          {name} {update[name]}"
-        edits = sum(map(len, journal.request_ids))
-        yield f"written:  {edits} edits in {len(journal.files)} batches"
+        yield f"written:  {edits_in_batches(journal.request_ids)}"
     yield from _scores(folder / "summary.json")
 
 
@@ -108,7 +109,9 @@ def _batch(batch: int, edits: list[Row], norms: Mapping[WeightId, float]) -> str
     shares = [share for share in map(_efficacy, edits) if share is not None]
     scored = f", efficacy at the end {sum(shares) / len(shares):.0%}" if shares else ""
     added = "".join(f", {weight} {norm:.2g}" for weight, norm in norms.items())
-    return f"batch {batch}: {len(edits)} edits{scored}" + (f"; norm{added[1:]}" if added else "")
+    return f"batch {batch}: {counted(len(edits), 'edit')}{scored}" + (
+        f"; norm{added[1:]}" if added else ""
+    )
 
 
 def _edit(edit: Row) -> str:
@@ -130,7 +133,7 @@ def _contents(folder: Path) -> Iterator[str]:
         inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         total = sum(file.stat().st_size for file in inside)
         name = path.name + ("/" if path.is_dir() else "")
-        count = f"  {len(inside)} files" if path.is_dir() else ""
+        count = f"  {counted(len(inside), 'file')}" if path.is_dir() else ""
         yield f"  {size(total):>9}  {name}{count}"
 
 

@@ -24,6 +24,7 @@ from lightning_blue.runs.weights import (
     with_changes,
 )
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.text import counted
 
 
 def all_from(journal: Journal, first: int) -> Removed:
@@ -35,7 +36,7 @@ def all_from(journal: Journal, first: int) -> Removed:
     count = len(journal.files)
     if not 0 <= first <= count:
         raise InputError(
-            f"the run has {count} batches; {first} of them cannot be kept",
+            f"the run has {counted(count, 'batch', 'batches')}; {first} of them cannot be kept",
             where=f"--to {first}",
             hint=f"choose from 0 (the unedited model) to {count} (all)",
         )

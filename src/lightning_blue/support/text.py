@@ -26,6 +26,15 @@ shown = _Short().repr
 """``repr``, short: the middle of a long value is left out, and nesting has an end."""
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, which is in the plural unless there is one.
+
+    >>> counted(1, "fact"), counted(1_000, "fact"), counted(2, "batch", "batches")
+    ('1 fact', '1,000 facts', '2 batches')
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def no_text(value: str) -> str | None:
     r"""Say what a string holds that can be neither written nor tokenised; None if it is text.
 

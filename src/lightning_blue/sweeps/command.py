@@ -14,6 +14,7 @@ import yaml
 
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.space import check_writable
+from lightning_blue.support.text import counted
 from lightning_blue.sweeps.launch import cores, jobs_with_room, run_here, visible_devices
 from lightning_blue.sweeps.planned import PlannedRun, plan_runs
 from lightning_blue.sweeps.shared import covariance_tasks
@@ -117,7 +118,7 @@ def _plan(runs: Sequence[PlannedRun], states: Sequence[str], jobs: int, cluster:
     known = ("finished", "ended early", "stopped")
     counts = [f"{states.count(state)} {state}" for state in known if state in states]
     new = states.count("new")
-    text = f"{len(runs)} runs: {', '.join([*counts, f'{new} new'])}"
+    text = f"{counted(len(runs), 'run')}: {', '.join([*counts, f'{new} new'])}"
     if jobs > 1 or (jobs and cluster == "local"):
         text += f"; {jobs} at a time"
     if jobs and cluster == "local":
@@ -151,7 +152,8 @@ def _close(folder: Path, outcomes: Sequence[Outcome]) -> int:
         _say(f"ended early: {outcome.name}: {outcome.said}")
     if failed:
         _say(
-            f"\n{len(failed)} of {len(outcomes)} runs have no result; the same command tries again:"
+            f"\nwithout a result: {len(failed)} of {counted(len(outcomes), 'run')}; "
+            "the same command tries again:"
         )
         for outcome in failed:
             _say(f"  {outcome.name}: {outcome.said or outcome.state}\n    log: {outcome.log}")
