@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,13 @@ from lightning_blue.editing.optimization import TargetOptimization
 from lightning_blue.editing.targets import TargetFinder
 from lightning_blue.language_model.tokens import encode_targets, encode_with_subject
 from lightning_blue.studies import contribution, residuals, similarity, steps
-from lightning_blue.studies.bench import Bench
+from lightning_blue.studies.bench import Bench, StudySettings
 from lightning_blue.studies.bounds import spectral_norm, update_operator, weight_shift
-from lightning_blue.studies.confound import combinations
+from lightning_blue.studies.confound import combinations, confound
 from lightning_blue.studies.distances import frechet_distance, linear_cka, relative_shift
+from lightning_blue.studies.residual_figure import residual_figure
 from lightning_blue.studies.results import csv_text, estimate
+from lightning_blue.studies.shift import edits_of, factual_prompts
 from lightning_blue.studies.table import STUDIES
 from lightning_blue.support.errors import InputError
 from random_models import random_model, tokenizer
@@ -203,6 +206,14 @@ def test_targets_are_read_back_and_refused_when_damaged(llama, tmp_path, monkeyp
     files[0].write_bytes(b"cut")
     with pytest.raises(InputError, match="delete it"):
         _ = bench_of(module_of(llama, tmp_path)).targets
+
+
+def test_without_a_cache_no_target_is_kept(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = module_of(llama, tmp_path)
+    module.covariance = replace(module.covariance, cache=None)
+    assert set(bench_of(module).targets) == set(LAYERS)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["text.txt"]
 
 
 @pytest.mark.parametrize("plan", ["boundary", "even", "computed"])
@@ -392,7 +403,7 @@ def flags(llama, tmp_path_factory) -> list[str]:
             "target_new": new,
             "target_true": "Paris",
             "paraphrases": [f"{who} has"],
-            "neighborhood_prompts": [{"prompt": f"{who} is near", "answer": "Rome"}],
+            "neighborhood_prompts": [{"prompt": f"The town near {new} is", "answer": "Rome"}],
             "generation_prompts": [f"{who} was"],
             "reference_texts": [f"{who} was in {new}."],
         }
@@ -443,7 +454,14 @@ def test_all_studies_are_made_once_and_told_in_one_report(analyze, tmp_path, mon
     assert again == 0
     assert out.count("made before") == len(STUDIES)
     monkeypatch.setattr(command, "STUDIES", {"similarity": STUDIES["similarity"]})
-    for changed in ("--model.target.clamp=2", "--measure.generate=false", "--study.records=3"):
+    for changed in (
+        "--model.target.clamp=2",
+        "--model.covariance.tokens_per_dim=4",
+        "--data.protocol=zsre",
+        "--measure.generate=false",
+        "--seed_everything=7",
+        "--study.records=3",
+    ):
         code, out, err = analyze("all", changed)
         assert code == 0, err
         assert "made before" not in out
@@ -468,6 +486,66 @@ def test_shift_compares_runs_of_the_model_and_refuses_others(analyze, flags, tmp
     code, _, err = analyze("shift", f"--study.runs=[{tmp_path / 'nothing'}]")
     assert code == 2
     assert "neither a model nor records" in err
+
+
+def test_results_are_made_again_with_other_probes(analyze, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "STUDIES", {"similarity": STUDIES["similarity"]})
+    (given,) = (flag.split("=", 1)[1] for flag in flags if flag.startswith("--data.path="))
+    facts = [json.loads(line) for line in Path(given).read_text().splitlines()]
+    for answer in ("Rome", "Oslo"):
+        for fact in facts:
+            fact["neighborhood_prompts"][0]["answer"] = answer
+        (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+        code, out, err = analyze("all", f"--data.path={tmp_path / 'facts.jsonl'}")
+        assert code == 0, err
+        assert "made before" not in out
+
+
+def test_shift_leaves_out_what_a_compared_run_edited(llama, tmp_path):
+    """A control fact whose prompt a run edits, and one about a subject that it edits."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    edits = [("Lyon is in", "Lyon"), ("The river of Porto is", "Porto")]
+    lines = [json.dumps({"prompt": prompt, "subject": who}) for prompt, who in edits]
+    (run / "edits.jsonl").write_text("\n".join(lines))
+    texts = ["Lyon is in", "The bridges of Porto are", *(f"Town {n} is near" for n in range(5))]
+    known = [Probe(text, "Rome") for text in texts]
+    bench = bench_of(module_of(llama, tmp_path))
+    requests = [replace(request, neighborhood=()) for request in REQUESTS]
+    found = []
+    for runs in ([], [str(run)]):
+        settings = StudySettings(runs=runs, prompts=6)
+        made = Bench(
+            bench.module, bench.update, requests, batch_size=2, controls=known, settings=settings
+        )
+        found.append(factual_prompts(made))
+    assert found == [texts[:6], texts[2:]]
+    (run / "edits.jsonl").unlink()
+    with pytest.raises(InputError, match="what the run edited cannot be read"):
+        edits_of(run)
+
+
+def test_a_confound_of_one_layer_is_drawn(llama, tmp_path):
+    """All plans are one there, and none is called BLUE's."""
+    module = module_of(llama, tmp_path)
+    update = ClosedFormUpdate([1], "boundary", 0.1)
+    result = confound(Bench(module, update, REQUESTS, batch_size=2, trainer={"accelerator": "cpu"}))
+    assert [row["combination"] for row in result.rows] == ["unedited", "even"]
+    assert "norm" in result.figure.axes[1].get_xlabel()
+
+
+def test_the_picture_of_residuals_shows_every_layer():
+    layers = list(range(8))
+    norms = [{"apart": 1.0, "standard_error": 0.1} for _ in layers]
+    rows = [
+        {"layer": n, "batch_size": 2, "past_keys": 2, "bound": 2.0, "error": 1.0}
+        | {"q_norm": 1.0 + n, "q_norm_first_batch": 2.0 + n}
+        for n in layers
+    ]
+    figure = residual_figure(norms, rows, rows, layers, 2)
+    assert [len(axis.lines) for axis in figure.axes[2:]] == [8, 16]
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert said[:-1] == [f"|Q|, layer {n}" for n in layers]
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,15 @@ from blue_callbacks import ClosedFormUpdate
 from lightning_blue import __version__
 from lightning_blue.cli.baselines import require_closed_form
 from lightning_blue.cli.parser import EditCLI
+from lightning_blue.editing.covariance import covariance_file
 from lightning_blue.reporting import MeasureEdits
 from lightning_blue.studies.bench import Bench, StudySettings
 from lightning_blue.studies.results import Described, read_section, write_report, write_result
+from lightning_blue.studies.shift import edits_of
 from lightning_blue.studies.table import STUDIES
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.leftovers import sweep
+from lightning_blue.support.seeds import run_seed
 from lightning_blue.support.space import check_writable
 from lightning_blue.support.text import counted
 
@@ -73,7 +76,8 @@ class AnalyzeCLI(EditCLI):
         self.batch_size = self.setting("data.batch_size")
         config["data.edits"] = settings.records
         config["data.batch_size"] = max(settings.records, self.batch_size)
-        config["data.controls"] = settings.prompts
+        edited = sum(len(edits_of(Path(run))) for run in settings.runs)  # they may be among them
+        config["data.controls"] = settings.prompts + edited
 
 
 def analyze(args: Sequence[str]) -> None:
@@ -156,6 +160,13 @@ def _described(cli: AnalyzeCLI, bench: Bench, name: str) -> Described:
         "study": name,
         "version": __version__,
         "targets": [module.target_identity(bench.requests, layer) for layer in bench.layers],
+        "covariances": covariance_file(
+            module.model, module.tokenizer, module.covariance, bench.layers
+        ).identity,
+        "requests": cli.datamodule.state_dict()["requests"],  # probes and control facts with them
+        "protocol": bench.protocol,
+        "seed": run_seed(bench.seed),
+        "precision": cli.setting("trainer.precision"),
         "update": {k: v for k, v in vars(cli.setting("update")).items() if k != "plan"},
         "measure": vars(cli.setting("measure")),
         "study_settings": asdict(cli.settings),

@@ -124,9 +124,11 @@ class Bench:
     @cached_property
     def targets(self) -> dict[int, Targets]:
         """Layer -> targets optimised on the unedited model."""
-        folder = Path(self.module.covariance.cache or "stats")
+        cache = self.module.covariance.cache
         self._measure_site()
-        found = self.module.unedited_targets(self.requests, self.layers, folder)
+        found = self.module.unedited_targets(
+            self.requests, self.layers, None if cache is None else Path(cache)
+        )
         self.module.know(self.requests, found)
         return found
 

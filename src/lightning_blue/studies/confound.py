@@ -14,7 +14,7 @@ from typing import NamedTuple
 from blue_callbacks.plans import PLANS, LayerUpdate
 from lightning_blue.metrics.evaluation import Metrics
 from lightning_blue.studies.bench import Bench
-from lightning_blue.studies.confound_figure import confound_figure
+from lightning_blue.studies.confound_figure import confound_figure, is_norm
 from lightning_blue.studies.results import Result, Row, measured_of, of_metric
 
 SHOWN = ("score", "efficacy", "generalization", "specificity")
@@ -87,10 +87,10 @@ def confound(bench: Bench) -> Result:
         with bench.edited(each.updates):
             own = bench.update_norm()
             rows.append(_row(*names, "own norm", own, bench.measure()))
-            if own and abs(own / norm - 1) > 1e-6:
+            if own and not is_norm(own, norm):
                 bench.module.rescale(norm / own)
                 rows.append(_row(*names, "equal norm", bench.update_norm(), bench.measure()))
-    return Result(rows, _finding(rows, shown), confound_figure(rows, shown))
+    return Result(rows, _finding(rows, shown), confound_figure(rows, shown, norm))
 
 
 def _row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ WRITTEN = {"first": "#CC79A7", "last": "#E69F00", "boundary": BLUE, "all": VERMI
 MARKERS = {"full": "o", "even": "s", "square_root": "D", "as even": "v"}  # share
 
 
-def confound_figure(rows: Sequence[Row], shown: str) -> Figure:
+def confound_figure(rows: Sequence[Row], shown: str, norm: float) -> Figure:
     """Draw each combination at its own norm, and once more at BLUE's.
 
     Colours tell which layers are written, markers the share, filling whose target.
@@ -25,6 +26,7 @@ def confound_figure(rows: Sequence[Row], shown: str) -> Figure:
     Args:
         rows: of the study.
         shown: the metric on the vertical axis.
+        norm: of BLUE's update.
     """
     figure = new_figure(10.5, 5.6)
     axes = figure.subplots(1, 2, sharey=True)
@@ -36,12 +38,17 @@ def confound_figure(rows: Sequence[Row], shown: str) -> Figure:
     axes[0].set_xlabel("Frobenius norm of the whole update")
     axes[0].set_ylabel(f"{shown} (%)")
     axes[0].set_ylim(-3, 104)
-    _in_order(axes[1], rows, shown)
+    _in_order(axes[1], rows, shown, norm)
     (unedited,) = [row for row in rows if row["combination"] == "unedited"]
     for axis in axes:
         axis.axhline(unedited[shown], color=INK, linestyle=":", linewidth=1)
     figure.legend(handles=_legend(), **BELOW, ncols=5)
     return figure
+
+
+def is_norm(found: float, norm: float) -> bool:
+    """Return whether a norm is another one, but for rounding."""
+    return math.isclose(found, norm, rel_tol=1e-6)
 
 
 def _draw(axis: Any, row: Row, shown: str) -> None:
@@ -68,15 +75,12 @@ def _draw(axis: Any, row: Row, shown: str) -> None:
         )
 
 
-def _in_order(axis: Any, rows: Sequence[Row], shown: str) -> None:
-    """Spread the points of equal norm, in the order of their scores."""
-    alike = [
-        row for row in rows if row["control"] == "equal norm" or row["combination"] == "boundary"
-    ]
+def _in_order(axis: Any, rows: Sequence[Row], shown: str, norm: float) -> None:
+    """Spread the points of BLUE's norm, its own among them, in the order of their scores."""
+    alike = [row for row in rows if row["written"] and is_norm(row["norm"], norm)]
     alike.sort(key=lambda row: row[shown])
     for place, row in enumerate(alike):
         _draw(axis, {**row, "norm": place}, shown)
-    norm = next(row["norm"] for row in alike if row["combination"] == "boundary")
     axis.set_xticks([])
     axis.set_xlim(-0.8, len(alike) + 1.2)
     axis.set_xlabel(f"all at BLUE's norm, {norm:.3g}; in order of {shown}")

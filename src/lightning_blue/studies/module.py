@@ -54,20 +54,20 @@ class StudyModule(EditModule):
         return cls(**{**{name: getattr(module, name) for name in names}, **changes})
 
     def unedited_targets(
-        self, requests: Sequence[EditRequest], layers: Sequence[int], folder: Path
+        self, requests: Sequence[EditRequest], layers: Sequence[int], folder: Path | None
     ) -> dict[int, Targets]:
         """Return layer -> targets of the requests, optimising what no file holds.
 
         Args:
             requests: n edits, optimised together; the weights are unedited.
             layers: target layers.
-            folder: of the files. Where one cannot be written, that is a warning.
+            folder: of the files; None keeps none. Where one cannot be written, that is a warning.
 
         Raises:
             InputError: if a file is damaged.
             NonFiniteError: as `edit_targets` does.
         """
-        before, self.target_store = self.target_store, TargetStore(folder)
+        before, self.target_store = self.target_store, TargetStore(folder) if folder else None
         try:
             self.note_unedited(list(self._originals))
             for layer in layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -47,7 +48,7 @@ def residual_figure(
         logarithmic(axis, "y")
     handles = [
         Line2D([], [], color=colour, marker=marker, label=f"|Q|, layer {layer}")
-        for layer, (colour, marker) in zip(layers, COLOURS, strict=False)
+        for layer, (colour, marker) in zip(layers, cycle(COLOURS), strict=False)
     ]
     handles.append(
         Line2D([], [], color=INK, linestyle="--", label="the first batch's, after as many others")
@@ -72,7 +73,7 @@ def _draw_bounds(axis: Axes, theorem: Sequence[Row], layers: Sequence[int]) -> N
 def _draw_norms(
     axis: Axes, rows: Sequence[Row], layers: Sequence[int], over: str, name: str, dash: str
 ) -> None:
-    for layer, (colour, marker) in zip(layers, COLOURS, strict=False):
+    for layer, (colour, marker) in zip(layers, cycle(COLOURS), strict=False):
         of_layer = [row for row in rows if row["layer"] == layer]
         x, y = [row[over] for row in of_layer], [row[name] for row in of_layer]
         axis.plot(x, y, color=colour, marker=marker, markersize=4, linestyle=dash, linewidth=1.4)

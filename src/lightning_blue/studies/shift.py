@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -29,6 +31,13 @@ from lightning_blue.support.seeds import run_seed
 FEWEST = 4  # prompts; with fewer, no distribution can be compared
 
 
+class Edit(NamedTuple):
+    """What a run was asked to edit."""
+
+    prompt: str
+    subject: str
+
+
 def shift(bench: Bench) -> Result:
     """Compare hidden states behind the last block, at the last token of factual prompts.
 
@@ -46,8 +55,12 @@ def shift(bench: Bench) -> Result:
     before = states()
     after: dict[str, Tensor] = {}
     if bench.settings.runs:
-        for run in bench.settings.runs:
-            after[Path(run).name] = _of_run(bench, Path(run), prompts)
+        folders = [Path(run) for run in bench.settings.runs]
+        names = [folder.name for folder in folders]
+        if len(set(names)) < len(names):
+            names = [str(folder) for folder in folders]
+        for name, folder in zip(names, folders, strict=True):
+            after[name] = _of_run(bench, folder, prompts)
     else:
         for plan in ("even", "boundary"):
             with bench.edited(PLANS[plan](bench.layers), bench.batch_size):
@@ -58,11 +71,20 @@ def shift(bench: Bench) -> Result:
 
 
 def factual_prompts(bench: Bench) -> list[str]:
-    """Return distinct prompts about facts that no request edits: control facts, then neighbours."""
+    """Return distinct prompts about facts that are not edited: control facts, then neighbours.
+
+    Neither by a request, nor, with another prompt about its subject, by a run that is compared.
+    """
     neighbours = [probe for request in bench.requests for probe in request.neighborhood]
-    edited = {request.text for request in bench.requests}
+    by_runs = [edit for run in bench.settings.runs for edit in edits_of(Path(run))]
+    edited = {request.text for request in bench.requests} | {edit.prompt for edit in by_runs}
+    subjects = {edit.subject for edit in by_runs}
     texts = [probe.prompt for probe in (*bench.controls, *neighbours)]
-    found = [text for text in dict.fromkeys(texts) if text not in edited]
+    found = [
+        text
+        for text in dict.fromkeys(texts)
+        if text not in edited and not any(subject in text for subject in subjects)
+    ]
     if len(found) < FEWEST:
         raise InputError(
             f"only {len(found)} factual prompts available, and {FEWEST} are the least",
@@ -70,6 +92,25 @@ def factual_prompts(bench: Bench) -> list[str]:
             hint="give requests with neighborhood_prompts, or more requests than are edited",
         )
     return found[: bench.settings.prompts]
+
+
+def edits_of(run: Path) -> list[Edit]:
+    """Return what a run was asked to edit.
+
+    Raises:
+        InputError: if its folder does not tell.
+    """
+    _require_run(run)
+    path = run / "edits.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Edit(str(row["prompt"]), str(row["subject"])) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"what the run edited cannot be read: {error}",
+            where=str(path),
+            hint="give the folder of a finished run, e.g. runs/quickstart",
+        ) from error
 
 
 def last_states(
@@ -91,19 +132,23 @@ def edited_model(run: Path) -> PreTrainedModel:
     Raises:
         InputError: if there is neither.
     """
+    _require_run(run)
     if (run / "model").is_dir():
         return load_language_model(str(run / "model"))[0]
-    if not (run / RECORDS / HEADER).is_file():
-        raise InputError(
-            "the run has neither a model nor records of its batches",
-            where=str(run),
-            hint="give the folder of a finished run, e.g. runs/quickstart",
-        )
     journal = Journal(run)
     journal.require_edits()
     base = UneditedModel(journal.header.model, journal.header.weights)
     write_without(journal, {}, base, None)
     return base.model
+
+
+def _require_run(run: Path) -> None:
+    if not (run / "model").is_dir() and not (run / RECORDS / HEADER).is_file():
+        raise InputError(
+            "the run has neither a model nor records of its batches",
+            where=str(run),
+            hint="give the folder of a finished run, e.g. runs/quickstart",
+        )
 
 
 def _of_run(bench: Bench, run: Path, prompts: Sequence[str]) -> Tensor:
