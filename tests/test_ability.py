@@ -222,6 +222,20 @@ def test_everything_is_left_as_it_was_found(lm_eval, llama: LanguageModel, tasks
     assert before == after
 
 
+def test_what_an_own_task_reads_is_part_of_what_its_numbers_depend_on(lm_eval, tasks, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    text = Path(tasks[0]).read_text()
+    task = tmp_path / "task.yaml"
+    task.write_text(text.replace(str(Path(tasks[0]).parent / "towns.jsonl"), str(rows)))
+    found = []
+    for label in (0, 1, 1):
+        write_jsonl(rows, [{"town": "Basel", "label": label, "rest": "Europe"}])
+        found.append(GeneralAbility(AbilitySettings([str(task)])).identity())
+    assert found[0] != found[1] == found[2]
+    files = [[str(rows)], {"test": str(rows)}, {"test": [str(rows), "hf://elsewhere"]}, None]
+    assert [harness_module._local_files(each) for each in files] == [[rows]] * 3 + [[]]
+
+
 def test_a_limit_reads_the_first_records_and_evaluate_measures_too(
     lm_eval,
     module,  # noqa: F811

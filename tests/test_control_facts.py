@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from conftest import LanguageModel
+from helpers import write_jsonl
 from lightning_blue.data import EditDataModule
 from lightning_blue.reporting.files import summary
 from lightning_blue.reporting.text import protocol_sentence
@@ -74,6 +75,26 @@ def test_a_resumed_run_has_the_same(module, facts, asked, tmp_path, monkeypatch)
     trainer = run(untouched, facts, tmp_path / "run", resume=True, data=again)
     assert again.controls == first.controls
     assert trainer.callbacks[1].history.controls_kept == again.controls_kept == (3, 6)
+
+
+def test_a_run_is_not_resumed_with_facts_of_the_other_kind(tmp_path):
+    """The same facts, once as the rest of the data, once from a file: of these the known count."""
+    path = tmp_path / "facts.jsonl"
+    fact = {"prompt": "{} is in", "target_new": "Chile", "target_true": "Ulm"}
+    write_jsonl(path, [{**fact, "subject": name} for name in ("Bern", "Lyon", "Basel")])
+    ways: tuple[int | str, str] = (10, str(path))
+    modules = [EditDataModule(str(path), edits=1, controls=wanted) for wanted in ways]
+    for each in modules:
+        each.prepare()
+    of_the_data, of_its_own = modules
+    assert of_the_data.controls == of_its_own.controls != []
+    for first, second, said in (
+        (of_the_data, of_its_own, "from the data itself"),
+        (of_its_own, of_the_data, "from a source of their own"),
+    ):
+        first.load_state_dict(first.state_dict())
+        with pytest.raises(InputError, match=said):
+            second.load_state_dict(first.state_dict())
 
 
 def test_facts_about_edited_subjects_and_repeated_prompts_are_no_controls(tmp_path, caplog):

@@ -382,15 +382,15 @@ def test_metrics_are_those_of_the_verdicts(serve, gpt2: LanguageModel) -> None:
     assert value == {
         "reliability_generation_judge": 50.0,
         "generalization_generation_judge": 50.0,
-        "agreement_generation_judge": pytest.approx((200 / 3 + 100) / 2),
+        "agreement_generation_judge": pytest.approx(200 / 3),
         "unjudged_generation_judge": pytest.approx(100 * (0 + 1 / 2) / 2),
     }
-    assert judged.metrics["agreement_generation_judge"]["prompts"] == 4
+    assert judged.metrics["agreement_generation_judge"]["prompts"] == 3
     assert judged.outcomes[0].values["generalization_generation_judge"] == 0.5
     history = RunHistory(answers_after=judged.answers, judge="m", requests=REQUESTS)
     text = " ".join(generated_answers(history).split())
-    assert "The judge, m, has judged 4 of them: 2 right, where exact match has 1." in text
-    assert "They agree on 3, 75.0% (Cohen's kappa 0.50)." in text  # (0.75 - 0.5) / (1 - 0.5)
+    assert "The judge, m, has judged 3 of them: 2 right, where exact match has 1." in text
+    assert "They agree on 2, 66.7% (Cohen's kappa 0.40)." in text  # (2/3 - 4/9) / (1 - 4/9)
     same = [replace(each, judged=True) for each in answers[:1]]
     text = generated_answers(replace(history, answers_after=same))
     assert "kappa is undefined" in " ".join(text.split())
@@ -452,6 +452,15 @@ def test_a_run_says_what_the_judge_says(serve, module, facts, tmp_path, monkeypa
         assert not any(SECRET.encode() in path.read_bytes() for path in files)
     # verdicts are no part of what is kept of the unedited model: the second run had its own
     assert len(list((tmp_path / "unedited").glob("*.json"))) == 1
+
+
+def test_a_run_is_not_resumed_with_another_protocol() -> None:
+    state = RunHistory(protocol="counterfact").state_dict()
+    RunHistory(protocol="counterfact").load_state_dict(state)
+    with pytest.raises(InputError, match="started with the protocol counterfact, not zsre"):
+        RunHistory(protocol="zsre").load_state_dict(state)
+    del state["protocol"]  # of an older checkpoint
+    RunHistory(protocol="zsre").load_state_dict(state)
 
 
 def test_a_run_is_not_resumed_with_another_judge() -> None:

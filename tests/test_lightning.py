@@ -27,6 +27,7 @@ from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule, TargetOptimization
 from lightning_blue.editing.covariance import CovarianceSource
 from lightning_blue.metrics.callback import MeasureEdits
+from lightning_blue.metrics.generated import GenerationSettings
 from lightning_blue.metrics.instruments import Instruments
 from lightning_blue.reporting import RunRecord
 from lightning_blue.support.errors import InputError
@@ -222,11 +223,18 @@ class Stop(Callback):
 def test_what_is_kept_of_an_unedited_model_belongs_to_all_that_it_depends_on(
     module, facts, corpus, tmp_path
 ):
-    def kept(module: EditModule, precision: Any = "32-true", **settings: Any) -> int:
+    def kept(
+        module: EditModule,
+        precision: Any = "32-true",
+        data: EditDataModule | None = None,
+        **settings: Any,
+    ) -> int:
         chosen = {"text": str(corpus), "text_tokens": 64, **settings}
         measure = MeasureEdits(generate=False, unedited_cache=str(tmp_path / "unedited"), **chosen)
         with pytest.raises(ZeroDivisionError):
-            trainer_of(measure, Stop(), precision=precision).fit(module, datamodule=data_of(facts))
+            trainer_of(measure, Stop(), precision=precision).fit(
+                module, datamodule=data or data_of(facts)
+            )
         (pre,) = measure.history.of("pre")
         if chosen["text"] is not None:
             assert pre.metrics["perplexity"]["tokens"] <= chosen["text_tokens"]
@@ -242,8 +250,25 @@ def test_what_is_kept_of_an_unedited_model_belongs_to_all_that_it_depends_on(
     assert kept(module, text=None) == 4
     assert kept(module, seed=3) == 5
     assert kept(module, "bf16-mixed") == 6
+    rows = [{**fact, "target_true": "Ulm"} for fact in FACTS]
+    write_jsonl(tmp_path / "true.jsonl", rows)
+    true = str(tmp_path / "true.jsonl")
+    assert kept(module, data=EditDataModule(true, edits=2, controls=100)) == 7
+    assert kept(module, data=EditDataModule(true, edits=2, controls=true)) == 8
+    answering = {
+        "protocols": ["probability", "generation"],
+        "generation": GenerationSettings(prompt="chat", max_new_tokens=2),
+    }
+    changed = EditModule(copy.deepcopy(module.model), copy.deepcopy(module.tokenizer), **found)
+    for n, start in enumerate(("user: ", "Q: ")):
+        changed.tokenizer.chat_template = (
+            "{{ eos_token }}" + start + "{{ messages[0].content }}{{ eos_token }}"
+        )
+        assert kept(changed, **answering) == 9 + n
+    changed.model.generation_config.eos_token_id = [5]
+    assert kept(changed, **answering) == 11
     facts.write_text(facts.read_text().replace("Rome", "Ulm"))
-    assert kept(module) == 7
+    assert kept(module) == 12
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,13 @@ def test_a_run_measures_them_if_asked(module, tmp_path, recwarn) -> None:  # noq
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for name in ("negation", "negation_top1", "negation_generation"):
         assert summary[f"pre/{name}/prompts"] == summary[f"post/{name}/prompts"] == 3
-    assert [s for s in ("batch", "cumulative") if "negation" in measure.history.of(s)[0].metrics]
+    stages = ("batch", "cumulative")
+    assert all("negation" in measure.history.of(stage)[0].metrics for stage in stages)
+    measure.history.generation = replace(measure.history.generation, each_batch=True)
+    for asked in (True, False):  # the retention matrix is measured without them
+        found = measure.instruments.evaluate(module, measure.history.requests, negation=asked)
+        assert any(each.prompts == table.NEGATED for each in found.answers) == asked
+        assert ("negation_generation" in found.metrics) == asked
     said = [str(w.message) for w in recwarn if "cannot be negated" in str(w.message)]
     assert said == [
         "1 of 4 prompts are questions, which cannot be negated: measure.negation leaves them out"

@@ -97,10 +97,16 @@ class GeneralAbility:
             return None
         configs = {name: task.dump_config() for name, task in self._loaded["tasks"].items()}
         files = sorted(Path(self.settings.data).glob("*.jsonl")) if self.settings.data else []
+        own = [
+            path
+            for config in configs.values()
+            for path in _local_files((config.get("dataset_kwargs") or {}).get("data_files"))
+        ]
         return {
             "harness": version("lm_eval"),
             "tasks": json.loads(json.dumps(configs, default=str)),
             "files": {path.name: file_digest(path) for path in files},
+            "own_files": {str(path): file_digest(path) for path in own},
             "limit": self.settings.limit,
             "batch_size": self.settings.batch_size,
         }
@@ -114,6 +120,15 @@ class GeneralAbility:
             f"{'all records' if limit is None else f'the first {limit:,} records'} of a task, "
             f"{' or '.join(map(str, sorted(shots)))} examples before each"
         )
+
+
+def _local_files(given: Any) -> list[Path]:
+    """Return the files among what a task names as its data: a path, several, or some by split."""
+    if isinstance(given, Mapping):
+        return [path for part in given.values() for path in _local_files(part)]
+    if isinstance(given, (list, tuple)):
+        return [path for part in given for path in _local_files(part)]
+    return [Path(given)] if isinstance(given, str) and Path(given).is_file() else []
 
 
 def require_harness() -> None:

@@ -57,7 +57,8 @@ def control_facts_of(
     if not facts:
         raise InputError(
             "no fact can serve as a control fact",
-            where=f"data.controls = {source}: {len(usable)} usable, all about edited subjects",
+            where=f"data.controls = {source}: "
+            + (f"{len(usable)} usable, all about edited subjects" if usable else "none is usable"),
             hint="give facts about other subjects, or a number of facts of the data itself",
         )
     if len(facts) < len(usable):

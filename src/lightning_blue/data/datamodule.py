@@ -283,7 +283,12 @@ class EditDataModule(LightningDataModule):
     @property
     def controls_open(self) -> bool:
         """Whether the unedited model has still to be asked for the control facts."""
-        return isinstance(self.controls_wanted, str) and self._known is None
+        return self._controls_given and self._known is None
+
+    @property
+    def _controls_given(self) -> bool:
+        """Whether control facts have a source of their own, and the model is asked for them."""
+        return isinstance(self.controls_wanted, str)
 
     @property
     def controls_kept(self) -> tuple[int, int] | None:
@@ -328,7 +333,11 @@ class EditDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what tells these requests, in this order and these batches, from others."""
-        state = {"requests": self._fingerprint(), "batch_size": self.batch_size}
+        state = {
+            "requests": self._fingerprint(),
+            "batch_size": self.batch_size,
+            "controls_given": self._controls_given,
+        }
         return state if self._known is None else {**state, "known_controls": self._known}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,6 +358,15 @@ class EditDataModule(LightningDataModule):
                 "the run was started with other requests or control facts, or in another order",
                 where=f"data.path = {name_of(self.path)}",
                 hint="bring the data and the options under data back to what they were",
+            )
+        given = state_dict.get("controls_given", self._controls_given)  # older ones do not say
+        if given != self._controls_given:
+            raise InputError(
+                "the run was started with control facts from "
+                + ("a source of their own" if given else "the data itself"),
+                where=f"data.controls = {self.controls_wanted}",
+                hint="resume it with what it was started with: of facts from a source of their own "
+                "those count that the unedited model answers, of the data's own all",
             )
         if "known_controls" in state_dict:
             self.keep_known(state_dict["known_controls"])

@@ -68,7 +68,12 @@ def message(case: Case) -> str:
 def verdict(reply: str) -> bool | None:
     """Say whether a reply calls the answer right; None where it is no lone letter.
 
+    What a model has thought before its reply, up to ``</think>``, is passed over.
+
     >>> verdict("A"), verdict(" **B**."), verdict("A, because it is right"), verdict("")
     (True, False, None, None)
+    >>> verdict("<think>It names Rome, so B?</think> A"), verdict("<think>It names")
+    (True, None)
     """
-    return {RIGHT: True, WRONG: False}.get(reply.strip(_AROUND))
+    said = reply.rpartition("</think>")[2]
+    return {RIGHT: True, WRONG: False}.get(said.strip(_AROUND))

@@ -170,6 +170,7 @@ class RunHistory:
             "answers_before": [asdict(answer) for answer in self.answers_before],
             "seconds": self.seconds,
             "targets_read": self.targets_read,
+            "protocol": self.protocol,
             **self._as_asked,
             "resumed_after": self.resumed_after,
         }
@@ -178,9 +179,16 @@ class RunHistory:
         """Take over what was gathered until a checkpoint.
 
         Raises:
-            InputError: if other protocols were added until then, or answers generated or judged
-                otherwise.
+            InputError: if it was measured by another protocol until then, others were added, or
+                answers generated or judged otherwise.
         """
+        main = state.get("protocol", self.protocol)  # which older checkpoints do not say
+        if main != self.protocol:
+            raise InputError(
+                f"the run was started with the protocol {main}, not {self.protocol}",
+                where="measure.protocols, or data.protocol",
+                hint="resume it with the same, or start a new run",
+            )
         until_then = {key: state[key] for key in ASKED if key in state}
         if until_then != self._as_asked:
             said = ", ".join(f"{key}: {value}" for key, value in until_then.items())

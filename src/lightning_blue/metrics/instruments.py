@@ -107,7 +107,9 @@ class Instruments:
         self.history.count_seconds("evaluate", time.perf_counter() - started)
         generation = self.history.generation
         if generation is not None and (whole or generation.each_batch):
-            evaluation = self._with_answers(evaluation, generation, module, requests, whole)
+            evaluation = self._with_answers(
+                evaluation, generation, module, requests, whole, negation
+            )
         return evaluation
 
     def _with_answers(
@@ -117,6 +119,7 @@ class Instruments:
         module: EditModule,
         requests: Sequence[EditRequest],
         progress: bool,
+        negation: bool,
     ) -> Evaluation:
         """Let the model answer freely; locality compares with what it wrote before any edit."""
         started = time.perf_counter()
@@ -128,7 +131,7 @@ class Instruments:
             requests,
             generation,
             unedited=unedited,
-            negation=self.history.negation,
+            negation=self.history.negation if negation else None,
             progress=progress,
             sent=module.memory,
         )
@@ -153,12 +156,20 @@ class Instruments:
 
     def unedited_identity(self, trainer: Trainer, module: EditModule) -> dict[str, Any]:
         """Return everything that the measurement of the unedited model depends on."""
+        data, generation = trainer.datamodule, self.history.generation  # type: ignore[attr-defined]
+        answers: dict[str, Any] = {}
+        if generation is not None:
+            answers["ends"] = str(module.model.generation_config.eos_token_id)
+            if generation.prompt == "chat":
+                answers["chat_template"] = str(module.tokenizer.chat_template)
         return {
             "model": module.identity,
             "tokenizer": tokenizer_fingerprint(module.tokenizer),
-            "data": trainer.datamodule.state_dict()["requests"],  # type: ignore[attr-defined]
+            "data": data.state_dict()["requests"],
+            "controls": "all" if data.controls_kept is None else "those it answers",
             "protocol": self.history.protocol,
             **self.history.added_settings,
+            "answers": answers,
             "text": None if self.text is None else sha256(self.text.encode()).hexdigest(),
             "text_tokens": self.text_tokens,
             "ability": self.ability.identity(),

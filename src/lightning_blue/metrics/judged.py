@@ -27,7 +27,8 @@ def with_verdicts(
     """Let a judge say which generated answers are right; add what that gives to an evaluation.
 
     Judged are the answers to own prompts, paraphrases and portability prompts, read on by as many
-    stop strings as the object holds itself. An empty one is wrong, and is not sent. The judge sees
+    stop strings as the object holds itself. An empty one is wrong, and is not sent, nor counted in
+    how far the judge agrees with exact match. The judge sees
     prompts without the chat template that they may carry. Several processes share the answers, and
     each gets all verdicts; all of them must call it.
 
@@ -66,4 +67,8 @@ def _is_sent(answer: GeneratedAnswer) -> bool:
 def _is_read(spec: MetricSpec, answer: GeneratedAnswer) -> bool:
     if spec.prompts not in (table.ANSWERS, answer.prompts) or not answer.compared:
         return False
-    return table.JUDGE not in spec.needs or answer.judged is not None
+    if table.JUDGE not in spec.needs:
+        return True
+    if spec.prompts == table.ANSWERS and not _is_sent(answer):
+        return False  # of how the judge judges, nothing is seen where it was not asked
+    return answer.judged is not None

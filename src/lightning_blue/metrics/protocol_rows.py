@@ -160,7 +160,7 @@ GENERATION_METRICS: tuple[MetricSpec, ...] = (
         "agreement (judge)",
         _judged(
             matching.agreement,
-            "the judge says of an answer what exact match says; over judged answers",
+            "the judge says of an answer what exact match says; over answers that it was sent",
         ),
         direction="neither",
         needs=(ANSWERS, JUDGE),

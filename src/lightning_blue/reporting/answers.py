@@ -52,8 +52,12 @@ def generated_answers(history: RunHistory) -> str:
 
 
 def _verdicts(judge: str, answers: Sequence[GeneratedAnswer]) -> str:
-    """Say how many answers a judge has judged, and how far it agrees with exact match."""
-    pairs = [(each.judged, is_match(each.answer, each.wanted)) for each in answers]
+    """Say how many answers a judge has judged, and how far it agrees with exact match.
+
+    Empty answers are wrong without being sent to it.
+    """
+    sent = [each for each in answers if each.longer.strip()]
+    pairs = [(each.judged, is_match(each.answer, each.wanted)) for each in sent]
     judged = [(said, exact) for said, exact in pairs if said is not None]
     text = f"The judge, {inline(PurePath(judge).name)}, has judged {len(judged):,} of them"
     if not judged:
