@@ -10,12 +10,14 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,10 +31,11 @@ from lightning_blue.metrics.matching import GeneratedAnswer
 from lightning_blue.metrics.unedited import UneditedMeasurements
 from lightning_blue.support.errors import InputError
 from lightning_blue.sweeps.launch import run_here, slot_environments
-from lightning_blue.sweeps.planned import SHARE_TARGETS, plan_runs, resolved
+from lightning_blue.sweeps.local_files import LocalFiles
+from lightning_blue.sweeps.planned import SHARE_TARGETS, identity_of, plan_runs, resolved
 from lightning_blue.sweeps.shared import covariance_tasks
 from lightning_blue.sweeps.sweep_file import read_sweep
-from lightning_blue.sweeps.tasks import Outcome, RunTask, StatsTask, Task, environment
+from lightning_blue.sweeps.tasks import NO_RESULT, Outcome, RunTask, Task, environment
 from test_conf import CONF, flags, small_run  # noqa: F401  (a fixture)
 
 PAPER = CONF / "paper"
@@ -174,7 +177,8 @@ def test_identity_is_what_a_run_is_and_not_where_or_under_which_name(planned, tm
     even, boundary = planned(path, tmp_path)
     assert even.identity != boundary.identity
     assert even.name == f"even-{even.identity[:10]}"
-    elsewhere = ["--run.wandb=offline", "--run.export=false", "--model.covariance.cache=other"]
+    elsewhere = ["--run.wandb=offline", "--model.covariance.cache=other"]
+    elsewhere += ["--measure.judge.replies=elsewhere"]
     assert planned(path, tmp_path / "x", *elsewhere)[0].identity == even.identity
     named = write(
         tmp_path, {**LLAMA, "which": {"values": ["a/even.yaml", "a/boundary.yaml"]}}, "other.yaml"
@@ -190,26 +194,111 @@ def test_identity_is_what_a_run_is_and_not_where_or_under_which_name(planned, tm
     assert [run.name for run in narrowed] == [even.name]
 
 
-def test_identity_knows_the_content_of_local_files(planned, tmp_path):
-    from lightning_blue.sweeps.planned import _fingerprint, identity_of
+def test_an_export_is_part_of_what_a_run_is(planned, tmp_path):
+    """Weights are rounded to what is saved before they are measured for the last time."""
+    path = write(tmp_path, {**LLAMA, "run.export": {"values": [True, False]}})
+    exported, not_exported = planned(path, tmp_path)
+    assert exported.identity != not_exported.identity
+    # what is left out where nothing is exported: such runs keep their folders
+    assert {**not_exported.config, "run/export": True} == exported.config
 
-    facts = tmp_path / "facts.json"
+
+def test_identity_knows_the_content_of_local_files(planned, tmp_path, monkeypatch):
+    facts = tmp_path / "almanac_facts.json"  # not the package's almanac
     facts.write_text('[{"subject": "Lyon", "prompt": "{} is near", "target_new": "Rome"}]')
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even"]}})
-    (before,) = planned(path, tmp_path, f"--data.path={facts}")
-    facts.write_text(facts.read_text().replace("Rome", "Oslo"))
-    _fingerprint.cache_clear()
-    (after,) = planned(path, tmp_path, f"--data.path={facts}")
-    assert before.config == after.config
-    assert before.identity != after.identity
-    keys = ("data/controls", "measure/text", "model/covariance/corpus", "model/covariance/path")
-    for key in keys:
-        named = {**after.config, key: str(facts)}
-        old = identity_of(named)
-        facts.write_text(facts.read_text() + " ")
-        _fingerprint.cache_clear()
-        assert key in after.config
-        assert identity_of(named) != old, key
+    (run,) = planned(path, tmp_path, f"--data.path={facts}")
+    assert run.identity == identity_of(run.config)
+    keys = ("data/path", "data/controls", "measure/text", "measure/ability/data")
+    for key in (*keys, "model/covariance/corpus", "model/covariance/path"):
+        assert key in run.config
+        for name in (str(facts), f"~/{facts.name}"):
+            config = {**run.config, key: name}
+            before = identity_of(config)
+            facts.write_text(facts.read_text().replace("Rome", "Oslo"))
+            assert identity_of(config) != before, (key, name)
+            facts.write_text(facts.read_text().replace("Oslo", "Rome"))
+            assert identity_of(config) == before, (key, name)
+
+
+def test_one_byte_of_a_long_text_counts(tmp_path):
+    """Between the blocks by which the files of models are told apart, too."""
+    path = tmp_path / "facts.json"
+    content = bytearray(b"0123456789abcdef") * (6 << 16)  # 6 MB
+    path.write_bytes(content)
+    before = LocalFiles().of({"data/path": str(path)})
+    content[80_000] ^= 1
+    path.write_bytes(content)
+    assert LocalFiles().of({"data/path": str(path)}) != before
+
+
+def test_names_of_the_package_are_no_paths(tmp_path, monkeypatch):
+    packaged = LocalFiles().of({"data/path": "almanac", "measure/text": "almanac-heldout"})
+    assert packaged["data/path"] == packaged["measure/text"] is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "almanac").write_text("a file that nothing reads")
+    assert LocalFiles().of({"data/path": "almanac"})["data/path"] == packaged["data/path"]
+    (tmp_path / "almanac-heldout").write_text("records of the user's")
+    own = {"data/path": "almanac-heldout"}
+    before = LocalFiles().of(own)["data/path"]
+    (tmp_path / "almanac-heldout").write_text("other records")
+    assert LocalFiles().of(own)["data/path"] != before
+
+
+def test_covariances_with_a_file_for_each_layer_count(tmp_path):
+    for layer in (4, 6, 8, 11):
+        (tmp_path / f"stats-{layer}.npz").write_text("matrix")
+    (tmp_path / "stats-old.npz").write_text("matrix")
+    given = {"model/covariance/path": f"{tmp_path}/stats-{{}}.npz", "update/plan": "boundary"}
+    planned = {**given, "update/layers": [4, 6, 8]}
+    by_depth = {**given, "update/layers": None}
+    # of the planned run only what it reads: the covariances of layers 4 and 8
+    for name, counts in (
+        ("4", (1, 1)),
+        ("8", (1, 1)),
+        ("6", (0, 1)),
+        ("11", (0, 1)),
+        ("old", (0, 0)),
+    ):
+        before = [LocalFiles().of(config) for config in (planned, by_depth)]
+        (tmp_path / f"stats-{name}.npz").write_text("another")
+        after = [LocalFiles().of(config) for config in (planned, by_depth)]
+        assert tuple(int(a != b) for a, b in zip(before, after, strict=True)) == counts, name
+
+
+def test_tasks_of_the_users_count_with_all_that_they_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "records.jsonl").write_text("{}")
+    tasks = tmp_path / "tasks"
+    (tasks / "shared").mkdir(parents=True)
+    (tasks / "own.yaml").write_text(
+        "include: shared/base.yaml\ntask: own\ndoc_to_text: !function ways.asked\n"
+        "dataset_kwargs: {data_files: {test: 'rec*.jsonl'}}\n"
+    )
+    (tasks / "shared" / "base.yaml").write_text("include: ../own.yaml\ndataset_path: json\n")
+    (tasks / "ways.py").write_text("def asked(record): return ''")
+    (tasks / "other.yaml").write_text("task: other\n")
+    config = {"measure/ability/tasks": ["paper", "tasks/own.yaml"]}
+    read = ("tasks/own.yaml", "tasks/shared/base.yaml", "tasks/ways.py", "records.jsonl")
+    for name in (*read, "tasks/other.yaml"):
+        before = LocalFiles().of(config)
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+        assert (LocalFiles().of(config) != before) is (name in read), name
+    # names that the harness knows leave the hash of other runs as it is
+    assert LocalFiles().of({"measure/ability/tasks": ["paper"]}) == LocalFiles().of({})
+
+
+def test_notes_of_a_download_are_no_part_of_a_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config = {"model/name_or_path": str(tmp_path)}
+    before = LocalFiles().of(config)
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "config.json.metadata").write_text("yesterday")
+    assert LocalFiles().of(config) == before
+    (tmp_path / "config.json").write_text("{ }")
+    assert LocalFiles().of(config) != before
 
 
 def test_runs_share_targets_unless_told_otherwise(planned, tmp_path):
@@ -251,6 +340,9 @@ def test_a_folder_counts_by_its_content(planned, tmp_path):
     nested["update"]["ridge"] = 3.0
     (folder / "config.yaml").write_text(yaml.safe_dump(nested))
     assert run.state == "new"
+    refused = RunTask(run.name, tuple(run.command), run.root, run).run(environment())
+    assert (refused.state, refused.said) == ("failed", NO_RESULT)  # nothing was overwritten
+    assert not refused.log.exists()
 
 
 # the committed sweeps
@@ -334,15 +426,43 @@ def test_covariances_are_collected_once_for_the_layers_that_runs_write(planned, 
     assert covariance_tasks(given) == []
 
 
-class _Said(StatsTask):
-    """A command that needs no model; done once."""
+def test_covariances_that_are_gone_or_of_another_text_are_collected_again(
+    planned,
+    small_run,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    """Whatever an earlier call of the sweep has done; what is there is left as it is."""
+    text, stats = tmp_path / "text.txt", tmp_path / "stats"
+    text.write_text((small_run / "text.txt").read_text())
+    own = [f"--model.covariance.corpus={text}", f"--model.covariance.cache={stats}"]
+    path = write(tmp_path, {**LLAMA, "update.plan": {"values": ["even", "boundary"]}})
+    # in this process: it spares the seconds in which another one starts
+    monkeypatch.setattr(Task, "_start", lambda task, *_: main(list(task.command)))
+
+    (task,) = covariance_tasks(planned(path, tmp_path, *own))
+
+    def collect() -> dict[str, int]:
+        with redirect_stdout(io.StringIO()):
+            assert task.run(environment()).state == "finished"
+        return {file.name: file.stat().st_mtime_ns for file in stats.glob("*.safetensors")}
+
+    first = collect()
+    assert len(first) == 1
+    assert collect() == first
+    shutil.rmtree(stats)
+    again = collect()
+    assert again.keys() == first.keys()
+    assert again != first
+    text.write_text(text.read_text().replace("Basel", "Lyons"))
+    assert len(collect()) == 2
 
 
 def test_tasks_that_fail_do_not_stop_the_others(tmp_path):
     tasks = [
-        _Said("first", ("--version",), tmp_path),
+        Task("first", ("--version",), tmp_path),
         Task("bad", ("evaluat",), tmp_path),
-        _Said("last", ("--version",), tmp_path),
+        Task("last", ("--version",), tmp_path),
     ]
     outcomes: list[Outcome] = []
     run_here(tasks, 2, outcomes.append)
@@ -359,37 +479,122 @@ def test_a_reason_is_the_newest_attempts(tmp_path):
     task = Task("bad", ("--version",), tmp_path)
     task.log.parent.mkdir()
     task.log.write_text("error: of yesterday\n")
-    outcome = task.run(environment())
-    assert outcome.state == "failed"
-    assert "does not hold the run" in outcome.said
+    assert task.run(environment()).ok
     again = Task("bad", ("evaluat",), tmp_path).run(environment())
     assert again.said.startswith("there is no command 'evaluat'")
 
 
-def test_a_task_that_another_process_works_on_is_waited_for(tmp_path):
-    """The lock is held by the process that works, even if the one that started it died."""
-    task = _Said("once", ("--version",), tmp_path)
-    (tmp_path / "locks").mkdir()
+@dataclass(frozen=True)
+class Noted(Task):
+    """A process that notes who has started it, once so many others have started too."""
+
+    by: str = ""
+    others: int = 0
+
+    def result(self) -> Outcome | None:
+        done = self.root / "done" / self.name
+        return Outcome(self.name, "finished", done.read_text()) if done.exists() else None
+
+    @property
+    def argv(self) -> list[str]:
+        code = """if True:
+            import os, sys, time
+            root, name, by, others = sys.argv[1:]
+            open(f"{root}/started/{name}-{os.getpid()}", "x").close()
+            deadline = time.monotonic() + 30
+            while len(os.listdir(f"{root}/started")) <= int(others):
+                if time.monotonic() > deadline:
+                    sys.exit(3)
+                time.sleep(0.01)
+            open(f"{root}/done/{name}", "x").write(by)
+        """
+        asked = map(str, (self.root, self.name, self.by, self.others))
+        return [sys.executable, "-S", "-c", code, *asked]
+
+
+@contextmanager
+def held(lock: Path):
+    """Hold a lock from another process, until the block ends."""
+    lock.parent.mkdir(exist_ok=True)
     code = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
     code += "print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "locks" / "once.lock")],
+        [sys.executable, "-S", "-c", code, str(lock)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
+    try:
+        yield
+    finally:
+        holder.communicate("")
+
+
+@pytest.fixture
+def noted(tmp_path) -> Path:
+    for name in ("started", "done"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def test_a_task_that_another_process_works_on_is_waited_for(noted):
+    """The lock is held by the process that works, even if the one that started it died."""
+    task = Noted("once", (), noted)
     outcomes: list[Outcome] = []
     worker = threading.Thread(target=lambda: outcomes.append(task.run(environment())))
-    worker.start()
-    worker.join(1)
-    assert worker.is_alive()
-    task.done.touch()  # what the other one did
-    holder.communicate("")
+    with held(task.lock):
+        worker.start()
+        worker.join(1)
+        assert worker.is_alive()
+        (noted / "done" / "once").write_text("another")  # what the other one did
     worker.join(LIMIT)
-    assert outcomes[0].ok
+    assert [outcome.said for outcome in outcomes] == ["another"]
     assert not task.log.exists()  # nothing was started again
+
+
+def test_a_task_that_another_process_works_on_comes_last(noted):
+    """And is made where that process ends without having done it."""
+    tasks = [Noted(name, (), noted, by="this") for name in ("busy", "second", "third")]
+    ended: list[str] = []
+    with ExitStack() as other:
+        other.enter_context(held(tasks[0].lock))
+
+        def on_end(outcome: Outcome) -> None:
+            ended.append(outcome.name)
+            if len(ended) == 2:
+                other.close()
+
+        sweep = threading.Thread(target=lambda: run_here(tasks, 1, on_end), daemon=True)
+        sweep.start()
+        sweep.join(60)
+    assert ended == ["second", "third", "busy"]
+    assert {file.name for file in (noted / "done").iterdir()} == set(ended)
+
+
+def test_two_sweeps_on_one_folder_divide_the_runs(noted):
+    """No task ends before two have started: one sweep with one process at a time is not enough."""
+    names = [f"run-{number}" for number in range(6)]
+    outcomes: dict[str, list[Outcome]] = {"one": [], "two": []}
+    sweeps = [
+        threading.Thread(
+            target=run_here,
+            args=([Noted(name, (), noted, by, others=1) for name in names], 1, ended.append),
+            daemon=True,
+        )
+        for by, ended in outcomes.items()
+    ]
+    for sweep in sweeps:
+        sweep.start()
+    for sweep in sweeps:
+        sweep.join(60)
+    for ended in outcomes.values():  # each knows what became of all of them
+        assert sorted(outcome.name for outcome in ended) == names
+        assert {outcome.state for outcome in ended} == {"finished"}
+    started = [file.name.rpartition("-")[0] for file in (noted / "started").iterdir()]
+    assert sorted(started) == names  # each once
+    assert {(noted / "done" / name).read_text() for name in names} == {"one", "two"}
 
 
 def test_each_slot_has_its_share_of_threads_or_its_own_gpu(monkeypatch):

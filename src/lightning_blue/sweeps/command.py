@@ -16,7 +16,7 @@ from lightning_blue.support.errors import InputError
 from lightning_blue.support.space import check_writable
 from lightning_blue.support.text import counted
 from lightning_blue.sweeps.launch import cores, jobs_with_room, run_here, visible_devices
-from lightning_blue.sweeps.planned import PlannedRun, plan_runs
+from lightning_blue.sweeps.planned import DONE, PlannedRun, plan_runs
 from lightning_blue.sweeps.shared import covariance_tasks
 from lightning_blue.sweeps.sweep_file import read_sweep
 from lightning_blue.sweeps.tasks import Outcome, RunTask, Task
@@ -46,7 +46,7 @@ def sweep(args: Namespace, passed_on: Sequence[str]) -> int:
     folder = args.root / asked.name
     check_writable(folder)
     states = [run.state for run in runs]
-    to_do = [task for task, state in zip(tasks, states, strict=True) if not _has_result(state)]
+    to_do = [task for task, state in zip(tasks, states, strict=True) if state not in DONE]
     launch, jobs = _launcher(args, runs, folder)
     _say(_plan(runs, states, jobs if to_do else 0, args.cluster))
     outcomes = _run(to_do, len(runs), launch, jobs)
@@ -115,7 +115,7 @@ def _list(runs: Sequence[PlannedRun]) -> None:
 
 def _plan(runs: Sequence[PlannedRun], states: Sequence[str], jobs: int, cluster: str) -> str:
     """Say what there is to do, and how many run at a time."""
-    known = ("finished", "ended early", "stopped")
+    known = (*DONE, "stopped")
     counts = [f"{states.count(state)} {state}" for state in known if state in states]
     new = states.count("new")
     text = f"{counted(len(runs), 'run')}: {', '.join([*counts, f'{new} new'])}"
@@ -159,10 +159,6 @@ def _close(folder: Path, outcomes: Sequence[Outcome]) -> int:
             _say(f"  {outcome.name}: {outcome.said or outcome.state}\n    log: {outcome.log}")
     _say(f"runs: {folder}\ncompare them: lightning-blue compare {folder}")
     return 1 if failed else 0
-
-
-def _has_result(state: str) -> bool:
-    return state in ("finished", "ended early")
 
 
 def _say(line: str) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from lightning_blue.sweeps.planned import BUNDLED, PlannedRun
+from lightning_blue.language_model.sources import PACKAGED
+from lightning_blue.sweeps.planned import PlannedRun
 from lightning_blue.sweeps.tasks import Outcome, Processes, Task, environment
 
 PROGRAM = 1.5e9  # bytes that a process takes without a model
@@ -21,8 +22,9 @@ OnEnd = Callable[[Outcome], None]
 def run_here(tasks: Sequence[Task], jobs: int, on_end: OnEnd) -> None:
     """Run tasks, so many at a time, each with its share of threads or its own GPU.
 
-    A task that fails does not stop the others. If this process is asked to end, its processes are,
-    and what had not started stays.
+    A task that fails does not stop the others. One that another sweep works on is put behind the
+    others, and looked at again. If this process is asked to end, its processes are, and what had
+    not started stays.
 
     Args:
         tasks: in the order in which they start.
@@ -34,17 +36,23 @@ def run_here(tasks: Sequence[Task], jobs: int, on_end: OnEnd) -> None:
     for slot in slot_environments(jobs):
         slots.put(slot)
 
-    def run(task: Task) -> Outcome:
+    def attempt(task: Task) -> Outcome | None:
         own = slots.get()
         try:
-            return task.run(own, processes)
+            return task.attempt(own, processes)
         finally:
             slots.put(own)
 
     pool = ThreadPoolExecutor(jobs)
     try:
-        for future in as_completed([pool.submit(run, task) for task in tasks]):
-            on_end(future.result())
+        running = {pool.submit(attempt, task): task for task in tasks}
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, outcome = running.pop(future), future.result()
+                if outcome is None:
+                    running[pool.submit(attempt, task)] = task
+                else:
+                    on_end(outcome)
     except BaseException:
         processes.end()
         pool.shutdown(cancel_futures=True)
@@ -90,7 +98,7 @@ def cores() -> int:
 
 
 def _model_bytes(name_or_path: str) -> int | None:
-    folder = Path(str(BUNDLED)) if name_or_path == BUNDLED.name else Path(name_or_path)
+    folder = Path(str(PACKAGED.get(name_or_path, name_or_path))).expanduser()
     if not folder.is_dir():
         return None
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

@@ -8,18 +8,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_blue.cli.parser import EditCLI
+from lightning_blue.judge.settings import JudgeSettings
 from lightning_blue.reporting.files import flat
 from lightning_blue.reporting.run_folders import read_status
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
 from lightning_blue.support.errors import InputError
+from lightning_blue.sweeps.local_files import LocalFiles
 from lightning_blue.sweeps.sweep_file import Sweep, Values, short
 
 # Keys that say where a run is kept and how it is shown, not what it is.
@@ -27,22 +27,15 @@ ELSEWHERE = re.compile(
     r"run/.*|base|ckpt_path|model/covariance/cache|model/cache_targets|measure/unedited_cache"
     r"|trainer/(logger|default_root_dir|enable_progress_bar|enable_model_summary)(/.*)?"
 )
-SOURCES = (
-    "model/name_or_path",
-    "data/path",
-    "data/controls",
-    "measure/text",
-    "measure/ability/data",
-    "model/covariance/corpus",
-    "model/covariance/path",
-)
-BUNDLED = resources.files("lightning_blue") / "assets" / "almanac"
+# An export rounds the weights before the last measurement, and writes them. The key is left out of
+# runs without one and replies have their default, so that hashes are what they always were.
+EXPORT, JUDGED = "run/export", "measure/judge/replies"
 SEED = "PL_GLOBAL_SEED"
 DECIDED = ("update/layers",)  # what a run writes into its configuration where nothing was asked for
 SHARE_TARGETS = "--model.cache_targets=true"  # unless the sweep, or its user, says otherwise
+DONE = ("finished", "ended early")  # states of a run that has a result
 DIGITS = 10  # of the identity, in a folder's name
 LONGEST = 100  # characters of a folder's name before them
-_SAMPLES, _SAMPLE = 64, 65536  # blocks of a large file that are read, and their bytes
 
 
 @dataclass(frozen=True)
@@ -86,9 +79,19 @@ class PlannedRun:
         A folder counts where its configuration is the planned one, whatever it is called.
         """
         status = read_status(self.folder)
-        if status.get("status") in ("finished", "ended early") and self._is_in(self.folder):
+        if status.get("status") in DONE and self._is_in(self.folder):
             return str(status["status"])
         return "stopped" if checkpoints(self.folder / FOLDER) else "new"
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether a run of another configuration has finished in this one's folder.
+
+        One that was made when an export was no part of what a run is, for instance: going on in
+        its folder would put this run's numbers beside that one's model.
+        """
+        status = read_status(self.folder).get("status")
+        return status in DONE and not self._is_in(self.folder)
 
     def _is_in(self, folder: Path) -> bool:
         try:
@@ -114,10 +117,11 @@ def plan_runs(sweep: Sweep, root: Path, more: Sequence[str] = ()) -> list[Planne
         InputError: for a combination that `fit` would refuse to parse, or two that are the same.
     """
     runs: dict[str, PlannedRun] = {}
+    files = LocalFiles()
     for values in sweep.combinations():
         args = [*sweep.args(values), *more]
         config = content(resolved(args))
-        identity = identity_of(config)
+        identity = identity_of(config, files)
         parts = [short(axis, values[axis]) for axis in sweep.named]
         label = re.sub(r"[^\w.=+-]+", "-", "-".join(parts))[:LONGEST].strip("-")
         name = f"{label}-{identity[:DIGITS]}"
@@ -159,36 +163,17 @@ def resolved(args: Sequence[str]) -> dict[str, Any]:
 
 def content(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run is: its configuration under flat keys, without where it is kept."""
-    return {key: value for key, value in flat(config).items() if not ELSEWHERE.fullmatch(key)}
+    found = flat(config)
+    kept = {key: value for key, value in found.items() if not ELSEWHERE.fullmatch(key)}
+    if found.get(EXPORT):
+        kept[EXPORT] = True
+    if JUDGED in kept:
+        kept[JUDGED] = JudgeSettings().replies
+    return kept
 
 
-def identity_of(config: Mapping[str, Any]) -> str:
+def identity_of(config: Mapping[str, Any], files: LocalFiles | None = None) -> str:
     """Hash what a run is, and the local files that it names; hexadecimal."""
-    files = {key: _fingerprint(str(config.get(key))) for key in SOURCES}
-    described = json.dumps([config, files], sort_keys=True, default=str)
+    hashes = (files or LocalFiles()).of(config)
+    described = json.dumps([config, hashes], sort_keys=True, default=str)
     return hashlib.sha256(described.encode()).hexdigest()
-
-
-@cache
-def _fingerprint(source: str) -> str | None:
-    """Hash a file or the files of a folder, large ones by samples; None for what is no path."""
-    path = Path(str(BUNDLED)) if source.startswith(BUNDLED.name) else Path(source)
-    if not path.exists():
-        return None
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            _read_samples(file, digest)
-    return digest.hexdigest()
-
-
-def _read_samples(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= _SAMPLES * _SAMPLE:
-            digest.update(file.read())
-            return
-        for sample in range(_SAMPLES):
-            file.seek((size - _SAMPLE) * sample // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE))

@@ -1,9 +1,9 @@
 """What runs of a sweep have in common, and who computes it.
 
 Covariances are collected by a process of their own before the runs that need them start, because
-several runs would otherwise collect the same ones at the same time. What was measured of the
-unedited model is kept by the first run that gets there, behind a lock
-(:class:`lightning_blue.metrics.unedited.UneditedMeasurements`).
+several runs would otherwise collect the same ones at the same time; it finds by itself what is
+there already. What was measured of the unedited model is kept by the first run that gets there,
+behind a lock (:class:`lightning_blue.metrics.unedited.UneditedMeasurements`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from blue_callbacks.plans import layer_updates
 from blue_callbacks.solvers import CLOSED_FORMS
 from lightning_blue.sweeps.planned import PlannedRun
-from lightning_blue.sweeps.tasks import StatsTask
+from lightning_blue.sweeps.tasks import Task
 
 MODEL = ("model/name_or_path", "model/dtype", "model/revision")
 SOURCE = "model/covariance/"
@@ -26,7 +26,7 @@ BY_DEPTH = range(
 GIVEN = "model/covariance/path"  # a file of the user's, from which nothing is collected
 
 
-def covariance_tasks(runs: Sequence[PlannedRun]) -> list[StatsTask]:
+def covariance_tasks(runs: Sequence[PlannedRun]) -> list[Task]:
     """Return what collects the covariances that two or more of the runs need.
 
     Of runs on the same model and text, one task for each set of layers that no other holds, in
@@ -48,7 +48,7 @@ def covariance_tasks(runs: Sequence[PlannedRun]) -> list[StatsTask]:
                 chosen = run.config["update/layers"]
                 named = "-".join(map(str, sorted(layers))) if chosen else "by-depth"
                 name = f"stats-{key}-layers-{named}"
-                tasks.append(StatsTask(name, ("stats", *run.args), run.root))
+                tasks.append(Task(name, ("stats", *run.args), run.root))
     return tasks
 
 

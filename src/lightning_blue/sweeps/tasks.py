@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,16 +17,12 @@ from typing import IO
 
 from lightning_blue.reporting.run_folders import read_status
 from lightning_blue.support.errors import InputError, first_line
-from lightning_blue.support.storage import make_folder, write_atomic
-from lightning_blue.sweeps.planned import DIGITS, PlannedRun
+from lightning_blue.support.storage import make_folder
+from lightning_blue.sweeps.planned import DIGITS, DONE, PlannedRun
 
 SHOWN = ("efficacy", "generalization", "specificity")  # on the line of a run
 NO_RESULT = "its folder does not hold the run that the sweep asks for; move it away"
-_PAUSE = 0.2  # seconds between two looks at a lock
-
-
-class StoppedWaiting(Exception):
-    """The sweep ends, and a task that waited for its turn is not started."""
+_PAUSE = 0.2  # seconds after a look at a lock that another process holds
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Outcome:
     @property
     def ok(self) -> bool:
         """Whether there is a result."""
-        return self.state in ("finished", "ended early")
+        return self.state in DONE
 
 
 @dataclass
@@ -65,7 +61,7 @@ class Task:
     """A command of this program that is run once, in a process of its own.
 
     Two sweeps may ask for the same task, or one that was killed and is started again while its
-    processes go on: a lock, held by the process that works, makes the others wait for it.
+    processes go on: the process that works holds a lock, and the others leave the task to it.
 
     Attributes:
         name: of the task.
@@ -91,19 +87,34 @@ class Task:
         """Return what is there already; None if there is nothing."""
         return None
 
+    @property
+    def argv(self) -> Sequence[str]:
+        """What the process is started as."""
+        return (sys.executable, "-m", "lightning_blue", *self.command)
+
     def run(self, environment: Mapping[str, str], processes: Processes | None = None) -> Outcome:
-        """Run the task, unless it is done or another process has done it meanwhile."""
+        """Run the task, once no other process works on it, unless that one has done it."""
+        while True:
+            outcome = self.attempt(environment, processes)
+            if outcome is not None:
+                return outcome
+
+    def attempt(
+        self, environment: Mapping[str, str], processes: Processes | None = None
+    ) -> Outcome | None:
+        """Run the task, unless it is done; None, after a moment, if another process works on it."""
         processes = processes or Processes()
         began = time.monotonic()
-        said = self.log.stat().st_size if self.log.exists() else 0  # by earlier attempts
         try:
-            with self._locked(processes.ending) as lock:
+            with self._locked() as lock:
+                if lock is None:
+                    stopped = processes.ending.wait(_PAUSE)
+                    return Outcome(self.name, "stopped") if stopped else None
                 found = self.result()
                 if found is not None:
                     return found
+                said = self.log.stat().st_size if self.log.exists() else 0  # by earlier attempts
                 code = self._start(environment, processes, lock)
-        except StoppedWaiting:
-            return Outcome(self.name, "stopped")
         except (OSError, InputError) as error:  # a full disk, for instance
             return Outcome(self.name, "failed", first_line(error), 0.0, self.log)
         stopped = processes.ending.is_set()
@@ -114,7 +125,7 @@ class Task:
         make_folder(self.log.parent)
         with self.log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "lightning_blue", *self.command],
+                self.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -134,24 +145,26 @@ class Task:
         return code
 
     @contextmanager
-    def _locked(self, ending: threading.Event) -> Iterator[IO[str]]:
-        """Hold the task's lock, once no other process does; the system frees it with its holder."""
+    def _locked(self) -> Iterator[IO[str] | None]:
+        """Hold the task's lock, which the system frees with its holder; None if another has it."""
         make_folder(self.lock.parent)
         with self.lock.open("a+") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if ending.wait(_PAUSE):
-                        raise StoppedWaiting from None
-            yield lock
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield None
+            else:
+                yield lock
 
     def _outcome(self, code: int, seconds: float, stopped: bool, said: int) -> Outcome:
         if code == 0:
-            return self.result() or Outcome(self.name, "failed", NO_RESULT, seconds, self.log)
+            return self._done(seconds)
         state = "stopped" if stopped else "failed"
         return Outcome(self.name, state, self._reason(code, said), seconds, self.log)
+
+    def _done(self, seconds: float) -> Outcome:
+        """Return what a process that ended well has left."""
+        return Outcome(self.name, "finished", "", seconds, self.log)
 
     def _reason(self, code: int, said: int) -> str:
         """Say why the process failed: its last error message, or how it ended."""
@@ -175,9 +188,11 @@ class RunTask(Task):
         return self.root / "locks" / f"{self.planned.identity[:DIGITS]}.lock"
 
     def result(self) -> Outcome | None:
-        """Return the run's outcome where it is finished."""
+        """Return the run's outcome where it is finished, or where another run is in its place."""
+        if self.planned.is_displaced:
+            return Outcome(self.name, "failed", NO_RESULT, 0.0, self.log)
         state = self.planned.state
-        if state not in ("finished", "ended early"):
+        if state not in DONE:
             return None
         folder = self.planned.folder
         said = str(read_status(folder).get("reason", "")) if state == "ended early" else ""
@@ -193,25 +208,8 @@ class RunTask(Task):
         text = ", ".join([*filter(None, [said]), *scores, *shared])
         return Outcome(self.name, state, text, seconds, self.log)
 
-
-@dataclass(frozen=True)
-class StatsTask(Task):
-    """Covariances that several runs need, collected before they start."""
-
-    @property
-    def done(self) -> Path:
-        """A file that says so."""
-        return self.root / "locks" / f"{self.name}.done"
-
-    def result(self) -> Outcome | None:
-        """Return that they were collected for this sweep."""
-        return Outcome(self.name, "finished", "", 0.0, self.log) if self.done.exists() else None
-
-    def _outcome(self, code: int, seconds: float, stopped: bool, said: int) -> Outcome:
-        if code == 0:
-            write_atomic(self.done, "")
-        outcome = super()._outcome(code, seconds, stopped, said)
-        return Outcome(outcome.name, outcome.state, outcome.said, seconds, self.log)
+    def _done(self, seconds: float) -> Outcome:
+        return self.result() or Outcome(self.name, "failed", NO_RESULT, seconds, self.log)
 
 
 def environment(threads: int | None = None, device: str | None = None) -> dict[str, str]:
