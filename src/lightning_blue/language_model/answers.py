@@ -18,17 +18,20 @@ class Continuation:
 
     Attributes:
         ids: the new tokens, the one that completes the first stop string included.
-        answer: their text without that stop string at its end.
-        longer: the text up to the stop string that was not to be passed over, likewise; the same as
-            ``answer`` where none was to be.
+        cuts: the text up to the first stop string, and up to each later one to which it was to go
+            on, without that stop string at its end; all of it where there is none.
         ended_by: a stop string (``stop``), an end-of-text token (``end``), or the limit of tokens
             (``limit``).
     """
 
     ids: tuple[int, ...]
-    answer: str
-    longer: str
+    cuts: tuple[str, ...]
     ended_by: Literal["stop", "end", "limit"]
+
+    @property
+    def answer(self) -> str:
+        """The text of ``ids``, without the stop string at its end."""
+        return self.cuts[0]
 
 
 def continue_prompts(
@@ -48,7 +51,7 @@ def continue_prompts(
         model: a causal language model on any device, in any dtype.
         tokenizer: its tokenizer.
         prompts: n texts.
-        passed_over: for each, after how many stop strings it still goes on, for its longer text.
+        passed_over: for each, after how many stop strings it still goes on, for its later cuts.
         stops: stop strings; an end-of-text token ends a text in any case.
         max_new_tokens: after which a text ends.
         tokens_per_batch: as in `generation.generate`.
@@ -107,18 +110,18 @@ class _Texts:
         return sum(map(text.count, self.stops))
 
     def continuation(self, ids: Sequence[int], passed_over: int) -> Continuation:
-        """Cut new tokens at the first stop, and for the longer text at a later one."""
+        """Cut new tokens at the first stop, and at each later one as far as they were to go on."""
         counts = [self.stops_in(ids[:n]) for n in range(1, len(ids) + 1)]
-        first, longer = (
+        ends = [
             next((n for n, count in enumerate(counts, 1) if count > most), len(ids))
-            for most in (0, passed_over)
-        )
+            for most in range(passed_over + 1)
+        ]
+        first = ends[0]
         last = counts[first - 1] if first else 0
         reason: Literal["stop", "end", "limit"] = "stop" if last else "limit"
         return Continuation(
             tuple(ids[:first]),
-            self._cut(ids[:first]),
-            self._cut(ids[:longer]),
+            tuple(self._cut(ids[:end]) for end in ends),
             "end" if last == math.inf else reason,
         )
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blue_callbacks.ranges import COUNT, check_ranges
 from lightning_blue.data.requests import EditRequest
-from lightning_blue.language_model.answers import continue_prompts
+from lightning_blue.language_model.answers import Continuation, continue_prompts
 from lightning_blue.language_model.chat import Markers, markers, wrap
 from lightning_blue.metrics import MeanOverRequests, numbers, table
 from lightning_blue.metrics.evaluation import Evaluation, Metrics
@@ -237,25 +237,36 @@ def _answer(
             model,
             tokenizer,
             [sent(form(each.prompt)) for each in part],
-            [_passed_over(each, settings.stops) for each in part],
+            [max(_passed_over(each, settings.stops).values()) for each in part],
             stops=settings.stops,
             max_new_tokens=settings.max_new_tokens,
             progress="answers" if progress else None,
         )
         return [
-            GeneratedAnswer(*each, said.answer, said.longer, said.ids, said.ended_by)
-            for each, said in zip(part, continued, strict=True)
+            _cut(each, said, settings.stops) for each, said in zip(part, continued, strict=True)
         ]
 
     return distribute(questions, write)
 
 
-def _passed_over(question: _Question, stops: Sequence[str]) -> int:
-    """Return how many stop strings an object holds itself, or one of its aliases."""
-    if question.prompts == table.NEIGHBOURS:
-        return 0
+def _passed_over(question: _Question, stops: Sequence[str]) -> dict[str, int]:
+    """Return how many stop strings an object and each of its aliases hold; a neighbour's, none."""
     names = (question.wanted, *question.aliases)
-    return max(sum(map(name.count, stops)) for name in names)
+    neighbour = question.prompts == table.NEIGHBOURS
+    return {name: 0 if neighbour else sum(map(name.count, stops)) for name in names}
+
+
+def _cut(question: _Question, said: Continuation, stops: Sequence[str]) -> GeneratedAnswer:
+    """Read on by as many stop strings as the object holds, and for its aliases by their own."""
+    counts = _passed_over(question, stops)
+    return GeneratedAnswer(
+        *question,
+        answer=said.answer,
+        longer=said.cuts[counts[question.wanted]],
+        ids=said.ids,
+        ended_by=said.ended_by,
+        alias_texts={name: said.cuts[counts[name]] for name in question.aliases if counts[name]},
+    )
 
 
 def _fill(

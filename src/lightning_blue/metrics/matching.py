@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import regex
@@ -14,8 +14,12 @@ from torch import Tensor
 from lightning_blue.language_model.joining import writes_no_spaces
 from lightning_blue.metrics.spec import NEGATED, NEIGHBOURS
 
+RULES = 2  # raised where a rule below changes; unedited models are then measured anew
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = regex.compile(r"\b(?:a|an|the)\b")
+_ARTICLE_ALONE = regex.compile(r"(?<!\S)(?:a|an|the)(?!\S)")  # not the first letter of "a+b"
+_SIGN = regex.compile(r"(?!(?<=\p{Nd})[.,:'’]\p{Nd})[\p{P}\p{S}]")  # not those inside a number
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class GeneratedAnswer:
         aliases: other names of that object.
         answer: what was said up to the first stop string.
         longer: what was said up to the stop string behind as many as the object holds itself.
+        alias_texts: by alias that holds stop strings itself, what was said up to the one behind as
+            many; to be compared with that alias alone.
         ids: tokens of the answer with those of the stop string.
         ended_by: ``stop``, ``end`` (an end-of-text token) or ``limit``.
         unedited: what ``ids`` were before any edit; None where that was not asked.
@@ -47,6 +53,7 @@ class GeneratedAnswer:
     ended_by: str
     unedited: tuple[int, ...] | None = None
     judged: bool | None = None
+    alias_texts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def compared(self) -> bool:
@@ -82,31 +89,72 @@ def is_match(answer: str, wanted: str) -> bool:
     return normalized(answer) == normalized(wanted)
 
 
-def contains(text: str, wanted: str) -> bool:
-    """Say whether the words of an object stand in a text one after the other, once normalized.
+def spaced(text: str) -> str:
+    """Return a text as the words between its punctuation marks and symbols, of any script.
 
-    Where the object begins or ends in a script without spaces, it may do so inside a word. An
-    object of which nothing is left is contained in nothing.
+    Lower case; without the words a, an and the where they stand alone; signs as spaces, but for
+    those inside a number; white space collapsed.
 
-    >>> contains(" It is English, I think", "English"), contains(" Englishman", "English")
-    (True, False)
+    >>> spaced(" the «English»-speaking U.S., 1.5")
+    'english speaking u s 1.5'
     """
-    inner = normalized(wanted)
-    if not inner:
+    return " ".join(_SIGN.sub(" ", _ARTICLE_ALONE.sub(" ", text.lower())).split())
+
+
+def contains(text: str, wanted: str) -> bool:
+    """Say whether the words of an object stand in a text one after the other.
+
+    They do if they do once both are normalized, which deletes ASCII punctuation ("US" is "U.S."),
+    or once the signs of both are spaces, of which the former glues what stands around them. Where
+    the object begins or ends in a script without spaces, it may do so inside a word. An object of
+    which normalization leaves nothing is contained in nothing.
+
+    >>> contains(" It is “English”", "English"), contains(" English/French", "English")
+    (True, True)
+    >>> contains(" Englishman", "English"), contains(" 1.5 million", "5")
+    (False, False)
+    """
+    if not normalized(wanted):
         return False
-    before = "" if writes_no_spaces(inner[0]) else r"(?<!\S)"
-    behind = "" if writes_no_spaces(inner[-1]) else r"(?!\S)"
-    return bool(regex.search(before + regex.escape(inner) + behind, normalized(text)))
+    return any(_stands_in(form(text), form(wanted)) for form in (normalized, spaced))
+
+
+def _stands_in(text: str, words: str) -> bool:
+    """Say whether words that spaces part stand in a text of such words."""
+    if not words:
+        return False
+    before = "" if writes_no_spaces(words[0]) else r"(?<!\S)"
+    behind = "" if writes_no_spaces(words[-1]) else r"(?!\S)"
+    return bool(regex.search(before + regex.escape(words) + behind, text))
 
 
 def is_any(answer: GeneratedAnswer) -> bool:
-    """Say whether an answer, or its longer text, is the object or one of its aliases."""
-    names = (answer.wanted, *answer.aliases)
-    return any(is_match(said, name) for said in (answer.answer, answer.longer) for name in names)
+    """Say whether an answer is the object or one of its aliases.
+
+    Each name is compared with the answer, and with what was said up to the stop string behind as
+    many as the name holds itself. An empty answer is none of them.
+    """
+    texts = {**answer.alias_texts, answer.wanted: answer.longer}
+    return any(
+        _is_name(said, name)
+        for name in (answer.wanted, *answer.aliases)
+        for said in (answer.answer, texts.get(name, answer.answer))
+    )
+
+
+def _is_name(said: str, name: str) -> bool:
+    """Compare as `is_match`; a name of which that leaves nothing ("A+") as it is written."""
+    if normalized(name):
+        return is_match(said, name)
+    return said.lower().split() == name.lower().split()
 
 
 def exact_match(answers: Sequence[GeneratedAnswer]) -> Tensor:
-    """Say of n answers which are the object, see `is_match`; (n,) bool."""
+    """Say of n answers which are the object, see `is_match`; (n,) bool.
+
+    The reference's rule to the letter: an object that is nothing but articles and ASCII punctuation
+    ("A") equals an empty answer.
+    """
     return torch.tensor([is_match(each.answer, each.wanted) for each in answers], dtype=torch.bool)
 
 
@@ -116,10 +164,7 @@ def containment(answers: Sequence[GeneratedAnswer]) -> Tensor:
 
 
 def alias_match(answers: Sequence[GeneratedAnswer]) -> Tensor:
-    """Say of n answers which are the object or one of its aliases, see `is_match`; (n,) bool.
-
-    An alias that holds a stop string itself is looked for in the longer text as well.
-    """
+    """Say of n answers which are the object or one of its aliases, see `is_any`; (n,) bool."""
     return torch.tensor([is_any(each) for each in answers], dtype=torch.bool)
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_blue import __version__
 from lightning_blue.metrics.evaluation import Evaluation, RequestOutcome
-from lightning_blue.metrics.matching import answer_from
+from lightning_blue.metrics.matching import RULES, answer_from
 from lightning_blue.support.locks import locked
 from lightning_blue.support.storage import unless_full, write_atomic
 
@@ -39,7 +39,8 @@ class UneditedMeasurements:
 
         All processes of a run must call it: the first one reads and writes, all measure together.
         """
-        identity = {**identity, "version": __version__}
+        matching = {"matching": RULES} if "generation" in identity else {}
+        identity = {**identity, "version": __version__, **matching}
         path = self._path(identity)
         lock = path.with_suffix(".lock")
         what = "the measurement of the unedited model"

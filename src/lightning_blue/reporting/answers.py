@@ -96,10 +96,12 @@ def _match(answer: GeneratedAnswer) -> str:
 
 def _counts(answers: Sequence[GeneratedAnswer]) -> str:
     """Say how many answers are empty, and what ended them."""
-    empty = sum(not answer.answer.strip() for answer in answers)
+    empty = [answer for answer in answers if not answer.answer.strip()]
+    equal = sum(is_match(answer.answer, answer.wanted) for answer in empty)
+    but = f", but for {equal:,} in exact match, whose object is only an article or punctuation"
     counted = Counter(answer.ended_by for answer in answers)
     ends = ", ".join(f"{counted[key]:,} by {said}" for key, said in ENDED_BY.items())
     return (
-        f"Of {len(answers):,} answers (own prompts, paraphrases, portability) {empty:,} are empty, "
-        f"which counts as a failure. What ended them: {ends}."
+        f"Of {len(answers):,} answers (own prompts, paraphrases, portability) {len(empty):,} are "
+        f"empty, which counts as a failure{but if equal else ''}. What ended them: {ends}."
     )

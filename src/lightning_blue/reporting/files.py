@@ -70,10 +70,11 @@ def write_answers(path: Path, history: RunHistory) -> None:
 
     A line holds the request (``case_id``), the ``stage`` (``pre``, ``post`` or ``test``), which of
     its ``prompts`` was asked, that ``prompt`` as the data has it, the wanted object (after a
-    negated prompt the new one) and its aliases, the answer and the longer text, the answer's token
-    ids, what ended it, whether it matches (`lightning_blue.metrics.matching`), and whether the
-    ``judge`` calls it right. For a neighbour's prompt ``same`` says whether the ids are those of
-    the unedited model. What does not apply is null.
+    negated prompt the new one) and its aliases, the answer and the longer text, by alias that holds
+    a stop string what it is compared with, the answer's token ids, what ended it, whether it
+    matches (`lightning_blue.metrics.matching`), and whether the ``judge`` calls it right. For a
+    neighbour's prompt ``same`` says whether the ids are those of the unedited model. What does not
+    apply is null.
 
     Raises:
         InputError: if the file cannot be written.
@@ -219,6 +220,7 @@ def _answer(history: RunHistory, stage: str, answer: GeneratedAnswer) -> dict[st
         "aliases": answer.aliases,
         "answer": answer.answer,
         "longer": answer.longer,
+        "alias_texts": answer.alias_texts,
         "ids": answer.ids,
         "ended_by": answer.ended_by,
         "exact_match": is_match(answer.answer, answer.wanted) if compared else None,
