@@ -248,7 +248,9 @@ def test_a_limit_reads_the_first_records_and_evaluate_measures_too(
     first.write_text("".join(rows[:3]))
     cut = [tmp_path / Path(task).name for task in tasks]
     for task, path in zip(tasks, cut, strict=True):
-        path.write_text(Path(task).read_text().replace(f"{Path(task).parent}/towns.jsonl", f"{first}"))
+        path.write_text(
+            Path(task).read_text().replace(f"{Path(task).parent}/towns.jsonl", f"{first}")
+        )
     expected = GeneralAbility(AbilitySettings([str(path) for path in cut])).measure(
         module.model, module.tokenizer
     )

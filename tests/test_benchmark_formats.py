@@ -227,7 +227,8 @@ def test_mquake_makes_one_request_for_each_edit(tmp_path: Path) -> None:
         ("7.2", "Bo", "Mali", "Niger"),
     ]
     assert requests[0].paraphrases == ("What is the country of citizenship of Ann?",)
-    assert requests[0].portability == ()
+    assert requests[0].portability == requests[0].premises == ()
+    assert requests[1].premises == ((requests[0].text, "Chile"),)
     named = ("Republic of Chile",)
     assert requests[1].portability == tuple(
         Probe(question, "Chile", aliases=named) for question in MQUAKE["questions"]

@@ -19,6 +19,7 @@ from lightning_blue.data import (
     read_requests,
     superseded,
     take_distinct,
+    without_unmet_premises,
 )
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
 from lightning_blue.language_model.tokens import encode_with_subject
@@ -109,6 +110,24 @@ def test_a_later_batch_may_edit_the_same_prompt_again() -> None:
     assert repeated.kind == "duplicate"
     assert superseded(taken) == [0, 2]
     assert superseded([LYON, basel]) == []
+
+
+def test_questions_are_left_out_where_an_edit_that_they_count_on_is_not_in_force() -> None:
+    ask = (Probe("P", "A"),)
+    basel = replace(LYON, subject="Basel")
+    hop = replace(basel, portability=ask, premises=((LYON.text, LYON.target_new),))
+    other = replace(LYON, target_new="Karachi")
+    for applied, kept in (
+        ([LYON, hop], ask),
+        ([LYON, hop, other], ()),
+        ([LYON, hop, other, LYON], ask),  # edited back
+        ([LYON, other, hop], ()),
+        ([hop], ()),  # never applied, or not yet
+    ):
+        asked = without_unmet_premises([LYON, hop], applied)
+        assert asked == [LYON, replace(hop, portability=kept)]
+    wrapped = replace(LYON, prompt="<user> {} </user>", question=LYON.text)
+    assert without_unmet_premises([hop], [wrapped, hop]) == [hop]
 
 
 def test_policy() -> None:

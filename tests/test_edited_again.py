@@ -10,7 +10,9 @@ from lightning_blue.data import EditDataModule
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.evaluation import evaluate
 from lightning_blue.metrics.generated import GenerationSettings
+from lightning_blue.metrics.retention import RetentionSettings
 from lightning_blue.reporting.files import summary
+from test_benchmark_formats import MQUAKE, rewrite
 from test_lightning import corpus, module, trainer_of  # noqa: F401  (fixtures)
 
 VERSIONS = ("Rome", "Oslo", "Bern")
@@ -55,3 +57,43 @@ def test_scores_at_the_end_are_over_the_last_version_only(module, tmp_path: Path
         outcome.values["efficacy"] for outcome in again.outcomes
     ]
     assert history.after[4].values["efficacy"] > 0  # more probable than the version before it
+
+
+def test_questions_go_with_the_edits_that_they_count_on(module, tmp_path: Path, caplog) -> None:  # noqa: F811
+    """A later record edits a fact again that an earlier one's multi-hop questions need."""
+    again = {
+        "case_id": 8,
+        "requested_rewrite": [rewrite("Ann", "Japan", "Chile"), rewrite("Cy", "Cuba", "Oman")],
+        "questions": ["Where is the wife of Cy from?"],
+        "new_answer": "Japan",
+        "new_answer_alias": [],
+    }
+    data = EditDataModule([MQUAKE, MQUAKE | again], batch_size=2)
+    asking = MeasureEdits(
+        generate=False,
+        retention=RetentionSettings(100),
+        protocols=["probability", "generation"],
+        generation=GenerationSettings(max_new_tokens=1, each_batch=True),
+    )
+    trainer_of(asking).fit(module, datamodule=data)
+    history = asking.history
+    assert [request.case_id for request in history.requests] == ["7.1", "7.2", "8.1", "8.2"]
+    assert history.in_force == [1, 2, 3]
+    name = "portability_generation"
+    counts = {
+        stage: [taken.metrics.get(name, {}).get("count", 0) for taken in history.of(stage)]
+        for stage in ("pre", "batch", "cumulative", "first_batch", "post")
+    }
+    assert counts == {
+        "pre": [2],
+        "batch": [1, 1],
+        "cumulative": [1, 1],
+        "first_batch": [0],
+        "post": [1],
+    }
+    (followed,) = (values[1] for batch, values in history.retention.after.items() if batch == 1)
+    assert name not in followed
+    assert name in history.retention.after[0][1]
+    asked = [a.prompt for a in history.answers_after if a.prompts == "portability prompts"]
+    assert asked == again["questions"]
+    assert "portability prompts of 1 request count on another edit" in caplog.text

@@ -31,6 +31,7 @@ from lightning_blue.metrics.generated import (
     unedited_continuations,
     with_answers,
 )
+from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.matching import (
     GeneratedAnswer,
     alias_match,
@@ -41,7 +42,6 @@ from lightning_blue.metrics.matching import (
     exact_match,
     is_match,
 )
-from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.protocols import choose
 from lightning_blue.reporting import RunRecord
 from lightning_blue.reporting.answers import generated_answers

@@ -674,6 +674,16 @@ def test_measurements_of_the_unedited_model_come_back_to_the_last_bit(tmp_path, 
     assert len(list(cache.folder.glob("*.json"))) == 2
 
 
+def test_what_was_scored_by_other_rules_is_measured_again(tmp_path, monkeypatch):
+    cache = UneditedMeasurements(tmp_path)
+    with_answers, without = {"model": "a", "generation": {}}, {"model": "a"}
+    for identity in (with_answers, without):
+        cache.shared(identity, Alone(), lambda: measured_as(1))
+    monkeypatch.setattr("lightning_blue.metrics.unedited.RULES", -1)
+    assert cache.shared(with_answers, Alone(), lambda: measured_as(2)) == measured_as(2)
+    assert cache.shared(without, Alone(), lambda: measured_as(2)) == measured_as(1)
+
+
 def test_damaged_measurements_are_made_again(tmp_path):
     cache = UneditedMeasurements(tmp_path)
     cache.shared({"model": "a"}, Alone(), lambda: measured_as(1))

@@ -7,6 +7,7 @@ from lightning_blue.data.checks import (
     pick_control_facts,
     superseded,
     take_distinct,
+    without_unmet_premises,
 )
 from lightning_blue.data.datamodule import EditBatch, EditDataModule
 from lightning_blue.data.formats import FORMATS, Format, parse_record
@@ -27,4 +28,5 @@ __all__ = [
     "superseded",
     "take_distinct",
     "to_dataset",
+    "without_unmet_premises",
 ]

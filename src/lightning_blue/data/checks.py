@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
@@ -123,6 +124,24 @@ def superseded(requests: Sequence[EditRequest]) -> list[int]:
     """Return the places of requests whose text a later one wants another object after."""
     newest = {request.text: place for place, request in enumerate(requests)}
     return [place for place, request in enumerate(requests) if newest[request.text] != place]
+
+
+def without_unmet_premises(
+    requests: Sequence[EditRequest], applied: Sequence[EditRequest]
+) -> list[EditRequest]:
+    """Return requests without portability prompts that count on an edit which is not in force.
+
+    Args:
+        requests: in any order.
+        applied: all edits until then, in their order; on a prompt the newest is in force.
+    """
+    in_force = {request.shown: request.target_new for request in applied}
+    return [
+        request
+        if all(in_force.get(prompt) == target for prompt, target in request.premises)
+        else replace(request, portability=())
+        for request in requests
+    ]
 
 
 def shuffled(requests: Sequence[EditRequest], seed: int) -> list[EditRequest]:

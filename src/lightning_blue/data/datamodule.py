@@ -22,6 +22,7 @@ from lightning_blue.data.checks import (
     shuffled,
     superseded,
     take_distinct,
+    without_unmet_premises,
 )
 from lightning_blue.data.controls import control_facts_of
 from lightning_blue.data.formats import require_format
@@ -173,9 +174,7 @@ class EditDataModule(LightningDataModule):
         self._require_requests(len(chosen), total, len(rejected))
         if rejected:
             log.warning("%d of %d requests are left out as unusable", len(rejected), total)
-        replaced = len(superseded(chosen))
-        if replaced:
-            log.warning("%d requests are superseded by later ones on the same prompt", replaced)
+        _warn_of_superseded(chosen)
         self._warn_of_blanks(chosen)
         self._requests, self._rejected = chosen, rejected
         wanted, at_most = self.controls_wanted, None
@@ -423,6 +422,23 @@ class EditDataModule(LightningDataModule):
                 len(requests),
                 ends[0].source or ends[0].case_id,
             )
+
+
+def _warn_of_superseded(requests: Sequence[EditRequest]) -> None:
+    """Say how many requests later ones replace, and for how many that leaves questions out."""
+    replaced = len(superseded(requests))
+    if replaced:
+        log.warning("%d requests are superseded by later ones on the same prompt", replaced)
+    kept = without_unmet_premises(requests, requests)
+    lost = sum(
+        one.portability != other.portability for one, other in zip(requests, kept, strict=True)
+    )
+    if lost:
+        log.warning(
+            "portability prompts of %s count on another edit of their record that is not in force "
+            "at the end: a run that edits does not ask them then",
+            counted(lost, "request"),
+        )
 
 
 def _amount(found: int, what: str, key: str, most: int | None) -> str:

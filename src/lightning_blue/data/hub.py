@@ -69,7 +69,8 @@ def _load(path: str, split: str) -> Dataset:
 def to_dataset(requests: Sequence[EditRequest]) -> Dataset:
     """Requests as a dataset in the format ``facts``; reading it back gives the same requests.
 
-    ``source`` is left out: it is where a request was read, and not part of it.
+    ``source`` is left out: it is where a request was read, and not part of it. So are ``premises``,
+    which the format has no column for: portability prompts are then asked in any case.
     """
     import datasets
 

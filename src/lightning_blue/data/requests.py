@@ -31,8 +31,9 @@ class EditRequest:
     ``question`` is the plain prompt with its subject where ``prompt`` carries a chat template that
     the run has put around it. ``aliases`` are other names of the new object, ``portability`` holds
     prompts whose answers follow from the edit; both are read where answers are generated, and only
-    there. Treat as frozen; it is not, because Lightning copies batches field by field under some
-    precisions.
+    there. ``premises`` are the other edits (prompt with subject, object) that the portability
+    prompts count on. Treat as frozen; it is not, because Lightning copies batches field by field
+    under some precisions.
     """
 
     case_id: str
@@ -50,6 +51,7 @@ class EditRequest:
     aliases: tuple[str, ...] = field(default=(), repr=False)
     portability: tuple[Probe, ...] = field(default=(), repr=False)
     relation: str = field(default="", compare=False, repr=False)  # no part of what a run is
+    premises: tuple[tuple[str, str], ...] = field(default=(), compare=False, repr=False)
 
     @property
     def text(self) -> str:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from blue_callbacks import ClosedFormUpdate, EditGuard, EditRecord
 from blue_callbacks.ranges import COUNT, SEED, WHOLE, Range, check_ranges
 from lightning_blue.ability import AbilitySettings, GeneralAbility
+from lightning_blue.data.checks import without_unmet_premises
 from lightning_blue.data.corpus import corpus_texts, require_named, require_own_text
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.editing.module import EditModule
@@ -224,7 +225,9 @@ class MeasureEdits(Callback):
             self.history.targets_read[number] = read
         for layer, losses in pl_module.target_losses.items():
             self.history.loss_curves.append(LossCurve(number, layer, losses.cpu()))
-        evaluation = self.instruments.evaluate(pl_module, batch)
+        evaluation = self.instruments.evaluate(
+            pl_module, self._requests(self.history.batches[number])
+        )
         metrics = evaluation.metrics
         self._keep(trainer, "batch", metrics)
         self._follow(pl_module, batch_idx, dict(enumerate(evaluation.outcomes, start=first)))
@@ -243,8 +246,7 @@ class MeasureEdits(Callback):
             return
         sampler = random.Random(run_seed(self.seed))
         sample = sampler.sample(places, min(self.cumulative, len(places)))
-        requests = [self.history.requests[place] for place in sample]
-        evaluation = self.instruments.evaluate(pl_module, requests)
+        evaluation = self.instruments.evaluate(pl_module, self._requests(sample))
         metrics = {**evaluation.metrics, **self.instruments.side_effects(trainer, pl_module)}
         self._keep(trainer, "cumulative", metrics)
         shown = _values("cumulative", metrics)
@@ -265,10 +267,9 @@ class MeasureEdits(Callback):
             return
         instruments = self.instruments
         first = [place for place in next(iter(history.batches.values())) if place in in_force]
-        evaluation = instruments.evaluate(pl_module, [history.requests[place] for place in first])
+        evaluation = instruments.evaluate(pl_module, self._requests(first))
         self._keep(trainer, "first_batch", evaluation.metrics)
-        requests = [history.requests[place] for place in in_force]
-        after = instruments.evaluate(pl_module, requests, whole=True)
+        after = instruments.evaluate(pl_module, self._requests(in_force), whole=True)
         after = instruments.with_verdicts(after, pl_module)
         history.after = dict(zip(in_force, after.outcomes, strict=True))
         history.answers_after = [
@@ -304,6 +305,12 @@ class MeasureEdits(Callback):
         """
         self.history.load_state_dict(state_dict)
 
+    def _requests(self, places: Sequence[int]) -> list[EditRequest]:
+        """Return the requests at their places, with portability prompts whose premises hold now."""
+        requests = self.history.requests
+        applied = [requests[place] for place in self.history.applied_places]
+        return without_unmet_premises([requests[place] for place in places], applied)
+
     def _say_what_cannot_be_denied(self, requests: Sequence[EditRequest], module: Any) -> None:
         """Warn of questions: they have no negation, and count in no metric of it."""
         denied = negated_prompts(module.tokenizer, requests, self.negation)
@@ -322,7 +329,7 @@ class MeasureEdits(Callback):
         history, applied = self.history, set(self.history.applied_places)
         places = [place for place in history.retention.earlier(batch) if place in applied]
         if places:
-            earlier = [history.requests[place] for place in places]
+            earlier = self._requests(places)
             again = self.instruments.evaluate(module, earlier, negation=False).outcomes
             outcomes = {**outcomes, **dict(zip(places, again, strict=True))}
         history.retention.take(batch, {place: o.values for place, o in outcomes.items()})

@@ -28,8 +28,9 @@ def parse_records(
 ) -> list[EditRequest | Rejected]:
     """Turn one record into its requests: one, or as many as the record has edits.
 
-    A record with several edits is used as a whole or not at all. Prompts on what follows from all
-    of them go with the last; case ids then end in the number of the edit, from 1.
+    A record with several edits is read as a whole or not at all. Prompts on what follows from all
+    of them go with the last, whose premises the others are; case ids then end in the number of the
+    edit, from 1.
     """
     edits = record.get(row.edits) if row.edits and isinstance(record, Mapping) else None
     if row.edits is None or not isinstance(edits, list | tuple):
@@ -39,10 +40,13 @@ def parse_records(
     parts = [{**early, row.edits: edit} for edit in edits[:-1]]
     parts.append({**shared, row.edits: edits[-1] if edits else None})
     parsed = [parse_record(part, row, source=source, index=index) for part in parts]
-    refused: list[EditRequest | Rejected] = [r for r in parsed if isinstance(r, Rejected)]
+    refused = next((r for r in parsed if isinstance(r, Rejected)), None)
     if refused or len(parsed) == 1:
-        return refused[:1] or parsed
-    return [replace(r, case_id=f"{r.case_id}.{number}") for number, r in enumerate(parsed, 1)]
+        return [refused] if refused else parsed
+    requests = [r for r in parsed if isinstance(r, EditRequest)]
+    premises = tuple((request.text, request.target_new) for request in requests[:-1])
+    requests[-1] = replace(requests[-1], premises=premises)
+    return [replace(r, case_id=f"{r.case_id}.{number}") for number, r in enumerate(requests, 1)]
 
 
 def parse_record(record: Any, row: Format, *, source: str, index: int) -> EditRequest | Rejected:
