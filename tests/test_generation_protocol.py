@@ -201,6 +201,7 @@ def test_a_chat_models_other_end_token_ends_an_answer_too(gpt2: LanguageModel) -
         (" (1.5)", "1.5", True),
         (" 1980–1985", "1980", True),
         (" (a dog)", "A+", False),  # normalization leaves nothing of "A+"
+        (" Rome\ufffd", "Rome", False),  # half a character may be a letter
         (" ……", "“”", False),
     ],
 )

@@ -19,7 +19,8 @@ RULES = 2  # raised where a rule below changes; unedited models are then measure
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLE = regex.compile(r"\b(?:a|an|the)\b")
 _ARTICLE_ALONE = regex.compile(r"(?<!\S)(?:a|an|the)(?!\S)")  # not the first letter of "a+b"
-_SIGN = regex.compile(r"(?!(?<=\p{Nd})[.,:'’]\p{Nd})[\p{P}\p{S}]")  # not those inside a number
+# No sign is one inside a number, nor U+FFFD, which stands for part of a character, often a letter.
+_SIGN = regex.compile(r"(?!\uFFFD|(?<=\p{Nd})[.,:'’]\p{Nd})[\p{P}\p{S}]")
 
 
 @dataclass(frozen=True)
