@@ -29,8 +29,9 @@ from lightning_blue.comparison.differences import differences, mcnemar, paired_t
 from lightning_blue.comparison.grids import Cell, Grid
 from lightning_blue.comparison.improvement import METRICS, improvements
 from lightning_blue.comparison.labels import method_of, method_rows
+from lightning_blue.comparison.rows import Row
 from lightning_blue.comparison.runs import read_runs
-from lightning_blue.comparison.scores import Column, Row, score_tables
+from lightning_blue.comparison.scores import Column, score_tables
 from lightning_blue.reporting.files import flat
 from lightning_blue.support.errors import InputError
 
@@ -48,11 +49,16 @@ def make_run(
     """Write the folder of a run whose requests have the values, by metric from 0 to 1.
 
     Keys of ``changed`` are those of the configuration, with ``__`` between; ``post`` and ``pre``
-    are numbers of the summary.
+    are numbers of the summary, ``protocol`` stands there too, and ``fingerprint`` in the journal.
     """
     folder = root / name
     folder.mkdir(parents=True)
     numbers = {"post": changed.pop("post", {}), "pre": changed.pop("pre", {})}
+    protocol, fingerprint = changed.pop("protocol", "counterfact"), changed.pop("fingerprint", None)
+    if fingerprint is not None:
+        (folder / "records").mkdir()
+        journal = {"model": {"fingerprint": fingerprint}}
+        (folder / "records" / "journal.json").write_text(json.dumps(journal))
     config: dict = {
         "seed_everything": 0,
         "model": {"name_or_path": "org/tiny", "target": {"site": "block"}},
@@ -68,7 +74,7 @@ def make_run(
         place[last] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "run.json").write_text(json.dumps({"status": status, "command": "fit"}))
-    summary: dict = {"edits/applied": REQUESTS, "protocol": "counterfact"}
+    summary: dict = {"edits/applied": REQUESTS, "protocol": protocol}
     for metric, each in values.items():
         summary |= {f"post/{metric}": 100 * fmean(each), f"post/{metric}/count": len(each)}
         summary[f"post/{metric}/standard_error"] = 100 * stdev(each) / math.sqrt(len(each))
@@ -176,7 +182,7 @@ def test_rows_come_in_the_papers_order_and_hold_the_summaries(scores, folder):
     cell = scores.cells[RECT_EVEN, Column("facts", "generalization")]
     assert cell.value == summary["post/generalization"]
     assert cell.standard_error == summary["post/generalization/standard_error"]
-    assert (cell.runs, cell.requests, cell.seed_error) == (1, REQUESTS, None)
+    assert (cell.runs, cell.requests, cell.replicate_error) == (1, REQUESTS, None)
     assert scores.cells[unedited, Column("facts", "efficacy")].value == 10
 
 
@@ -214,7 +220,7 @@ def test_seeds_are_averaged_and_other_settings_are_not(tmp_path):
     cell = table.cells[Row("tiny", "MEMIT", plans[0]), Column("facts", "specificity")]
     means = [100 * fmean(values(seed, 0.5)["specificity"]) for seed in range(3)]
     assert cell.value == pytest.approx(fmean(means))
-    assert cell.seed_error == pytest.approx(stdev(means) / math.sqrt(3))
+    assert cell.replicate_error == pytest.approx(stdev(means) / math.sqrt(3))
     assert cell.runs == 3
 
 
@@ -436,9 +442,9 @@ def test_seeds_are_paired_by_what_they_are_and_requests_by_all_runs(tmp_path):
     means = {plan: np.mean([drawn[plan, s] for s in seeds], 0) for plan, seeds in levels.items()}
     assert ours.value == pytest.approx(100 * float((means["boundary"] - means["even"]).mean()))
     by_seed = [100 * (fmean(drawn["boundary", s]) - fmean(drawn["even", s])) for s in (1, 2)]
-    assert ours.seeds == 2
-    assert ours.seed_error == pytest.approx(stdev(by_seed) / 2**0.5)
-    assert ours.seed_p == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
+    assert ours.replicates == 2
+    assert ours.replicate_error == pytest.approx(stdev(by_seed) / 2**0.5)
+    assert ours.replicate_p == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
 
 
 # two runs

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_blue.comparison.differences import measured_alike
 from lightning_blue.comparison.runs import FinishedRun, Request
 from lightning_blue.metrics import table
 
@@ -35,11 +36,12 @@ class Change:
 def changes(first: FinishedRun, second: FinishedRun) -> list[Change]:
     """Return the shared requests that changed in a metric, what was lost first."""
     shared = [key for key in first.requests if key in second.requests]
+    names = compared_metrics(first, second)
     found = []
     for key in shared:
         outcomes = [run.requests[key].get("after") for run in (first, second)]
         if outcomes[0] and outcomes[1]:
-            change = _change(key, outcomes[0], outcomes[1])
+            change = _change(key, outcomes[0], outcomes[1], names)
             if change.metrics:
                 found.append(change)
     return sorted(found, key=lambda change: change.gain)
@@ -50,9 +52,23 @@ def shared_requests(first: FinishedRun, second: FinishedRun) -> int:
     return len(set(first.requests) & set(second.requests))
 
 
-def _change(request: Request, first: Mapping[str, Any], second: Mapping[str, Any]) -> Change:
-    specs = (spec for spec in table.METRICS if spec.group != "top-1" and spec.per_request)
-    names: Iterable[str] = (spec.name for spec in specs)
+def compared_metrics(first: FinishedRun, second: FinishedRun) -> list[str]:
+    """Return the metrics per request that both runs' protocols measure alike, but for top-1."""
+    return [
+        spec.name
+        for spec in table.METRICS
+        if spec.per_request
+        and spec.group != "top-1"
+        and measured_alike(spec, {first.protocol, second.protocol})
+    ]
+
+
+def _change(
+    request: Request,
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    names: Iterable[str],
+) -> Change:
     values = {
         name: (float(first[name]), float(second[name]))
         for name in names

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lightning_blue.comparison.labels import BLUE, UNEDITED, plan_title
-from lightning_blue.comparison.scores import Row, ScoreTable, error_of_mean
+from lightning_blue.comparison.rows import Row
+from lightning_blue.comparison.scores import ScoreTable, error_of_mean
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import PERCENT, MetricSpec
 from lightning_blue.reporting.plots import INK, PALETTE, png
@@ -40,7 +41,8 @@ Curves = dict[tuple[str, str, Row], list[Point]]  # by data, metric and row
 def curves(scores: ScoreTable) -> Curves:
     """Return what was measured over edits, at the points that all runs of a row have.
 
-    The band is one standard error: over seeds where there are several, else over requests.
+    The band is one standard error: over runs (seeds, orders) where there are several, else over
+    requests.
     """
     found: Curves = {}
     in_order = sorted(scores.runs.items(), key=lambda item: scores.rows.index(item[0][0]))
@@ -61,14 +63,19 @@ def figures(found: Curves, scores: ScoreTable) -> dict[str, bytes]:
     shown = {spec.name for spec in _shown(found)}
     subjects = sorted({(data, row.model) for data, metric, row in found if metric in shown})
     pictures = {}
-    for data, model in subjects:
-        unedited = {
-            column.metric: estimate.value
-            for (row, column), estimate in scores.cells.items()
-            if (row.model, row.plan, column.data) == (model, UNEDITED, data)
-        }
-        pictures[f"{data}-{model}"] = png(_figure(found, data, model, unedited))
+    for place in subjects:
+        data, model = place
+        pictures[f"{data}-{model}"] = png(_figure(found, data, model, _unedited(scores, *place)))
     return pictures
+
+
+def _unedited(scores: ScoreTable, data: str, model: str) -> dict[str, float]:
+    """Return the unedited model's value of each metric that all runs have measured alike."""
+    values: dict[str, set[float]] = {}
+    for (row, column), estimate in scores.cells.items():
+        if (row.model, row.method, column.data) == (model, UNEDITED, data):
+            values.setdefault(column.metric, set()).add(estimate.value)
+    return {metric: each.pop() for metric, each in values.items() if len(each) == 1}
 
 
 def _shown(found: Curves) -> list[MetricSpec]:

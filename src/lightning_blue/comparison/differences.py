@@ -1,24 +1,26 @@
-"""Paired differences between two rows: the same requests were edited, and their seeds may pair too.
+"""Paired differences between two rows: the same requests were edited, by runs that may pair too.
 
 Over requests, a metric that is 0 or 1 for each request is tested by McNemar's exact test (a
 binomial test on the requests that changed), any other by a permutation test of the mean difference
-with flipped signs. Values are averaged over seeds first: seeds repeat requests, they add none. Over
-seeds, the means of the runs are tested by the paired t-test. p-values of one table are adjusted by
-Benjamini and Hochberg's procedure.
+with flipped signs. Values are averaged over replicates first: runs with another seed or order of
+the edits repeat requests, they add none. Over replicates, paired by seed and order, the means of
+the runs are tested by the paired t-test. p-values of one table are adjusted by Benjamini and
+Hochberg's procedure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from statistics import stdev
 
 import numpy as np
 from scipy import stats
 
+from lightning_blue.comparison.labels import Replicate, replicated
+from lightning_blue.comparison.rows import Row
 from lightning_blue.comparison.runs import FinishedRun, Request
-from lightning_blue.comparison.scores import Row, ScoreTable
+from lightning_blue.comparison.scores import ScoreTable, error_of_mean
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import PERCENT, MetricSpec
 
@@ -40,9 +42,11 @@ class Difference:
         test: ``McNemar`` or ``permutation``.
         p: two-sided, over requests.
         adjusted: p with all tests of the table in mind.
-        seeds: that both rows have run with.
-        seed_error: standard error over seeds of the difference; None for one seed.
-        seed_p: two-sided, over seeds; None for one seed.
+        replicates: seeds and orders that both rows have run with.
+        replicated: in what these differ: ``seeds``, ``orders`` or ``seeds and orders``.
+        replicate_value: mean difference over them; None where the rows share none.
+        replicate_error: standard error over replicates of that; None for less than two.
+        replicate_p: two-sided, over replicates; None for less than two.
     """
 
     data: str
@@ -57,9 +61,11 @@ class Difference:
     test: str
     p: float
     adjusted: float
-    seeds: int
-    seed_error: float | None
-    seed_p: float | None
+    replicates: int
+    replicated: str
+    replicate_value: float | None
+    replicate_error: float | None
+    replicate_p: float | None
 
 
 def differences(scores: ScoreTable, pairs: Sequence[tuple[Row, Row]]) -> list[Difference]:
@@ -86,11 +92,17 @@ def _of_metrics(
     after: Sequence[FinishedRun],
 ) -> list[Difference]:
     found = []
+    protocols = {run.protocol for run in (*before, *after)}
     for spec in table.METRICS:
-        if spec.per_request:
+        if spec.per_request and measured_alike(spec, protocols):
             tested = _test(spec, data, (first, second), before, after)
             found += [] if tested is None else [tested]
     return found
+
+
+def measured_alike(spec: MetricSpec, protocols: Collection[str]) -> bool:
+    """Say whether a metric is the same under all of the protocols."""
+    return len({spec.measure(protocol) for protocol in protocols}) == 1
 
 
 def _test(
@@ -112,8 +124,9 @@ def _test(
     )  # (runs, requests) each
     changes = second.mean(axis=0) - first.mean(axis=0)
     binary = len(before) == len(after) == 1 and bool(np.isin([first, second], (0, scale)).all())
-    by_seed = _by_seed(before, first, after, second)
-    several = len(by_seed) > 1
+    paired = _paired(before, first, after, second)
+    over = np.array(list(paired.values()))
+    several = len(over) > 1
     n = len(changes)
     return Difference(
         data=data,
@@ -128,24 +141,26 @@ def _test(
         test="McNemar" if binary else "permutation",
         p=mcnemar(changes) if binary else sign_flips(changes),
         adjusted=math.nan,
-        seeds=len(by_seed),
-        seed_error=stdev(by_seed.tolist()) / math.sqrt(len(by_seed)) if several else None,
-        seed_p=paired_t(by_seed) if several else None,
+        replicates=len(over),
+        replicated=replicated([paired]),
+        replicate_value=float(over.mean()) if len(over) else None,
+        replicate_error=error_of_mean(over.tolist()) if several else None,
+        replicate_p=paired_t(over) if several else None,
     )
 
 
-def _by_seed(
+def _paired(
     before: Sequence[FinishedRun],
     first: np.ndarray,
     after: Sequence[FinishedRun],
     second: np.ndarray,
-) -> np.ndarray:
-    """Return the difference of the means over requests for each seed that both rows have."""
+) -> dict[Replicate, float]:
+    """Return the difference of the means over requests for each replicate that both rows have."""
     means = [
-        {run.labels.seed: row.mean() for run, row in zip(runs, rows, strict=True)}
+        {run.labels.replicate: float(row.mean()) for run, row in zip(runs, rows, strict=True)}
         for runs, rows in ((before, first), (after, second))
     ]
-    return np.array([means[1][seed] - means[0][seed] for seed in means[0] if seed in means[1]])
+    return {each: means[1][each] - means[0][each] for each in means[0] if each in means[1]}
 
 
 def mcnemar(changes: np.ndarray) -> float:
@@ -185,7 +200,7 @@ def sign_flips(changes: np.ndarray) -> float:
 
 
 def paired_t(changes: np.ndarray) -> float:
-    """Return the two-sided p of the t-test that the mean change over seeds is zero."""
+    """Return the two-sided p of the t-test that the mean change over replicates is zero."""
     if np.ptp(changes) == 0:
         return 1.0 if changes[0] == 0 else 0.0
     return float(stats.ttest_1samp(changes, 0).pvalue)

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from lightning_blue.comparison.scores import Column, Row, ScoreTable
+from lightning_blue.comparison.rows import Row
+from lightning_blue.comparison.scores import Column, ScoreTable
 
 METRICS = ("efficacy", "generalization", "specificity", "fluency", "consistency")
 

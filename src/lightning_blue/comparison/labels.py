@@ -1,8 +1,8 @@
-"""What a run is in a table: model, data, method, plan and seed, read off its configuration."""
+"""What a run is in a table: model, data, method, plan, seed, order, read off its configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -45,6 +45,25 @@ PLANS = ("even", "square_root", BLUE, "computed", "first", "last", "none")  # or
 UNEDITED = "unedited"
 
 
+class Replicate(NamedTuple):
+    """What may differ between runs of one row: the seed, and the seed of the edits' order."""
+
+    seed: int | None
+    order: int | None  # None: that of the file
+
+
+def replicated(rows: Iterable[Iterable[Replicate]]) -> str:
+    """Say in what the runs of a row differ, in any of the rows: seeds, orders, or both.
+
+    >>> replicated([[Replicate(0, 1), Replicate(0, 2)], [Replicate(0, 1)]])
+    'orders'
+    """
+    groups = [set(row) for row in rows]
+    seeds = any(len({each.seed for each in group}) > 1 for group in groups)
+    orders = any(len({each.order for each in group}) > 1 for group in groups)
+    return "seeds and orders" if seeds and orders else "orders" if orders else "seeds"
+
+
 class Labels(NamedTuple):
     """What a run is."""
 
@@ -52,7 +71,7 @@ class Labels(NamedTuple):
     data: str
     method: str
     plan: str
-    seed: int | None
+    replicate: Replicate
 
 
 def labels(config: Mapping[str, Any]) -> Labels:
@@ -62,7 +81,7 @@ def labels(config: Mapping[str, Any]) -> Labels:
         data=PurePath(str(config.get("data/path"))).stem,
         method=method_of(config),
         plan=str(config.get("update/plan")),
-        seed=config.get("seed_everything"),
+        replicate=Replicate(config.get("seed_everything"), config.get("data/shuffle")),
     )
 
 

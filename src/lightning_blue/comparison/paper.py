@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning_blue.comparison.improvement import METRICS, mean_change
 from lightning_blue.comparison.labels import BLUE, UNEDITED, classic_plan
-from lightning_blue.comparison.scores import Row
+from lightning_blue.comparison.rows import Row
 from lightning_blue.support.errors import InputError
 
 FILE = "paper_tables.csv"

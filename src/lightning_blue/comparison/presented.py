@@ -12,8 +12,9 @@ from lightning_blue.comparison.differences import Difference
 from lightning_blue.comparison.grids import Cell, Grid
 from lightning_blue.comparison.improvement import Improvement
 from lightning_blue.comparison.labels import plan_title
+from lightning_blue.comparison.rows import Row
 from lightning_blue.comparison.runs import FinishedRun
-from lightning_blue.comparison.scores import Column, Estimate, Row, ScoreTable
+from lightning_blue.comparison.scores import Column, Estimate, ScoreTable
 from lightning_blue.metrics import table
 from lightning_blue.reporting.tables import NOT_FINITE, value_and_error
 
@@ -31,13 +32,14 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
         + [_score(scores, row, column) for column in columns]
         for row in scores.rows
     ]
-    several = any(cell.seed_error is not None for cell in scores.cells.values())
+    several = any(cell.replicate_error is not None for cell in scores.cells.values())
     counts = sorted({cell.runs for cell in scores.cells.values()})
     unit = {"retention": "batches", "ability": "records"}.get(group, "requests")
     caption = f"Value ± standard error over {unit}"
     if several:
         spelled = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-        caption += f", means over {spelled} seeds; in brackets the standard error over seeds"
+        over = scores.replicated
+        caption += f", means over {spelled} {over}; in brackets the standard error over {over}"
     caption += (
         ". Bold: best of the model's edited rows; ↑: better with BLUE than the same method with "
         "its classic plan. "
@@ -116,14 +118,12 @@ def difference_grid(name: str, title: str, found: Sequence[Difference]) -> Grid 
     """Return paired tests as a table."""
     if not found:
         return None
-    seeds = any(each.seed_p is not None for each in found)
+    several = [each for each in found if each.replicate_error is not None]
+    kinds = {each.replicated for each in several}
+    over = kinds.pop() if len(kinds) == 1 else "seeds and orders"
     header = ["model", "method", "data", "metric", "difference", "requests", "better", "worse"]
-    header += [
-        "test",
-        "p",
-        "adjusted p",
-        *(["seeds", "over seeds", "p over seeds"] if seeds else []),
-    ]
+    header += ["test", "p", "adjusted p"]
+    header += [over, f"over {over}", f"p over {over}"] if several else []
     rows = []
     for each in found:
         method = each.second.method
@@ -132,20 +132,28 @@ def difference_grid(name: str, title: str, found: Sequence[Difference]) -> Grid 
         texts = [each.second.model, method, each.data, table.by_name(each.metric).label]
         texts += [_signed(each.value, each.standard_error), f"{each.requests}"]
         texts += [f"{each.better}", f"{each.worse}", each.test, _p(each.p), _p(each.adjusted)]
-        if seeds:
-            over = each.seed_error is not None
-            texts += [f"{each.seeds}", _signed(each.value, each.seed_error) if over else "-"]
-            texts += ["-" if each.seed_p is None else _p(each.seed_p)]
+        texts += _over_replicates(each) if several else []
         rows.append([*map(Cell, texts)])
     caption = (
         "Difference ± standard error over the requests that both have edited, paired; better and "
         "worse count them. McNemar: exact test of a metric that is 0 or 1; permutation: flipped "
-        "signs of the differences, of the mean over seeds where there are several. Adjusted: "
+        "signs of the differences, of the mean over runs where there are several. Adjusted: "
         "Benjamini and Hochberg, over this table."
     )
-    if seeds:
-        caption += " Over seeds: ± standard error of the seeds' differences, paired t-test."
+    if several:
+        caption += (
+            f" Over {over}: mean difference ± standard error over the {over} that both rows have, "
+            "paired, and its t-test."
+        )
     return Grid(name, title, caption, header, rows, texts=4)
+
+
+def _over_replicates(each: Difference) -> list[str]:
+    """Return the cells of a difference over seeds and orders: how many, difference, p."""
+    if each.replicate_value is None or each.replicate_error is None or each.replicate_p is None:
+        return [f"{each.replicates}", "-", "-"]
+    difference = _signed(each.replicate_value, each.replicate_error)
+    return [f"{each.replicates}", difference, _p(each.replicate_p)]
 
 
 def paper_grids(name: str, scores: Sequence[ScoreTable]) -> list[Grid]:
@@ -278,7 +286,7 @@ def _score(scores: ScoreTable, row: Row, column: Column) -> Cell:
 
 
 def estimate_text(estimate: Estimate | None) -> str:
-    """Write an estimate with its errors; that over seeds, in brackets, to one more decimal.
+    """Write an estimate with its errors; that over runs, in brackets, to one more decimal.
 
     >>> estimate_text(Estimate(97.0123, 1.2, 0.7312, 3, 200))
     '97.0 ± 1.2 (0.73)'
@@ -291,9 +299,9 @@ def estimate_text(estimate: Estimate | None) -> str:
         return NOT_FINITE
     error = estimate.standard_error
     text = value_and_error(estimate.value, error if math.isfinite(error) else None)
-    if estimate.seed_error is not None:
+    if estimate.replicate_error is not None:
         decimals = len(text.partition(" ")[0].partition(".")[2])
-        text += f" ({round(estimate.seed_error, decimals + 1):.2g})"
+        text += f" ({round(estimate.replicate_error, decimals + 1):.2g})"
     return text
 
 

@@ -14,23 +14,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lightning_blue.comparison import identity
 from lightning_blue.comparison.labels import Labels, labels
 from lightning_blue.reporting.files import flat
 from lightning_blue.reporting.run_folders import STATUS, read_status
+from lightning_blue.runs.journal import HEADER, RECORDS
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.text import counted
 
-# Keys that do not make another run of what is compared: where and how it was made and measured.
-NOT_COMPARED = (
-    "run/",
-    "trainer/",
-    "ckpt_path",
-    "base",
-    "measure/",
-    "guard/",
-    "model/covariance/cache",
-    "model/cache_targets",
-)
 DEPTH = 3  # folders below a given one in which runs are looked for
 
 Request = tuple[str, str, str]  # case id, prompt, new object
@@ -52,12 +43,14 @@ class FinishedRun:
         config: the resolved configuration under flat keys.
         summary: the numbers of ``summary.json``.
         labels: what it is in a table.
+        fingerprint: hash of the unedited model's weights; None where none was recorded.
     """
 
     folder: Path
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     labels: Labels
+    fingerprint: str | None = None
 
     @cached_property
     def requests(self) -> dict[Request, dict[str, Any]]:
@@ -80,7 +73,13 @@ class FinishedRun:
     @cached_property
     def digest(self) -> str:
         """A hash of the requests, in any order."""
-        return hashlib.sha256(repr(sorted(self.requests)).encode()).hexdigest()[:8]
+        asked = sorted((*key, str(row.get("target_true"))) for key, row in self.requests.items())
+        return hashlib.sha256(repr(asked).encode()).hexdigest()[:8]
+
+    @cached_property
+    def compared(self) -> dict[str, Any]:
+        """What was computed and measured, see `identity.compared`."""
+        return identity.compared(self.config, self.summary)
 
     @property
     def protocol(self) -> str:
@@ -134,17 +133,14 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[LeftOut]]:
     """
     runs: list[FinishedRun] = []
     left_out: list[LeftOut] = []
-    seen: dict[str, Path] = {}
     for folder in dict.fromkeys(folder for path in paths for folder in _folders(path)):
         found = _read(folder)
         if isinstance(found, LeftOut):
             left_out.append(found)
-            continue
-        first = seen.setdefault(_described(found), folder)
-        if first == folder:
-            runs.append(found)
         else:
-            left_out.append(LeftOut(folder, f"it repeats {first.name}"))
+            runs.append(found)
+    runs, repeated = _without_repeats(runs)
+    left_out += repeated
     if not runs:
         reasons = "; ".join(f"{left.folder.name}: {left.reason}" for left in left_out[:5])
         raise InputError(
@@ -172,10 +168,30 @@ def _folders(path: Path) -> Iterator[Path]:
     yield from found
 
 
-def _described(run: FinishedRun) -> str:
-    """Spell what a run is; two runs of which it is the same are no two seeds."""
-    kept = {key: value for key, value in run.config.items() if not key.startswith(NOT_COMPARED)}
-    return json.dumps([kept, run.digest], sort_keys=True, default=str)
+def model_keys(runs: Sequence[FinishedRun]) -> dict[Path, str]:
+    """Tell models by the hash of their weights, or by their full names where none was recorded."""
+    paths = {run.folder: str(run.config.get("model/name_or_path")) for run in runs}
+    recorded = {paths[run.folder]: run.fingerprint for run in runs if run.fingerprint}
+    return {
+        run.folder: run.fingerprint or recorded.get(paths[run.folder]) or paths[run.folder]
+        for run in runs
+    }
+
+
+def _without_repeats(
+    runs: Sequence[FinishedRun],
+) -> tuple[list[FinishedRun], list[LeftOut]]:
+    """Keep the first of runs that computed and measured the same with one seed and order."""
+    models = model_keys(runs)
+    kept: dict[str, FinishedRun] = {}
+    repeated = []
+    for run in runs:
+        given = {key: value for key, value in run.compared.items() if value is not None}
+        what = [models[run.folder], *run.labels, run.digest, run.protocol, given]
+        first = kept.setdefault(json.dumps(what, sort_keys=True, default=str), run)
+        if first is not run:
+            repeated.append(LeftOut(run.folder, f"it repeats {first.folder.name}"))
+    return list(kept.values()), repeated
 
 
 def _read(folder: Path) -> FinishedRun | LeftOut:
@@ -189,8 +205,17 @@ def _read(folder: Path) -> FinishedRun | LeftOut:
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         config = flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-        run = FinishedRun(folder, config, summary, labels(config))
+        run = FinishedRun(folder, config, summary, labels(config), _fingerprint(folder))
         _ = run.requests
         return run
     except (OSError, ValueError, yaml.YAMLError, AttributeError) as error:
         return LeftOut(folder, f"its files cannot be read: {first_line(error)}")
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Return the hash of the unedited model's weights from the journal of a run's records."""
+    try:
+        journal = json.loads((folder / RECORDS / HEADER).read_text(encoding="utf-8"))
+        return str(journal["model"]["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

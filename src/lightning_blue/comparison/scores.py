@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -15,19 +14,13 @@ from lightning_blue.comparison.labels import (
     classic_plan,
     method_place,
     plan_place,
+    replicated,
 )
-from lightning_blue.comparison.runs import NOT_COMPARED, FinishedRun
+from lightning_blue.comparison.rows import Row, placed
+from lightning_blue.comparison.runs import FinishedRun
 from lightning_blue.metrics import table
 from lightning_blue.metrics.table import MetricSpec
 from lightning_blue.support.text import counted
-
-# Keys in which runs of one row may differ, or do: the seed, and what their labels say.
-BY_LABEL = (
-    "seed_everything",
-    "model/name_or_path",
-    "data/",
-    "update/plan",
-)
 
 
 class Setting(NamedTuple):
@@ -42,14 +35,6 @@ class Setting(NamedTuple):
         if self.batch_size >= self.edits:
             return f"{counted(self.edits, 'edit')} in one batch"
         return f"{self.edits:,} edits, {self.batch_size:,} at a time"
-
-
-class Row(NamedTuple):
-    """A row of a table: a method with a plan on a model; unedited models have a row too."""
-
-    model: str
-    method: str
-    plan: str
 
 
 class Column(NamedTuple):
@@ -71,14 +56,15 @@ class Estimate:
     Attributes:
         value: mean over the runs; NaN if it is not finite in one of them.
         standard_error: over requests, the mean of the runs'; NaN where there is none.
-        seed_error: standard error of the mean over seeds; None for a single run.
+        replicate_error: standard error of the mean over the runs, which differ in seed or order;
+            None for a single run.
         runs: how many.
         requests: behind each run's value.
     """
 
     value: float
     standard_error: float
-    seed_error: float | None
+    replicate_error: float | None
     runs: int
     requests: int
 
@@ -93,15 +79,22 @@ class ScoreTable:
     cells: Mapping[tuple[Row, Column], Estimate]
     runs: Mapping[tuple[Row, str], list[FinishedRun]]  # by row and data set
 
+    @property
+    def replicated(self) -> str:
+        """In what runs of one row differ: ``seeds``, ``orders`` or ``seeds and orders``."""
+        return replicated([[run.labels.replicate for run in runs] for runs in self.runs.values()])
+
     def best(self, row: Row, column: Column) -> bool:
         """Say whether no other edited row of the model is better; alone, none is the best."""
         mine = self.cells.get((row, column))
-        if mine is None or row.plan == UNEDITED or column.spec.direction == "neither":
+        if mine is None or row.method == UNEDITED or column.spec.direction == "neither":
             return False
         others = [
             self.cells[other, column].value
             for other in self.rows
-            if other.model == row.model and other.plan != UNEDITED and (other, column) in self.cells
+            if other.model == row.model
+            and other.method != UNEDITED
+            and (other, column) in self.cells
         ]
         finite = [value for value in others if math.isfinite(value)]
         best = max if column.spec.direction == "higher" else min
@@ -142,7 +135,7 @@ class ScoreTable:
         """
         found: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            if row.plan != UNEDITED:
+            if row.method != UNEDITED:
                 plan = "classic" if row.plan == classic_plan(row.method) else row.plan
                 found.setdefault((row.model, plan), []).append(row)
         return [(rows[0], row) for rows in found.values() for row in rows[1:]]
@@ -160,12 +153,12 @@ def score_tables(runs: Sequence[FinishedRun]) -> list[ScoreTable]:
 def _table(setting: Setting, runs: Sequence[FinishedRun]) -> ScoreTable:
     cells: dict[tuple[Row, Column], Estimate] = {}
     grouped: dict[tuple[Row, str], list[FinishedRun]] = {}
-    data_names = _data_names(runs)
-    for run, row in _rows(runs):
-        grouped.setdefault((row, data_names[run.folder]), []).append(run)
+    unedited: dict[tuple[Row, str], Row] = {}
+    for each in placed(runs):
+        grouped.setdefault((each.row, each.data), []).append(each.run)
+        unedited[each.row, each.data] = each.unedited
     for (row, data), group in grouped.items():
-        stages = {row: "post", Row(row.model, UNEDITED, UNEDITED): "pre"}
-        for place, stage in stages.items():
+        for place, stage in ((row, "post"), (unedited[row, data], "pre")):
             for spec in table.among(name for run in group for name in run.measured(stage)):
                 estimate = _estimate(group, stage, spec.name)
                 if estimate is not None:
@@ -174,7 +167,7 @@ def _table(setting: Setting, runs: Sequence[FinishedRun]) -> ScoreTable:
     there = {column for _, column in cells}
     columns = [
         Column(data, spec.name)
-        for data in dict.fromkeys(data_names.values())
+        for data in dict.fromkeys(data for _, data in grouped)
         for spec in table.among(column.metric for _, column in cells)
         if Column(data, spec.name) in there
     ]
@@ -182,7 +175,7 @@ def _table(setting: Setting, runs: Sequence[FinishedRun]) -> ScoreTable:
 
 
 def _place(row: Row) -> tuple[object, ...]:
-    return row.model, row.plan != UNEDITED, method_place(row.method), plan_place(row.plan)
+    return row.model, row.method != UNEDITED, method_place(row.method), plan_place(row.plan)
 
 
 def _estimate(runs: Sequence[FinishedRun], stage: str, metric: str) -> Estimate | None:
@@ -196,7 +189,7 @@ def _estimate(runs: Sequence[FinishedRun], stage: str, metric: str) -> Estimate 
     return Estimate(
         value=fmean(known),
         standard_error=fmean(math.nan if error is None else error for error in errors),
-        seed_error=error_of_mean(known) if len(known) > 1 else None,
+        replicate_error=error_of_mean(known) if len(known) > 1 else None,
         runs=len(known),
         requests=int(min(count if count and math.isfinite(count) else 0 for count in counts)),
     )
@@ -207,37 +200,3 @@ def error_of_mean(values: Sequence[float]) -> float:
     if not all(map(math.isfinite, values)):
         return math.nan
     return stdev(values) / math.sqrt(len(values))
-
-
-def _data_names(runs: Sequence[FinishedRun]) -> dict[Path, str]:
-    """Name the data of each run; where one name has several sets of requests, tell them apart."""
-    digests: dict[str, list[str]] = {}
-    for run in runs:
-        known = digests.setdefault(run.labels.data, [])
-        if run.digest not in known:
-            known.append(run.digest)
-    return {
-        run.folder: run.labels.data
-        if len(digests[run.labels.data]) == 1
-        else f"{run.labels.data}, requests {run.digest}"
-        for run in runs
-    }
-
-
-def _rows(runs: Sequence[FinishedRun]) -> Iterable[tuple[FinishedRun, Row]]:
-    """Yield each run with its row; runs that differ in more than labels get rows of their own."""
-    by_label: dict[tuple[str, ...], list[FinishedRun]] = {}
-    for run in runs:
-        label = (*run.labels[:4], run.digest)
-        by_label.setdefault(tuple(map(str, label)), []).append(run)
-    for group in by_label.values():
-        varied = [
-            key
-            for key in group[0].config
-            if not key.startswith((*NOT_COMPARED, *BY_LABEL))
-            and any(other.config.get(key) != group[0].config[key] for other in group)
-        ]
-        for run in group:
-            others = [f"{key.rpartition('/')[2]}={run.config.get(key)}" for key in varied]
-            plan = ", ".join([run.labels.plan, *others])
-            yield run, Row(run.labels.model, run.labels.method, plan)
