@@ -24,7 +24,7 @@ from scipy import stats
 from conftest import ROOT
 from helpers import write_jsonl
 from lightning_blue.__main__ import main
-from lightning_blue.comparison import paper
+from lightning_blue.comparison import paper, presented
 from lightning_blue.comparison.differences import differences, mcnemar, paired_t, sign_flips
 from lightning_blue.comparison.grids import Cell, Grid
 from lightning_blue.comparison.improvement import METRICS, improvements
@@ -397,6 +397,38 @@ def test_paired_t_over_seeds():
     first, second = np.array([90.0, 91, 93]), np.array([92.0, 94, 94])
     assert paired_t(second - first) == pytest.approx(stats.ttest_rel(second, first).pvalue)
     assert paired_t(np.zeros(3)) == 1
+    noise = np.finfo(float).eps * np.array([0, 60, -60])
+    assert math.isnan(paired_t(-20 + noise))  # no variance, no test
+    assert math.isnan(paired_t(np.full(2, 7.5)))
+
+
+def test_seeds_that_all_change_by_the_same_have_no_test(tmp_path):
+    """Without contexts nothing depends on the seed."""
+    for seed, (plan, draw) in itertools.product(range(3), (("even", 1), ("boundary", 2))):
+        changed = {"seed_everything": seed, "update__plan": plan}
+        make_run(tmp_path, f"{plan}-{seed}", values(draw, 0.5), **changed)
+    (table,) = score_tables(read_runs([tmp_path])[0])
+    found = differences(table, table.pairs())
+    assert all(math.isnan(each.replicate_p) and each.replicates == 3 for each in found)
+    grid = presented.difference_grid("d", "d", found)
+    assert [row[list(grid.header).index("p over seeds")].text for row in grid.rows] == ["-"] * 3
+
+
+def test_what_rounding_leaves_over_is_no_change(tmp_path):
+    """The same values by seed, in another order, have the same mean but for its last bit."""
+    draw = random.Random(0)
+    drawn = [[draw.random() for _ in range(3)] for _ in range(REQUESTS)]
+    shifted = [each[1:] + each[:1] for each in drawn]
+    means = [np.mean(100 * np.array(of).T, axis=0) for of in (drawn, shifted)]
+    assert np.any(means[0] != means[1])
+    for plan, of in (("even", drawn), ("boundary", shifted)):
+        for seed in range(3):
+            changed = {"seed_everything": seed, "update__plan": plan}
+            each = {"specificity": [request[seed] for request in of]}
+            make_run(tmp_path, f"{plan}-{seed}", each, **changed)
+    (table,) = score_tables(read_runs([tmp_path])[0])
+    (found,) = differences(table, table.pairs())
+    assert (found.value, found.better, found.worse, found.p) == (0, 0, 0, 1)
 
 
 def test_differences_of_a_comparison(folder, capsys):
@@ -445,6 +477,11 @@ def test_seeds_are_paired_by_what_they_are_and_requests_by_all_runs(tmp_path):
     assert ours.replicates == 2
     assert ours.replicate_error == pytest.approx(stdev(by_seed) / 2**0.5)
     assert ours.replicate_p == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
+    assert ours.replicate_value == pytest.approx(fmean(by_seed))
+    assert abs(ours.value - ours.replicate_value) > 1  # the third seed is in the first alone
+    grid = presented.difference_grid("d", "d", list(found.values()))
+    cells = dict(zip(grid.header, grid.rows[0], strict=True))
+    assert float(cells["over seeds"].text.split(" ±")[0]) == pytest.approx(fmean(by_seed), abs=0.1)
 
 
 # two runs

@@ -26,6 +26,7 @@ from lightning_blue.metrics.table import PERCENT, MetricSpec
 
 RESAMPLES = 9_999  # of the permutation test, unless fewer are possible
 SEED = 0
+SAME = 1e-9  # relative spread below which changes are rounded copies of one number
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Difference:
         replicated: in what these differ: ``seeds``, ``orders`` or ``seeds and orders``.
         replicate_value: mean difference over them; None where the rows share none.
         replicate_error: standard error over replicates of that; None for less than two.
-        replicate_p: two-sided, over replicates; None for less than two.
+        replicate_p: two-sided, over replicates; None for less than two, NaN where it is undefined.
     """
 
     data: str
@@ -122,7 +123,7 @@ def _test(
         scale * np.array([[values[run.folder][key] for key in shared] for run in runs])
         for runs in (before, after)
     )  # (runs, requests) each
-    changes = second.mean(axis=0) - first.mean(axis=0)
+    changes = mean_difference(first, second, axis=0)
     binary = len(before) == len(after) == 1 and bool(np.isin([first, second], (0, scale)).all())
     paired = _paired(before, first, after, second)
     over = np.array(list(paired.values()))
@@ -156,11 +157,27 @@ def _paired(
     second: np.ndarray,
 ) -> dict[Replicate, float]:
     """Return the difference of the means over requests for each replicate that both rows have."""
-    means = [
-        {run.labels.replicate: float(row.mean()) for run, row in zip(runs, rows, strict=True)}
+    earlier, later = (
+        {run.labels.replicate: row for run, row in zip(runs, rows, strict=True)}
         for runs, rows in ((before, first), (after, second))
-    ]
-    return {each: means[1][each] - means[0][each] for each in means[0] if each in means[1]}
+    )
+    return {
+        each: float(mean_difference(earlier[each], later[each], axis=0))
+        for each in earlier
+        if each in later
+    }
+
+
+def mean_difference(first: np.ndarray, second: np.ndarray, axis: int) -> np.ndarray:
+    """Return the mean of second less that of first; zero where no more than rounding is left.
+
+    The mean of n numbers up to m is off by n * eps * m at most, in whatever order they are summed.
+    """
+    terms = max(first.shape[axis], second.shape[axis])
+    size = np.maximum(np.abs(first).max(axis=axis), np.abs(second).max(axis=axis))
+    changes = second.mean(axis=axis) - first.mean(axis=axis)
+    noise = 4 * terms * np.finfo(changes.dtype).eps * size
+    return np.where(np.abs(changes) <= noise, 0.0, changes)
 
 
 def mcnemar(changes: np.ndarray) -> float:
@@ -200,9 +217,13 @@ def sign_flips(changes: np.ndarray) -> float:
 
 
 def paired_t(changes: np.ndarray) -> float:
-    """Return the two-sided p of the t-test that the mean change over replicates is zero."""
-    if np.ptp(changes) == 0:
-        return 1.0 if changes[0] == 0 else 0.0
+    """Return the two-sided p of the t-test that the mean change over replicates is zero.
+
+    It is 1 where nothing changed, and NaN where all changed by the same: without a variance there
+    is no test.
+    """
+    if np.ptp(changes) <= SAME * np.abs(changes).max():
+        return math.nan if changes.any() else 1.0
     return float(stats.ttest_1samp(changes, 0).pvalue)
 
 

@@ -143,7 +143,7 @@ def difference_grid(name: str, title: str, found: Sequence[Difference]) -> Grid 
     if several:
         caption += (
             f" Over {over}: mean difference ± standard error over the {over} that both rows have, "
-            "paired, and its t-test."
+            "paired, and its t-test (-: all changed by the same)."
         )
     return Grid(name, title, caption, header, rows, texts=4)
 
@@ -330,6 +330,8 @@ def _signed(value: float, error: float | None) -> str:
 
 
 def _p(value: float) -> str:
+    if math.isnan(value):
+        return "-"
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
