@@ -521,6 +521,17 @@ def test_requests_that_did_not_change_are_not_listed(tmp_path, capsys):
         assert {row["case_id"] for row in csv.DictReader(file)} == {"3", "7"}
 
 
+def test_a_probability_that_is_not_finite_is_called_so(folder, capsys):
+    """The file holds null for it."""
+    pair = [folder / name for name in ("memit-even", "memit-boundary")]
+    rows = [json.loads(line) for line in (pair[1] / "edits.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["after"]["probability_new"] = None
+    write_jsonl(pair[1] / "edits.jsonl", rows)
+    assert main(["compare", *map(str, pair)]) == 0
+    assert "| 0.500 → not finite |" in capsys.readouterr().out
+
+
 def test_runs_without_a_common_request_are_refused(folder, capsys):
     other = make_run(folder, "other", values(7, 0.5))
     lines = (other / "edits.jsonl").read_text().replace('"case_id": "', '"case_id": "x')
@@ -618,6 +629,53 @@ def test_the_papers_numbers_stand_beside_ours(tmp_path, capsys):
     assert "make it 84" in markdown
     assert main(["compare", str(tmp_path), "--paper", "table3"]) == 0
     assert "129.61" in capsys.readouterr().out
+
+
+def table_in(markdown: str, title: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of the first table whose title begins so, by their first two cells."""
+    (part,) = re.findall(rf"## {title}.*?\n\n(.*?)\n\n", markdown, re.DOTALL)[:1]
+    header, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in part.split("\n")
+    ]
+    return {(line[0], line[1]): dict(zip(header, line, strict=True)) for line in lines}
+
+
+def test_several_data_sets_settings_and_variants_stand_beside_the_papers_numbers(tmp_path, capsys):
+    """None takes the place of another."""
+    levels = {}
+    changes = ({}, {"data__path": "more.json"}, {"data__batch_size": 6}, {"update__ridge": 20})
+    for place, changed in enumerate(changes):
+        for plan in ("even", "boundary"):
+            each = values(place + 10 * (plan == "even"), 0.3 + 0.2 * place)
+            make_run(tmp_path, f"{place}-{plan}", each, **changed, update__plan=plan)
+            levels[place, plan] = fmean(each["efficacy"])
+    assert main(["compare", str(tmp_path), "--paper", "table2"]) == 0
+    rows = table_in((tmp_path / "comparison" / "comparison.md").read_text(), "efficacy .%., Count")
+    small, large = "12 edits, 4 at a time", "12 edits, 6 at a time"
+    shown = {
+        name: float(cell.split()[0]) / 100
+        for row in rows.values()
+        for name, cell in row.items()
+        if name.endswith("(here)") and row["plan"] == "boundary (BLUE)" and cell != "-"
+    }
+    assert shown == {
+        f"tiny, more, {small} (here)": pytest.approx(levels[1, "boundary"], abs=1e-3),
+        f"tiny, facts, {large} (here)": pytest.approx(levels[2, "boundary"], abs=1e-3),
+    }
+    for ridge, place in ((10, 0), (20, 3)):
+        row = rows["MEMIT", f"boundary (BLUE), ridge={ridge}"]
+        cell = row[f"tiny, facts, {small} (here)"]
+        assert float(cell.split()[0]) == pytest.approx(100 * levels[place, "boundary"], abs=0.1)
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path), "--paper", "table3"]) == 0
+    markdown = (tmp_path / "comparison" / "comparison.md").read_text()
+    columns = next(iter(table_in(markdown, "Average improvement by BLUE in").values()))
+    assert {name for name in columns if name.endswith("(here)")} == {
+        f"tiny, {small} (here)",
+        f"tiny, {small}, ridge=10 (here)",
+        f"tiny, {small}, ridge=20 (here)",
+        f"tiny, {large} (here)",
+    }
 
 
 def test_tables_are_logged_to_wandb(folder, tmp_path, capsys):

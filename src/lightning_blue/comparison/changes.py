@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ class Change:
     Attributes:
         request: case id, prompt, new object.
         metrics: value in the first and in the second run, by metric, where they differ.
-        probability: of the new object, in both.
+        probability: of the new object, in both; NaN where it is not finite.
         text: the greedy continuation, in both.
     """
 
@@ -77,6 +78,11 @@ def _change(
     return Change(
         request,
         {name: pair for name, pair in values.items() if pair[0] != pair[1]},
-        (float(first["probability_new"]), float(second["probability_new"])),
+        (_finite_or_nan(first["probability_new"]), _finite_or_nan(second["probability_new"])),
         (str(first["continuation"]), str(second["continuation"])),
     )
+
+
+def _finite_or_nan(number: float | None) -> float:
+    """Read a number of a file in which null stands for what is not finite."""
+    return math.nan if number is None else float(number)

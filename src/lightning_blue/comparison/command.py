@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_blue.comparison import presented, records
+from lightning_blue.comparison.beside_paper import paper_grids
 from lightning_blue.comparison.changes import changes, shared_requests
 from lightning_blue.comparison.curves import curves, figures
 from lightning_blue.comparison.differences import between_runs, differences
@@ -66,7 +67,7 @@ def compare(args: Namespace) -> None:
     else:
         _add_differences(made, scores)
     if args.paper:
-        _add_paper(made, args.paper, scores)
+        made.grids += paper_grids(args.paper, scores)
     _add_curves(made, scores)
     write_comparison(folder, made.grids, made.records, made.pictures, made.left_out)
     if args.wandb != "off":
@@ -123,13 +124,6 @@ def _add_changes(made: Comparison, first: FinishedRun, second: FinishedRun) -> N
     made.add(presented.changes_grid(found, shared, names))
     made.records["differences"] = records.difference_records(tested)
     made.records["changed"] = records.change_records(found)
-
-
-def _add_paper(made: Comparison, name: str, scores: Sequence[ScoreTable]) -> None:
-    if name == "table3":
-        made.add(presented.table3_grid([found for each in scores for found in improvements(each)]))
-    for grid in presented.paper_grids(name, scores) if name != "table3" else ():
-        made.add(grid)
 
 
 def _add_curves(made: Comparison, scores: Sequence[ScoreTable]) -> None:

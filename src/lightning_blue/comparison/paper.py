@@ -20,12 +20,6 @@ from lightning_blue.support.errors import InputError
 FILE = "paper_tables.csv"
 TABLES = {"table2": ("2",), "table4": ("4",), "table5": ("5-sequential", "5-batch")}
 COUNTERFACT, ZSRE = "CounterFact", "zsRE"
-MODELS = {  # names of the hub, in lower case, by the paper's
-    "meta-llama-3-8b": "Llama3",
-    "meta-llama-3-8b-instruct": "Llama3",
-    "gpt-j-6b": "GPT-J",
-    "gpt2-xl": "GPT2-XL",
-}
 LEFT_OUT = {("GPT-J", "PRUNE", ZSRE)}  # by the paper, from its Table 3, as abnormal
 REMARKS = {
     "2": "The unedited models were measured on other samples than in Table 4: of GPT2-XL's zsRE "
@@ -82,11 +76,6 @@ def table3() -> dict[tuple[str, str], float]:
         if change is not None:
             found[row.model, row.method] = change
     return found
-
-
-def paper_model(model: str) -> str:
-    """Return the paper's name of a model, or the name itself where the paper has none."""
-    return MODELS.get(model.lower(), model)
 
 
 def _numbers(line: Mapping[str, str]) -> Iterator[Published]:

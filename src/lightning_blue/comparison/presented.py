@@ -1,4 +1,4 @@
-"""From numbers to tables that are read: scores, improvement, differences, the paper beside ours."""
+"""From numbers to tables that are read: scores, improvement, differences, changed requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from lightning_blue.comparison import paper
 from lightning_blue.comparison.changes import Change
 from lightning_blue.comparison.differences import Difference
 from lightning_blue.comparison.grids import Cell, Grid
@@ -94,7 +93,7 @@ def improvement_grid(scores: ScoreTable, found: Sequence[Improvement]) -> Grid |
     rows = [
         [
             Cell(each.row.model),
-            Cell(each.row.method),
+            Cell(", ".join([each.row.method, *each.row.settings])),
             Cell("-" if each.percent is None else f"{each.percent:.2f}"),
             Cell(f"{each.improved} of {each.columns + len(each.undefined)}"),
             Cell(", ".join(column_titles(each.undefined)) or "-"),
@@ -156,48 +155,6 @@ def _over_replicates(each: Difference) -> list[str]:
     return [f"{each.replicates}", difference, _p(each.replicate_p)]
 
 
-def paper_grids(name: str, scores: Sequence[ScoreTable]) -> list[Grid]:
-    """Put ours and the paper's side by side: a table for each metric and data set."""
-    if name == "table3":
-        return []
-    numbers = paper.of_table(name)
-    grids = []
-    for part in paper.TABLES[name]:
-        published = [number for number in numbers if number.table == part]
-        for data in (paper.COUNTERFACT, paper.ZSRE):
-            for metric in dict.fromkeys(n.metric for n in published if n.data == data):
-                cells = {
-                    (n.row.method, n.row.plan, n.row.model): n
-                    for n in published
-                    if (n.data, n.metric) == (data, metric)
-                }
-                grids.append(_paper_grid(part, data, metric, cells, scores))
-    return grids
-
-
-def table3_grid(ours: Sequence[Improvement]) -> Grid:
-    """Put our average improvements beside the paper's, recomputed from its Table 2."""
-    theirs = paper.table3()
-    models = list(dict.fromkeys(model for model, _ in theirs))
-    mine = list(dict.fromkeys(each.row.model for each in ours))
-    found = {(each.row.model, each.row.method): each.percent for each in ours}
-    methods = list(dict.fromkeys([*(method for _, method in theirs), *(m for _, m in found)]))
-    rows = [
-        [Cell(method)]
-        + [_percent(found.get((model, method))) for model in mine]
-        + [_percent(theirs.get((model, method))) for model in models]
-        for method in methods
-    ]
-    return Grid(
-        "paper-table3",
-        "Average improvement by BLUE in percent, and the paper's Table 3",
-        "The paper's numbers are recomputed from its Table 2, with PRUNE on GPT-J without zsRE, "
-        "and agree with its Table 3 to the second decimal.",
-        ["method", *(f"{model} (here)" for model in mine), *(f"{m} (paper)" for m in models)],
-        rows,
-    )
-
-
 def changes_grid(found: Sequence[Change], shared: int, names: tuple[str, str]) -> Grid:
     """Return the requests that changed most, with texts."""
     half = SHOWN // 2
@@ -208,7 +165,7 @@ def changes_grid(found: Sequence[Change], shared: int, names: tuple[str, str]) -
             Cell(_cut(change.request[1])),
             Cell(_cut(change.request[2])),
             Cell(", ".join(f"{n} {a:.2g} → {b:.2g}" for n, (a, b) in change.metrics.items())),
-            Cell(f"{change.probability[0]:.3f} → {change.probability[1]:.3f}"),
+            Cell(" → ".join(map(_probability, change.probability))),
             *(Cell(_cut(text)) for text in change.text),
         ]
         for change in shown
@@ -222,49 +179,6 @@ def changes_grid(found: Sequence[Change], shared: int, names: tuple[str, str]) -
     first, second = names
     header = ["request", "prompt", "new object", "metrics", "p(new)", f"A: {first}", f"B: {second}"]
     return Grid("changed", f"Requests that changed from {first} to {second}", caption, header, rows)
-
-
-def _paper_grid(
-    part: str,
-    data: str,
-    metric: str,
-    published: dict[tuple[str, str, str], paper.Published],
-    scores: Sequence[ScoreTable],
-) -> Grid:
-    """Ours and theirs for one metric: a row for each method and plan, a column for each model."""
-    protocol = {paper.COUNTERFACT: "counterfact", paper.ZSRE: "zsre"}[data]
-    ours: dict[tuple[str, str, str], Estimate] = {}
-    for each in scores:
-        for (row, column), estimate in each.cells.items():
-            if column.metric == metric and _protocol(each, column.data) == protocol:
-                where = row.model if len(scores) == 1 else f"{row.model}, {each.setting.title}"
-                ours[row.method, row.plan, where] = estimate
-    models = list(dict.fromkeys(model for *_, model in ours))
-    theirs = list(dict.fromkeys(model for *_, model in published))
-    rows = []
-    for method, plan in dict.fromkeys((m, p) for m, p, _ in [*published, *ours]):
-        cells = [Cell(method), Cell(plan_title(plan))]
-        cells += [Cell(estimate_text(ours.get((method, plan, model)))) for model in models]
-        for model in theirs:
-            number = published.get((method, plan, model))
-            text = "-" if number is None else f"{number.value:.2f} ± {number.error:.2f}"
-            cells.append(Cell(text))
-        rows.append(cells)
-    label = table.by_name(metric).label
-    return Grid(
-        f"paper-{part}-{data.lower()}-{metric}",
-        f"{label}, {data}: here, and in the paper's Table {part.replace('-', ', ')}",
-        f"{paper.REMARKS[part]} Models and data here need not be the paper's.".strip(),
-        ["method", "plan", *(f"{m} (here)" for m in models), *(f"{m} (paper)" for m in theirs)],
-        rows,
-        texts=2,
-    )
-
-
-def _protocol(scores: ScoreTable, data: str) -> str:
-    return next(
-        (runs[0].protocol for (_, name), runs in scores.runs.items() if name == data), "counterfact"
-    )
 
 
 def seconds_of(runs: Sequence[FinishedRun]) -> list[float]:
@@ -335,8 +249,8 @@ def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def _percent(value: float | None) -> Cell:
-    return Cell("-" if value is None else f"{value:.2f}")
+def _probability(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else NOT_FINITE
 
 
 def _cut(text: str) -> str:

@@ -18,6 +18,11 @@ class Row(NamedTuple):
     method: str
     plan: str
 
+    @property
+    def settings(self) -> list[str]:
+        """What is said behind the plan: in what the row differs from others of its kind."""
+        return self.plan.split(", ", 1)[1:]
+
 
 class Placed(NamedTuple):
     """A run with its place in a table: its rows, edited and unedited, and its data."""

@@ -187,7 +187,8 @@ def _without_repeats(
     repeated = []
     for run in runs:
         given = {key: value for key, value in run.compared.items() if value is not None}
-        what = [models[run.folder], *run.labels, run.digest, run.protocol, given]
+        size = run.config.get("data/batch_size")
+        what = [models[run.folder], *run.labels, run.digest, size, run.protocol, given]
         first = kept.setdefault(json.dumps(what, sort_keys=True, default=str), run)
         if first is not run:
             repeated.append(LeftOut(run.folder, f"it repeats {first.folder.name}"))

@@ -84,6 +84,10 @@ class ScoreTable:
         """In what runs of one row differ: ``seeds``, ``orders`` or ``seeds and orders``."""
         return replicated([[run.labels.replicate for run in runs] for runs in self.runs.values()])
 
+    def protocol(self, data: str) -> str:
+        """Return the protocol of a data set's runs."""
+        return next(runs[0].protocol for (_, name), runs in self.runs.items() if name == data)
+
     def best(self, row: Row, column: Column) -> bool:
         """Say whether no other edited row of the model is better; alone, none is the best."""
         mine = self.cells.get((row, column))
