@@ -208,6 +208,12 @@ def named() -> dict[Row, str]:
     return dict(zip((EVEN, BLUE, RECT_EVEN, RECT_BLUE), SOME, strict=True))
 
 
+def test_a_caption_says_what_each_error_is_over(scores):
+    assert "standard error over requests (perplexity: over windows of text)." in (
+        presented.score_grid(scores).caption
+    )
+
+
 def test_seeds_are_averaged_and_other_settings_are_not(tmp_path):
     for seed in range(3):
         make_run(tmp_path, f"seed{seed}", values(seed, 0.5), seed_everything=seed)
@@ -431,6 +437,14 @@ def test_what_rounding_leaves_over_is_no_change(tmp_path):
     assert (found.value, found.better, found.worse, found.p) == (0, 0, 0, 1)
 
 
+def benjamini_hochberg(values: list[float]) -> list[float]:
+    """The least q at which each p is among those rejected: p_(k) <= k q / n for a k behind it."""
+    ordered, n = sorted(values), len(values)
+    return [
+        min(1.0, *(ordered[k] * n / (k + 1) for k in range(n) if ordered[k] >= p)) for p in values
+    ]
+
+
 def test_differences_of_a_comparison(folder, capsys):
     assert main(["compare", str(folder)]) == 0
     with (folder / "comparison" / "differences.csv").open() as file:
@@ -448,7 +462,12 @@ def test_differences_of_a_comparison(folder, capsys):
     assert (int(row["better"]), int(row["worse"])) == (changes.count(1), changes.count(-1))
     assert row["test"] == "McNemar"
     assert float(row["p"]) == pytest.approx(mcnemar(np.array(changes)))
-    assert all(float(r["adjusted"]) >= float(r["p"]) for r in rows)
+    methods = [r for r in rows if r["first_method"] != r["second_method"]]
+    for part in (blue, methods):  # the tables
+        adjusted = benjamini_hochberg([float(r["p"]) for r in part])
+        assert [float(r["adjusted"]) for r in part] == pytest.approx(adjusted)
+        assert any(float(r["adjusted"]) > float(r["p"]) for r in part)
+    assert len(blue) + len(methods) == len(rows)
     (other,) = [r for r in blue if (r["second_method"], r["metric"]) == ("RECT", "specificity")]
     assert other["test"] == "permutation"
 
@@ -497,10 +516,11 @@ def test_two_runs_show_which_requests_changed(folder, capsys):
         for place in range(REQUESTS)
         if any(before[metric][place] != after[metric][place] for metric in NAMES)
     }
-    with (folder / "comparison" / "changed.csv").open() as file:
+    with (folder / "comparison" / "memit-even-and-memit-boundary" / "changed.csv").open() as file:
         rows = {row["case_id"]: row for row in csv.DictReader(file)}
     assert set(rows) == changed
     assert f"{len(changed)} of 12 shared requests changed" in said
+    assert "(efficacy, generalization, specificity); what was lost comes first" in said
     one = sorted(changed)[0]
     assert rows[one]["text_a"] == f"memit-even says {one}"
     assert rows[one]["text_b"] == f"memit-boundary says {one}"
@@ -517,7 +537,7 @@ def test_requests_that_did_not_change_are_not_listed(tmp_path, capsys):
         (pair[1] / "config.yaml").read_text().replace("plan: even", "plan: last")
     )
     assert main(["compare", *map(str, pair)]) == 0
-    with (tmp_path / "comparison" / "changed.csv").open() as file:
+    with (tmp_path / "comparison" / "a-and-b" / "changed.csv").open() as file:
         assert {row["case_id"] for row in csv.DictReader(file)} == {"3", "7"}
 
 
@@ -530,6 +550,36 @@ def test_a_probability_that_is_not_finite_is_called_so(folder, capsys):
     write_jsonl(pair[1] / "edits.jsonl", rows)
     assert main(["compare", *map(str, pair)]) == 0
     assert "| 0.500 → not finite |" in capsys.readouterr().out
+
+
+def test_two_runs_leave_the_comparison_of_all_as_it_is(folder, capsys):
+    assert main(["compare", str(folder)]) == 0
+    before = {path.name: path.read_bytes() for path in (folder / "comparison").iterdir()}
+    assert main(["compare", str(folder / "memit-even"), str(folder / "rect-even")]) == 0
+    after = (folder / "comparison").iterdir()
+    assert {path.name: path.read_bytes() for path in after if path.is_file()} == before
+    assert "memit-even-and-rect-even/comparison.md" in capsys.readouterr().out
+
+
+def test_files_of_an_earlier_comparison_in_the_folder_do_not_stay(folder, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main(["compare", str(folder), f"--output={output}"]) == 0
+    first = {path.name for path in output.iterdir()}
+    assert {"improvement.csv", "curves-12-4-facts-tiny.png"} <= first
+    mine = {"notes.csv", "curves-mine.png"}
+    for name in mine:
+        (output / name).write_text("kept")
+    (folder / "memit-even" / "metrics.csv").unlink()
+    pair = [str(folder / "memit-even"), str(folder / "rect-even")]
+    assert main(["compare", *pair, f"--output={output}"]) == 0
+    second = {path.name for path in output.iterdir()}
+    assert mine < second
+    assert second - first - mine == {"changed.csv"}
+    assert first - second == {"improvement.csv"}
+    (folder / "rect-even" / "metrics.csv").unlink()
+    assert main(["compare", *pair, f"--output={output}"]) == 0
+    gone = second - {path.name for path in output.iterdir()}
+    assert gone == {"curves-12-4-facts-tiny.png", "curves.csv"}
 
 
 def test_runs_without_a_common_request_are_refused(folder, capsys):

@@ -194,6 +194,7 @@ def test_two_runs_are_compared_by_what_both_protocols_measure_alike(tmp_path, ca
         metrics = {**values(place, 0.5), "efficacy_top1": values(place, 0.5)["efficacy"]}
         pair.append(make_run(tmp_path, protocol, metrics, protocol=protocol))
     assert main(["compare", *map(str, pair)]) == 0
-    with (tmp_path / "comparison" / "differences.csv").open() as file:
+    folder = tmp_path / "comparison" / "counterfact-and-zsre"
+    with (folder / "differences.csv").open() as file:
         assert [line["metric"] for line in csv.DictReader(file)] == ["efficacy_top1"]
-    assert not (tmp_path / "comparison" / "changed.csv").exists()
+    assert not (folder / "changed.csv").exists()

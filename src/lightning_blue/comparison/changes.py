@@ -10,6 +10,7 @@ from typing import Any
 from lightning_blue.comparison.differences import measured_alike
 from lightning_blue.comparison.runs import FinishedRun, Request
 from lightning_blue.metrics import table
+from lightning_blue.metrics.table import MetricSpec
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Change:
 def changes(first: FinishedRun, second: FinishedRun) -> list[Change]:
     """Return the shared requests that changed in a metric, what was lost first."""
     shared = [key for key in first.requests if key in second.requests]
-    names = compared_metrics(first, second)
+    names = [spec.name for spec in compared_metrics(first, second)]
     found = []
     for key in shared:
         outcomes = [run.requests[key].get("after") for run in (first, second)]
@@ -53,13 +54,18 @@ def shared_requests(first: FinishedRun, second: FinishedRun) -> int:
     return len(set(first.requests) & set(second.requests))
 
 
-def compared_metrics(first: FinishedRun, second: FinishedRun) -> list[str]:
-    """Return the metrics per request that both runs' protocols measure alike, but for top-1."""
+def compared_metrics(first: FinishedRun, second: FinishedRun) -> list[MetricSpec]:
+    """Return the metrics per request that both runs have measured, and alike; none of top-1."""
+    measured: list[set[str]] = []
+    for run in (first, second):
+        outcomes = [row.get("after") or {} for row in run.requests.values()]
+        measured.append({name for each in outcomes for name, v in each.items() if v is not None})
     return [
-        spec.name
+        spec
         for spec in table.METRICS
         if spec.per_request
         and spec.group != "top-1"
+        and spec.name in measured[0] & measured[1]
         and measured_alike(spec, {first.protocol, second.protocol})
     ]
 

@@ -12,20 +12,20 @@ from typing import Any
 
 from lightning_blue.comparison import presented, records
 from lightning_blue.comparison.beside_paper import paper_grids
-from lightning_blue.comparison.changes import changes, shared_requests
+from lightning_blue.comparison.changes import changes, compared_metrics, shared_requests
 from lightning_blue.comparison.curves import curves, figures
 from lightning_blue.comparison.differences import between_runs, differences
 from lightning_blue.comparison.grids import Grid
 from lightning_blue.comparison.improvement import Improvement, improvements
 from lightning_blue.comparison.runs import FinishedRun, LeftOut, read_runs
 from lightning_blue.comparison.scores import ScoreTable, score_tables
-from lightning_blue.comparison.written import log_to_wandb, write_comparison
+from lightning_blue.comparison.written import FOLDER, file_name, log_to_wandb, write_comparison
 from lightning_blue.metrics import table
 from lightning_blue.reporting.run_folders import STATUS
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.space import check_writable
 
-FOLDER = "comparison"
+LONGEST = 240  # characters of a folder's name, of which file systems take 255 bytes
 
 
 @dataclass
@@ -56,13 +56,13 @@ def compare(args: Namespace) -> None:
     Raises:
         InputError: if there is nothing to compare, or the folder cannot be written.
     """
-    folder = args.output or _common(args.runs) / FOLDER
+    folder = args.output or _folder(args.runs)
     check_writable(folder)
     runs, left_out = read_runs(args.runs)
     made = Comparison(left_out=left_out)
     scores = score_tables(runs)
     _add_scores(made, scores)
-    if len(args.runs) == len(runs) == 2 and all((path / STATUS).is_file() for path in args.runs):
+    if len(runs) == 2 and _are_two(args.runs):
         _add_changes(made, runs[0], runs[1])
     else:
         _add_differences(made, scores)
@@ -121,7 +121,8 @@ def _add_changes(made: Comparison, first: FinishedRun, second: FinishedRun) -> N
     found = changes(first, second)
     names = first.folder.name, second.folder.name
     made.add(presented.difference_grid("differences", f"{names[1]} less {names[0]}", tested))
-    made.add(presented.changes_grid(found, shared, names))
+    metrics = compared_metrics(first, second)
+    made.add(presented.changes_grid(found, shared, metrics, names))
     made.records["differences"] = records.difference_records(tested)
     made.records["changed"] = records.change_records(found)
 
@@ -139,10 +140,26 @@ def _add_curves(made: Comparison, scores: Sequence[ScoreTable]) -> None:
     made.records["curves"] = lines
 
 
-def _common(paths: Sequence[Path]) -> Path:
-    """Return the folder that holds all runs: a single sweep's own, else the nearest above all."""
-    folders = [path.parent if (path / STATUS).is_file() else path for path in paths]
-    return Path(os.path.commonpath([folder.absolute() for folder in folders]))
+def _folder(paths: Sequence[Path]) -> Path:
+    """Return where a comparison is written: in the sweep, or the nearest folder above all runs.
+
+    Two runs have a folder of their own in there, and leave the comparison of all runs as it is.
+    """
+    folders = [path.parent if _is_run(path) else path for path in paths]
+    folder = Path(os.path.commonpath([folder.absolute() for folder in folders])) / FOLDER
+    if not _are_two(paths):
+        return folder
+    first, second = (path.absolute().name for path in paths)
+    return folder / file_name(f"{first}-and-{second}")[:LONGEST]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / STATUS).is_file()
+
+
+def _are_two(paths: Sequence[Path]) -> bool:
+    """Say whether two runs were named, and not folders that hold runs."""
+    return len(paths) == 2 and all(map(_is_run, paths))
 
 
 def _say(made: Comparison, folder: Path) -> None:

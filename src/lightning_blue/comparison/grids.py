@@ -96,17 +96,18 @@ class Grid:
         """Return the table with the best cells bold, for either format."""
         import pandas as pd
 
-        frame = self.frame()
         escaped: Callable[[str], str] = html.escape if escape == "html" else _tex
-        frame.columns = pd.Index([escaped(name) for name in self.header])
-        names, frame.columns = frame.columns, pd.RangeIndex(len(self.header))
+        frame = self.frame().set_axis(pd.RangeIndex(len(self.header)), axis="columns")
         bold = pd.DataFrame(
             [["font-weight: bold" if cell.best else "" for cell in row] for row in self.rows],
             columns=frame.columns,
         )
-        styled = frame.style.apply(lambda _: bold, axis=None).hide(axis="index")
-        styled = styled.format(escaped).format_index(lambda place: names[place], axis="columns")
-        return styled
+        return (
+            frame.style.apply(lambda _: bold, axis=None)
+            .hide(axis="index")
+            .format(escaped)
+            .format_index(lambda place: escaped(self.header[place]), axis="columns")
+        )
 
 
 _TEX = {

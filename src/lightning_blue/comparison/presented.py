@@ -15,9 +15,17 @@ from lightning_blue.comparison.rows import Row
 from lightning_blue.comparison.runs import FinishedRun
 from lightning_blue.comparison.scores import Column, Estimate, ScoreTable
 from lightning_blue.metrics import table
+from lightning_blue.metrics.table import MetricSpec
 from lightning_blue.reporting.tables import NOT_FINITE, value_and_error
 
 SHOWN = 20  # changed requests in a table; all are in the CSV file
+REQUESTS = "requests"
+UNITS = {  # what a standard error is over, by what is read
+    table.ORDINARY_TEXT: "windows of text",
+    table.CONTROL_FACTS: "control facts",
+    table.RETENTION: "batches",
+    table.HARNESS: "records",
+}
 TEXT = 60  # characters of a continuation in a table
 
 
@@ -33,8 +41,8 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
     ]
     several = any(cell.replicate_error is not None for cell in scores.cells.values())
     counts = sorted({cell.runs for cell in scores.cells.values()})
-    unit = {"retention": "batches", "ability": "records"}.get(group, "requests")
-    caption = f"Value ± standard error over {unit}"
+    specs = list({column.metric: column.spec for column in columns}.values())
+    caption = f"Value ± standard error over {_units(specs)}"
     if several:
         spelled = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
         over = scores.replicated
@@ -43,7 +51,6 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
         ". Bold: best of the model's edited rows; ↑: better with BLUE than the same method with "
         "its classic plan. "
     )
-    specs = {column.metric: column.spec for column in columns}.values()
     lower = [spec.title for spec in specs if spec.direction == "lower"]
     caption += f"Lower is better for {', '.join(lower)}; " if lower else "Higher is better."
     caption += "higher for all others." if lower else ""
@@ -56,6 +63,16 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
         rows,
         texts=3,
     )
+
+
+def _units(specs: Sequence[MetricSpec]) -> str:
+    """Say over what the errors of metrics are; those that are over something else by name."""
+    units = {
+        spec.title: UNITS.get(spec.measure("counterfact").protocol, REQUESTS) for spec in specs
+    }
+    main = REQUESTS if REQUESTS in units.values() else next(iter(units.values()))
+    others = [f"{title}: over {unit}" for title, unit in units.items() if unit != main]
+    return f"{main} ({'; '.join(others)})" if others else main
 
 
 def seconds_grid(scores: ScoreTable) -> Grid | None:
@@ -155,9 +172,15 @@ def _over_replicates(each: Difference) -> list[str]:
     return [f"{each.replicates}", difference, _p(each.replicate_p)]
 
 
-def changes_grid(found: Sequence[Change], shared: int, names: tuple[str, str]) -> Grid:
+def changes_grid(
+    found: Sequence[Change],
+    shared: int,
+    metrics: Sequence[MetricSpec],
+    names: tuple[str, str],
+) -> Grid:
     """Return the requests that changed most, with texts."""
     half = SHOWN // 2
+    named = ", ".join(spec.title for spec in metrics) or "none"
     shown = found if len(found) <= SHOWN else [*found[:half], *found[-half:]]
     rows = [
         [
@@ -171,8 +194,8 @@ def changes_grid(found: Sequence[Change], shared: int, names: tuple[str, str]) -
         for change in shown
     ]
     caption = (
-        f"{len(found)} of {shared} shared requests changed in efficacy, generalization or "
-        "specificity; what was lost comes first."
+        f"{len(found)} of {shared} shared requests changed in one of the metrics of single "
+        f"requests that both runs have measured alike ({named}); what was lost comes first."
     )
     if len(shown) < len(found):
         caption += f" Shown are the {half} greatest losses and gains; all are in changed.csv."

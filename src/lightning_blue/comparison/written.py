@@ -16,6 +16,7 @@ from lightning_blue.comparison.runs import LeftOut
 from lightning_blue.reporting.text import inline
 from lightning_blue.support.storage import make_folder, write_atomic
 
+FOLDER = "comparison"  # beside the runs
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto;
   max-width: 80rem; padding: 0 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto }
@@ -23,6 +24,11 @@ th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap }
 th { border-bottom: 2px solid #999 } td { border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left }
 p { color: #555; max-width: 60rem } img { max-width: 100% }"""
+
+# Files of a comparison that another comparison in the same folder may not have.
+OWN = re.compile(
+    r"(scores|seconds|improvement|differences|curves|changed)\.csv|curves-\d+-\d+-.+\.png"
+)
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -36,15 +42,20 @@ def write_comparison(
 ) -> None:
     """Write ``comparison.md``, ``.html`` and ``.tex``, CSV files, and pictures.
 
+    CSV files and curves of an earlier comparison that this one does not have are removed.
+
     Raises:
         NotWritten: if the folder cannot be written.
     """
     make_folder(folder)
-    for name, picture in pictures.items():
-        write_atomic(folder / f"{file_name(name)}.png", picture)
-    for name, lines in records.items():
-        if lines:
-            write_atomic(folder / f"{name}.csv", _csv(lines))
+    tables = {f"{name}.csv": _csv(lines) for name, lines in records.items() if lines}
+    drawn = {f"{file_name(name)}.png": each for name, each in pictures.items()}
+    files: dict[str, str | bytes] = {**tables, **drawn}
+    for path in folder.iterdir():
+        if OWN.fullmatch(path.name) and path.name not in files:
+            path.unlink()
+    for name, content in files.items():
+        write_atomic(folder / name, content)
     write_atomic(folder / "comparison.md", _markdown(grids, pictures, left_out))
     write_atomic(folder / "comparison.tex", _latex(grids))
     write_atomic(folder / "comparison.html", _html(grids, pictures, left_out))
@@ -69,7 +80,7 @@ def log_to_wandb(
         require_key()
     with wandb.init(
         project="lightning-blue",
-        name=folder.parent.name,
+        name=folder.parent.name if folder.name == FOLDER else folder.name,
         job_type="comparison",
         dir=folder,
         mode=mode,
