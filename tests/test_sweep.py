@@ -746,10 +746,14 @@ def small_sweep(small_run, tmp_path_factory):  # noqa: F811
 
 
 def run_files(folder: Path, name: str) -> dict[str, object]:
-    """What a run has measured, without seconds and without where it is kept."""
+    """What a run has measured, without what it cost and without where it is kept.
+
+    A run that was killed before its first checkpoint may read the targets that it had kept by then.
+    """
     summary = json.loads((folder / name / "summary.json").read_text())
     edits = (folder / name / "edits.jsonl").read_text()
-    kept = {key: value for key, value in summary.items() if not key.startswith("seconds/")}
+    cost = ("seconds/", "edits/targets_read")
+    kept = {key: value for key, value in summary.items() if not key.startswith(cost)}
     return {**kept, "edits": edits}
 
 
