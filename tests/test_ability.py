@@ -7,6 +7,7 @@ settings, errors and how answers are read are tested without it.
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,16 @@ def test_the_paper_s_six_tasks_ask_as_its_code_does(lm_eval, paper_files):
         loaded["paper_mmlu_choice"].eval_docs[0], PROMPTS["mmlu"], metadata=("", 0, 1)
     )]  # fmt: skip
     assert choices == [" A", " B", " C", " D"]
+
+
+def test_only_a_line_feed_ends_a_record_of_the_six_files(lm_eval, tmp_path):
+    """Text from the web holds U+2028, at which Python's splitlines would cut the record."""
+    texts = [f"film\u2028{n}" for n in range(12)]
+    (tmp_path / "sst2.jsonl").write_text(
+        "\n".join(json.dumps({"sentence": text, "label": 1}, ensure_ascii=False) for text in texts)
+    )
+    found = paper.records("sst2.jsonl", str(tmp_path))
+    assert [*found["examples"]["sentence"], *found["test"]["sentence"]] == texts
 
 
 def test_the_paper_s_tasks_are_measured(lm_eval, llama: LanguageModel, paper_files):

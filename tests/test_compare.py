@@ -89,6 +89,7 @@ def make_run(
     lines = [
         {
             "case_id": str(place),
+            "subject": str(place),
             "prompt": f"Where is <b>{place}</b>?",
             "target_new": "Rome",
             "after": {

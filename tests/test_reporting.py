@@ -330,6 +330,22 @@ def read_lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
+def test_edits_are_read_back_whatever_their_texts_hold(tmp_path: Path) -> None:
+    """Python's splitlines ends a line at characters that JSON may hold as they are."""
+    path, history = tmp_path / "edits.jsonl", small_history()
+    target = "Paris\u2028\u2029\x85\x0b\x1c\n"
+    history.requests[0] = replace(history.requests[0], target_new=target)
+    files.write_edits(path, history)
+    edits = files.read_edits(tmp_path)
+    assert [edit["case_id"] for edit in edits] == ["c0", "c1", "c2", "c3"]
+    assert edits[0]["target_new"] == target
+    good = path.read_text()
+    for damage in ('{"case_id": "c0"}', "[]", good[:-20]):
+        path.write_text(damage)
+        with pytest.raises(InputError, match="what the run edited cannot be read"):
+            files.read_edits(tmp_path)
+
+
 def test_write_edits(tmp_path: Path) -> None:
     history = small_history()
     files.write_edits(tmp_path / "edits.jsonl", history)

@@ -512,7 +512,10 @@ def test_shift_leaves_out_what_a_compared_run_edited(llama, tmp_path):
     run = tmp_path / "run"
     (run / "model").mkdir(parents=True)
     edits = [("Lyon is in", "Lyon"), ("The river of Porto is", "Porto")]
-    lines = [json.dumps({"prompt": prompt, "subject": who}) for prompt, who in edits]
+    lines = [
+        json.dumps({"case_id": who, "subject": who, "prompt": prompt, "target_new": "Rome"})
+        for prompt, who in edits
+    ]
     (run / "edits.jsonl").write_text("\n".join(lines))
     texts = ["Lyon is in", "The bridges of Porto are", *(f"Town {n} is near" for n in range(5))]
     known = [Probe(text, "Rome") for text in texts]

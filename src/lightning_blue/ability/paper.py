@@ -41,8 +41,8 @@ def records(file: str, folder: str | None = None, **_: Any) -> dict[str, Any]:
         where = f"measure.ability.data = {folder}"
         hint = "give the folder that holds sst2, mrpc, cola, rte, mmlu and nli as .jsonl"
         raise InputError(f"there is no {file} to read the task from", where=where, hint=hint)
-    lines = (Path(folder) / file).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    text = (Path(folder) / file).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     return {
         "examples": Dataset.from_list(rows[:FOR_EXAMPLES]),
         "test": Dataset.from_list(rows[FOR_EXAMPLES:]),

@@ -16,7 +16,7 @@ import yaml
 
 from lightning_blue.comparison import identity
 from lightning_blue.comparison.labels import Labels, labels
-from lightning_blue.reporting.files import flat
+from lightning_blue.reporting.files import flat, read_edits
 from lightning_blue.reporting.run_folders import STATUS, read_status
 from lightning_blue.runs.journal import HEADER, RECORDS
 from lightning_blue.support.errors import InputError, first_line
@@ -59,16 +59,8 @@ class FinishedRun:
         Raises:
             InputError: if the file is missing or damaged.
         """
-        path = self.folder / "edits.jsonl"
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            return {(row["case_id"], row["prompt"], row["target_new"]): row for row in rows}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"the edits of a run cannot be read: {error}",
-                where=str(path),
-                hint="leave the run out, or make it again",
-            ) from error
+        rows = read_edits(self.folder)
+        return {(row["case_id"], row["prompt"], row["target_new"]): row for row in rows}
 
     @cached_property
     def digest(self) -> str:

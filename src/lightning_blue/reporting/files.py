@@ -34,6 +34,7 @@ from lightning_blue.support.errors import InputError
 from lightning_blue.support.storage import write_atomic
 
 FACTS = "facts.json"  # of a run that changes no weight, in the place of a model
+ASKED = frozenset({"case_id", "subject", "prompt", "target_new"})  # of each line of edits.jsonl
 SUMMARY_STAGES = ("pre", "post", "first_batch", "test")
 
 
@@ -63,6 +64,28 @@ def write_edits(path: Path, history: RunHistory) -> None:
         for index, (request, before, after) in enumerate(outcome_pairs(history))
     )
     _write_lines(path, rows)
+
+
+def read_edits(folder: Path) -> list[dict[str, Any]]:
+    """Read what `write_edits` wrote into the folder of a run, one mapping a request.
+
+    Raises:
+        InputError: if ``edits.jsonl`` is missing or damaged.
+    """
+    path = folder / "edits.jsonl"
+    try:
+        # not splitlines: texts hold characters that end a line there, as U+2028, and none in JSON
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        if not all(isinstance(row, dict) and row.keys() >= ASKED for row in rows):
+            raise ValueError("a line is no request with its outcome")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"what the run edited cannot be read: {error}",
+            where=str(path),
+            hint="give the folder of a finished run, or bring the file back from a copy",
+        ) from error
+    return rows
 
 
 def write_answers(path: Path, history: RunHistory) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from blue_callbacks import WeightId
+from lightning_blue.reporting.files import read_edits
 from lightning_blue.runs.card import edits_in_batches
 from lightning_blue.runs.journal import HEADER, RECORDS, Journal
 from lightning_blue.support.errors import InputError
@@ -39,7 +40,7 @@ def describe_run(folder: Path, every_edit: bool = False) -> str:
         )
     has_journal = (folder / RECORDS / HEADER).is_file()
     journal = Journal(folder) if has_journal else None
-    rows = _rows(folder / "edits.jsonl")
+    rows = read_edits(folder) if (folder / "edits.jsonl").is_file() else []
     lines = [*_head(folder, journal), "", *_batches(journal, rows, every_edit), ""]
     lines += ["in the folder:", *_contents(folder)]
     return "\n".join(_cut(line) for line in lines)
@@ -87,7 +88,7 @@ def _scores(path: Path) -> Iterator[str]:
             yield f"{name + ':':<16}{before:8.2f} -> {after:.2f}"
 
 
-def _batches(journal: Journal | None, rows: list[Row], every_edit: bool) -> Iterator[str]:
+def _batches(journal: Journal | None, rows: Sequence[Row], every_edit: bool) -> Iterator[str]:
     """List the batches and their edits: from the journal, or else from the measured edits."""
     by_batch: dict[int, list[Row]] = {}
     for row in rows:
@@ -135,19 +136,6 @@ def _contents(folder: Path) -> Iterator[str]:
         name = path.name + ("/" if path.is_dir() else "")
         count = f"  {counted(len(inside), 'file')}" if path.is_dir() else ""
         yield f"  {size(total):>9}  {name}{count}"
-
-
-def _rows(path: Path) -> list[Row]:
-    """Read the measured edits, where they are."""
-    if not path.is_file():
-        return []
-    try:
-        lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise InputError(
-            f"the file is damaged: {error}", where=str(path), hint="bring it back from a copy"
-        ) from error
 
 
 def _json(path: Path) -> Row:

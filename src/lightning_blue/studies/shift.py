@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from lightning_blue.editing.lookups import states_at_lookups
 from lightning_blue.language_model.architectures import Architecture, blocks
 from lightning_blue.language_model.loading import load_language_model
 from lightning_blue.language_model.tokens import Encoded
+from lightning_blue.reporting.files import read_edits
 from lightning_blue.reporting.plots import BELOW, BLUE, GREY, VERMILLION
 from lightning_blue.runs.base import UneditedModel
 from lightning_blue.runs.journal import HEADER, RECORDS, Journal
@@ -101,16 +101,7 @@ def edits_of(run: Path) -> list[Edit]:
         InputError: if its folder does not tell.
     """
     _require_run(run)
-    path = run / "edits.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [Edit(str(row["prompt"]), str(row["subject"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"what the run edited cannot be read: {error}",
-            where=str(path),
-            hint="give the folder of a finished run, e.g. runs/quickstart",
-        ) from error
+    return [Edit(str(row["prompt"]), str(row["subject"])) for row in read_edits(run)]
 
 
 def last_states(
