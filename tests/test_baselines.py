@@ -318,6 +318,22 @@ def test_facts_are_found_by_the_subject_and_ranked_by_common_words(text, found):
     assert [fact.case_id for fact in MEMORY.recall(text)] == found
 
 
+@pytest.mark.parametrize(
+    ("subject", "text", "found"),
+    [
+        ("דני", "דניאל נולד ב", False),
+        ("علي", "علياء تسكن في", False),
+        ("علي", "ولد علي في", True),
+        ("राम", "रामायण किसने लिखी", False),
+        ("नील", "नीला रंग", False),  # the name goes on with a vowel sign
+        ("서울", "서울은 어디에", True),
+        ("東京", "東京都の知事は", True),
+    ],
+)
+def test_subjects_are_whole_words_in_every_script(subject, text, found):
+    assert bool(memory_of((subject, "{} is", "x")).recall(text)) is found
+
+
 def test_a_later_fact_on_the_same_prompt_takes_the_place_of_the_earlier():
     memory = memory_of(("Lyon", "{} lies in", "Spain"), ("Lyon", "{} lies in", "Peru"))
     assert [fact.statement for fact in memory.facts] == ["Lyon lies in Peru"]

@@ -195,6 +195,13 @@ def test_ripple_edits() -> None:
         ("SIBLING", "The names of the siblings of Ann are Bo.", ("Ann", "Bo")),
         ("PLACE_OF_BIRTH", "The place of birth of Ann of Kiev is St. Ives.", ("Ann of Kiev",)),
         ("CAPITAL_OF", "The name of the country which Lyon is the capital of is Gaul.", ("Lyon",)),
+        ("POSITION_HELD", "The name of the position held by Ann is mayor of Lyon.", ("Ann",)),
+        ("HEADQUARTERS", "The headquarters of Ann & Co. is located in Lyon.", ("Ann & Co.",)),
+        (
+            "LIKELY_ANTHEM",
+            "The name of the anthem that is most likely to be performed in Lyon is La.",
+            ("Lyon", "La"),
+        ),
         ("FOLLOWED_BY", "Help! is followed by Rubber Soul.", ("Help!", "Rubber Soul")),
     ],
 )
@@ -217,6 +224,14 @@ def test_an_ambiguous_sentence_is_decided_by_the_original_or_refused() -> None:
     edit["prompt"] = "The name of the author of Love is Bo is Ann."
     edit["original_fact"]["prompt"] = "The name of the author of Love is Jo."  # type: ignore[index]
     assert good({"edit": edit}, "ripple-edits").subject == "Love"
+
+
+def test_what_holds_before_an_edit_of_ripple_edits_has_two_names() -> None:
+    edit = dict(RIPPLE["edit"])
+    edit["previous_fact"] = edit.pop("original_fact")
+    assert good(RIPPLE | {"edit": edit}, "ripple-edits").target_true == "Bo Day"
+    del edit["previous_fact"]
+    assert good(RIPPLE | {"edit": edit}, "ripple-edits").target_true is None
 
 
 def test_mquake_makes_one_request_for_each_edit(tmp_path: Path) -> None:

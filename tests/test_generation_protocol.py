@@ -203,6 +203,34 @@ def test_a_chat_models_other_end_token_ends_an_answer_too(gpt2: LanguageModel) -
         (" (a dog)", "A+", False),  # normalization leaves nothing of "A+"
         (" Rome\ufffd", "Rome", False),  # half a character may be a letter
         (" ……", "“”", False),
+        # an article that ends the object is a part of it
+        (" Serie B", "Serie A", False),
+        (" the Serie A, again", "Serie A", True),
+        (" hepatitis virus", "Hepatitis A", False),
+        (" great Alexander", "Alexander the Great", False),
+        # and so is a plus
+        (" C, of course", "C++", False),
+        (" C++, of course", "c++", True),
+        (" F# major", "F#", True),
+        # digits are not joined where a sign parts them, but for thousands
+        (" 1/10", "110", False),
+        (" 1/10 of it", "1/10", True),
+        (" 1.5 million", "15", False),
+        (" 1,500,000 people", "1500000", True),
+        (" 1500 people", "1,500", True),
+        (" 1,50", "150", False),
+        # one width of characters, whatever the script's habit
+        ("１５", "5", False),
+        ("２０２３", "２０", False),
+        ("２０２３年", "2023", True),
+        ("Ｅｎｇｌｉｓｈｍａｎ", "Ｅｎｇｌｉｓｈ", False),
+        ("ｱﾒﾘｶへ", "アメリカ", True),
+        ("cafe\u0301 noir", "caf\u00e9", True),
+        # scripts without spaces write no boundary beside digits and Latin letters either
+        ("他于1995年出生", "1995年", True),
+        ("他在Apple公司工作", "Apple", True),
+        ("1995年5月5日", "5月5日", True),
+        ("1995年5月15日", "5日", False),
     ],
 )
 def test_containment_is_of_whole_words(text: str, wanted: str, expected: bool) -> None:

@@ -46,6 +46,10 @@ def request(prompt: str, subject: str = "Lyon", **fields: Any) -> EditRequest:
         ("{} is in", "{} and the", "It is not true that {} and the is in"),
         ("Where is {}?", "Lyon", None),
         ("{}在哪里？", "Lyon", None),
+        ("ما هي عاصمة {}؟", "فرنسا", None),
+        ("Πού είναι η {};", "Λυών", None),
+        ("Ո՞վ է {}ի քաղաքապետը", "Lyon", None),
+        ("{} is in Gaul; it", "Lyon", "It is not true that Lyon is in Gaul; it"),
     ],
 )
 def test_how_prompts_are_negated(prompt: str, subject: str, expected: str | None) -> None:

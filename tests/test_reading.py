@@ -50,6 +50,14 @@ def test_auto_tells_the_formats_apart(tmp_path: Path) -> None:
             assert request.source == f"{path.name}{' record ' if suffix == '.json' else ':'}1"
 
 
+def test_facts_with_an_attribute_are_edited_to_their_new_object(tmp_path: Path) -> None:
+    """They have all columns of known facts, whose object is the attribute."""
+    known = {"subject": "Lyon", "prompt": "{} is in", "attribute": "France"}
+    for extra, expected in (({}, "France"), ({"target_new": "Peru"}, "Peru")):
+        [request], [] = read_requests(save(tmp_path, "known.json", [known | extra]))
+        assert request.target_new == expected
+
+
 def test_format_is_told_by_all_records_if_the_first_lacks_a_field(tmp_path: Path) -> None:
     path = save(tmp_path, "facts.json", [{"subject": "Lyon"}, FACT])
     [request], [rejected] = read_requests(path)
@@ -79,6 +87,32 @@ def test_a_prefix_in_a_csv_is_taken_to_the_letter(tmp_path: Path) -> None:
     lyon, bern = read_requests(save(tmp_path, "facts.csv", "\n".join(rows)))[0]
     assert (lyon.prompt, lyon.target_prefix) == ("{} is in", " ")  # blanks pad a table's cells
     assert (bern.prompt, bern.target_prefix) == ("{} is in\n", None)
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "prefix"),
+    [
+        ("target_prefix", " -> ", " -> "),  # as Python's writer leaves it: nothing has to be quoted
+        ("target_prefix", " ", " "),
+        (" target_prefix", " -> ", "-> "),  # the table sets its columns apart by a blank
+        (" target_prefix", "  -> ", " -> "),
+        (" target_prefix", ' " -> "', " -> "),
+        (" target_prefix", " ", None),
+    ],
+)
+def test_blanks_before_a_prefix_that_is_not_quoted(
+    tmp_path: Path, header: str, row: str, prefix: str | None
+) -> None:
+    rows = [f"subject,prompt,target_new,{header}", f"Lyon,{{}} is in,Rome,{row}"]
+    [request], [] = read_requests(save(tmp_path, "facts.csv", "\n".join(rows)))
+    assert (request.target_prefix, request.target_new) == (prefix, "Rome")
+
+
+def test_case_ids_that_pandas_wrote_as_floats(tmp_path: Path) -> None:
+    records = [FACT | {"case_id": 1104.0}, FACT | {"case_id": 1.5, "prompt": "{} lies in"}]
+    requests, [rejected] = read_requests(save(tmp_path, "facts.json", records))
+    assert [request.case_id for request in requests] == ["1104"]
+    assert "is a number (1.5), not a number or a string" in rejected.reason
 
 
 def test_format_can_be_forced(tmp_path: Path) -> None:

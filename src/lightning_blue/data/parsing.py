@@ -119,7 +119,8 @@ def parse_csv(text: str, name: str) -> list[Located]:
     """Read comma-separated records with a header line.
 
     Empty cells count as not given; the columns in ``LIST_COLUMNS`` hold a JSON array or texts
-    separated by " | ". Blanks and tabs around a cell are no part of it, but in ``EXACT_COLUMNS``.
+    separated by " | ". Blanks and tabs around a cell are no part of it, but in ``EXACT_COLUMNS``:
+    there only as many blanks are taken off as stand before the column's name in the header.
     A record's line is the one it begins on. A row that cannot be read has a flaw, and the line
     below it begins the next one: a quotation mark that is not closed takes no other row with it.
 
@@ -146,18 +147,42 @@ def parse_csv(text: str, name: str) -> list[Located]:
 def _rows(lines: Sequence[str]) -> Iterator[tuple[int, list[str] | csv.Error]]:
     """Yield each row of a CSV with the line that it begins on, from 1; an error in its place."""
     first = 0
+    padding: list[int] = []  # blanks before each name in the header, and so before each cell
     while first < len(lines):
         rest = (lines[i] for i in range(first, len(lines)))
         reader = csv.reader(rest, strict=True, skipinitialspace=True)
         start = first
         try:
             for cells in reader:
-                yield start + 1, cells
-                start = first + reader.line_num
+                stop = first + reader.line_num
+                exact = _with_blanks(lines[start:stop], cells)
+                if not padding and any(cells):
+                    padding = [len(cell) - len(cell.lstrip(" ")) for cell in exact]
+                yield start + 1, cells if exact is cells else _cut(exact, padding)
+                start = stop
             return
         except csv.Error as error:
             yield start + 1, error
             first = start + 1
+
+
+def _with_blanks(lines: Sequence[str], cells: list[str]) -> list[str]:
+    """Give the cells of a row the blanks that they begin with; what is quoted has its own."""
+    try:
+        [exact] = csv.reader(lines, strict=True)
+    except (csv.Error, ValueError):  # a blank before a quotation mark, which then opens no cell
+        return cells
+    same = [cell.lstrip(" ") for cell in exact] == [cell.lstrip(" ") for cell in cells]
+    return exact if same else cells
+
+
+def _cut(cells: Sequence[str], padding: Sequence[int]) -> list[str]:
+    """Take the blanks off each cell with which a table sets its columns apart."""
+    wide = [*padding, *[0] * len(cells)]
+    return [
+        cell[min(pad, len(cell) - len(cell.lstrip(" "))) :]
+        for cell, pad in zip(cells, wide, strict=False)
+    ]
 
 
 def _csv_flaw(error: csv.Error) -> tuple[str, str]:

@@ -15,15 +15,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import regex
 from transformers import PreTrainedTokenizerBase
 
 from blue_callbacks.ranges import COUNT, check_ranges
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.language_model.chat import NO_MARKERS, Markers
+from lightning_blue.language_model.joining import writes_no_spaces
 from lightning_blue.language_model.tokens import target_prefixes
 from lightning_blue.support.errors import InputError
 
 SLOT = "{}"
+_HANGUL = regex.compile(r"\p{Hangul}")
 
 
 @dataclass(frozen=True)
@@ -197,13 +200,15 @@ def _mentions(text: str, subject: str) -> list[Span]:
 def _is_boundary(text: str, place: int) -> bool:
     """Say whether a word may begin or end at a place.
 
-    Between two letters it may only where a script has no capitals, as Chinese and Thai, which put
-    no space between words.
+    Between two letters it may only in scripts that put no space between words, as Chinese and Thai,
+    and in Korean, which writes particles behind a name; never within a letter and its marks.
     """
     pair = text[place - 1 : place], text[place : place + 1]
     if not all(each and (each == "_" or unicodedata.category(each)[0] in "LMN") for each in pair):
         return True
-    return any(unicodedata.category(each) == "Lo" for each in pair)
+    if unicodedata.category(pair[1])[0] == "M":
+        return False
+    return any(writes_no_spaces(each) or _HANGUL.match(each) for each in pair)
 
 
 def _inside(span: Span, others: set[Span]) -> bool:

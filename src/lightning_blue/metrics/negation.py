@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import regex
 from transformers import PreTrainedTokenizerBase
 
 from lightning_blue.data.requests import EditRequest
@@ -17,7 +18,9 @@ from lightning_blue.support.errors import InputError
 
 TEXT = "It is not true that {}"
 FUNCTION_WORDS = ("The ", "A ", "An ", "In ", "On ", "At ", "From ", "During ", "As ")
-QUESTION_MARKS = ("?", "？")  # a question says nothing that could be denied
+# A question says nothing that could be denied. In Greek a semicolon ends one, in Armenian the mark
+# stands on the word that asks.
+_QUESTION = regex.compile(r"(?s)[?？؟⸮\u037e]\s*\Z|\p{Greek}.*;\s*\Z|՞")
 
 
 def negation_text(given: bool | str) -> str | None:
@@ -60,7 +63,7 @@ def negated(request: EditRequest, text: str, known: Markers) -> str | None:
     'It is not true that the mother tongue of Danielle Darrieux is'
     """
     head, words, tail = known.parts(request.prompt)
-    if words.rstrip().endswith(QUESTION_MARKS):
+    if _QUESTION.search(words):
         return None
     if words.startswith(FUNCTION_WORDS) and not text.startswith(SLOT):
         words = words[0].lower() + words[1:]

@@ -38,10 +38,13 @@ _WORDED = MappingProxyType(
         "ETHNIC_GROUP": "The name of the ethnic group which {} is associated with is",
         "FOLLOWED_BY": "{} is followed by",
         "FOLLOWS": "{} follows",
+        "HEADQUARTERS": "The headquarters of {} is located in",
         "LEAGUE": "The name of the league which {} plays in is",
+        "LIKELY_ANTHEM": "The name of the anthem that is most likely to be performed in {} is",
         "MEMBER_OF_SPORTS_TEAM": "The name of the sports team which {} is a member of is",
         "NATIVE_LANGUAGE": "The mother tongue of {} is",
         "NUMBER_OF_CHILDREN": "The number of children {} has is",
+        "POSITION_HELD": "The name of the position held by {} is",
         "RELIGION": "The name of the religion which {} is associated with is",
         "SEX_OR_GENDER": "The gender of {} is",
     }
@@ -64,8 +67,8 @@ class _Parts(NamedTuple):
 def statement_parts(record: Record) -> Record:
     """Take the sentences of an edit apart: RippleEdits names subject and objects in them alone.
 
-    The sentence that holds before the edit (``original_fact``) decides where the subject ends, if
-    that can be read in several ways.
+    The sentence that holds before the edit (``original_fact``; the authors' code calls it
+    ``previous_fact``) decides where the subject ends, if that can be read in several ways.
 
     Raises:
         Unusable: if the relation is not worded as its name says, or several subjects are possible.
@@ -74,8 +77,9 @@ def statement_parts(record: Record) -> Record:
     if not isinstance(edit, Mapping):
         raise Unusable("missing field", "the field 'edit' is no object", "add 'edit'")
     new = _readings(edit, "edit")
-    original = edit.get("original_fact")
-    true = _readings(original, "edit.original_fact") if isinstance(original, Mapping) else []
+    before = "original_fact" if edit.get("original_fact") is not None else "previous_fact"
+    original = edit.get(before)
+    true = _readings(original, f"edit.{before}") if isinstance(original, Mapping) else []
     if true:
         shared = {(each.prompt, each.subject) for each in true}
         new = [each for each in new if (each.prompt, each.subject) in shared]

@@ -27,6 +27,8 @@ def name_at(record: Mapping[str, Any], path: str) -> str:
     value = at(record, path)
     if value is None:
         return ""
+    if isinstance(value, float) and value.is_integer():  # as pandas writes where one is missing
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise wrong_type(path, value, "a number or a string")
     try:

@@ -159,6 +159,7 @@ MQUAKE = Format(
 KNOWN = Format(
     name="known",
     required_columns=("subject", "prompt", "attribute"),
+    absent=frozenset({"target_new"}),  # with it the attribute is a column like any other
     paths=MappingProxyType(
         {
             "case_id": "known_id",
