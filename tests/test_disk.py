@@ -430,6 +430,40 @@ def test_what_a_killed_process_left_is_cleared_by_a_later_run(run, tmp_path):
     assert list(left.iterdir()) == []
 
 
+def test_a_folder_in_which_another_process_is_at_work_is_refused(run, tmp_path, capsys):
+    """With the same name and --ckpt_path=last a second process would take its records from it."""
+    arguments = (f"--run.root={tmp_path}", "--run.export=false", "--run.checkpoint_every=1")
+    code, err = run(*arguments)
+    assert code == 0, err
+    [folder] = [path.parent for path in tmp_path.glob("*/run.json")]
+    status = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(status | {"status": "running"}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hold = "import pathlib, sys; from lightning_blue.support.locks import take; "
+    hold += "print(take(pathlib.Path(sys.argv[1])), flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "True\n"
+        code, err = run(*arguments, "--ckpt_path=last")
+        assert (code, "another process is making this run" in err) == (2, True)
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        other.kill()  # the system frees what a process held
+        other.wait()
+    code, err = run(*arguments, "--ckpt_path=last")
+    assert code == 0, err
+    show = main(["show", str(folder)])
+    assert (show, ".lock" in capsys.readouterr().out) == (0, False)
+
+
+@pytest.mark.parametrize("command", ["show", "undo", "export", "compare"])
+def test_what_the_system_refuses_is_said_in_one_message(command, capsys):
+    form = ["--as", "patch"] if command == "export" else []
+    assert main([command, "x" * 300, *form]) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
 def test_what_others_may_still_write_stays(tmp_path, monkeypatch):
     dead = dead_process()
     names = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning import Callback, Trainer
 
 from blue_callbacks import ClosedFormUpdate, CommittedBatches
 from blue_callbacks.fine_tuning import FineTuning
+from helpers import write_jsonl
 from histories import small_history
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule
@@ -259,6 +261,17 @@ def test_a_dataloader_that_starts_at_its_beginning_is_refused(module, facts, tmp
     with pytest.raises(InputError, match=r"batch 0, which was applied before(.|\n)*global_step"):
         run(unedited, facts, tmp_path, resume=True, data=Restarting(str(facts), batch_size=2))
     assert not same(weights(unedited), before)  # those of the first batch, and no more
+
+
+def test_batches_whose_edits_share_a_case_id_are_told_apart(module, facts, tmp_path):  # noqa: F811
+    records = [json.loads(line) | {"case_id": "x"} for line in facts.read_text().splitlines()]
+    write_jsonl(facts, records)
+    whole, unedited = copy.deepcopy(module), copy.deepcopy(module)
+    run(whole, facts, tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, tmp_path / "halves", Crash(1))
+    run(unedited, facts, tmp_path / "halves", resume=True)
+    assert same(weights(unedited), weights(whole))
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])

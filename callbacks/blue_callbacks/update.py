@@ -21,6 +21,7 @@ from blue_callbacks.plans import LayerUpdate, layer_updates
 from blue_callbacks.protocol import (
     EditableModule,
     edit_hooks,
+    edit_name,
     output_multiple,
     request_ids,
     weights_of,
@@ -114,7 +115,7 @@ class ClosedFormUpdate(Callback):
         self.original: dict[WeightId, Tensor] = {}  # unedited, kept for the post-edit transform
         self.norms: dict[str, float] = {}  # of the newest batch, for whoever logs them
         self.notes: list[str] = []  # what a user should be told of the method's set-up
-        self._request_ids: list[list[str]] = []  # of each committed batch
+        self._edits: list[list[str]] = []  # of each committed batch, as `_spelled` has them
         self._past = PastKeys(self.solver, self._note)
         self._resumed: dict[WeightId, Tensor] | None = None  # of a checkpoint, until they fit
         self._resuming = False  # until the first batch after a resume is seen to be a new one
@@ -214,7 +215,7 @@ class ClosedFormUpdate(Callback):
                 hook(trainer, module, record)
             if self.past_keys:
                 self._past.remember(record)
-        self._commit(module, record)
+        self._commit(module, batch, record)
         for hook in edit_hooks(trainer, "on_edit_committed"):
             hook(trainer, module, record)
 
@@ -245,10 +246,10 @@ class ClosedFormUpdate(Callback):
         resuming, self._resuming = self._resuming, False
         if not resuming or not hasattr(module, "request_ids"):
             return
-        ids = list(request_ids(module, batch, 0))
-        if ids in self._request_ids:
+        edits = _spelled(module, batch)
+        if edits in self._edits:
             raise InputError(
-                f"the run goes on with batch {self._request_ids.index(ids)}, which was applied "
+                f"the run goes on with batch {self._edits.index(edits)}, which was applied "
                 f"before: the dataloader starts at its beginning, not behind the {self.committed} "
                 "batches that were committed",
                 where="the dataloader",
@@ -354,10 +355,10 @@ class ClosedFormUpdate(Callback):
         read = [(change, module.edit_keys(batch, change.weight)) for change in changes]
         return [replace(change, past_keys=keys.detach().cpu()) for change, keys in read]
 
-    def _commit(self, module: EditableModule, record: EditRecord) -> None:
+    def _commit(self, module: EditableModule, batch: Any, record: EditRecord) -> None:
         """Note that the batch is there to stay."""
         self.committed += 1
-        self._request_ids.append(list(record.request_ids))
+        self._edits.append(_spelled(module, batch))
         cast(Any, module).edit_batches_held = self.committed
         if self.past_keys:
             self._past.commit(record)
@@ -390,7 +391,7 @@ class ClosedFormUpdate(Callback):
         return {
             "settings": self._settings(),
             "committed": self.committed,
-            "request_ids": [*self._request_ids],
+            "edits": [*self._edits],
             "original": {str(weight): tensor for weight, tensor in self.original.items()},
             **self._past.state_dict(),
         }
@@ -410,7 +411,7 @@ class ClosedFormUpdate(Callback):
                     hint=f"resume it with {name} {before}, or start a new run",
                 )
         self.committed = state_dict["committed"]
-        self._request_ids = [*state_dict["request_ids"]]
+        self._edits = [*state_dict["edits"]]
         self._past.load_state_dict(state_dict)
         self.original = {
             WeightId.parse(name): tensor for name, tensor in state_dict["original"].items()
@@ -446,6 +447,12 @@ class ClosedFormUpdate(Callback):
             **{"solver" if k == "kind" else k: v for k, v in asdict(self.solver).items()},
             **({"fine_tuning": asdict(self.fine_tuning)} if kind == "fine_tuning" else {}),
         }
+
+
+def _spelled(module: EditableModule, batch: Any) -> list[str]:
+    """Tell a batch from others: by its ids, and, as several edits may share one, their names."""
+    ids = request_ids(module, batch, 0)
+    return [f"{name}: {edit_name(module, batch, column)}" for column, name in enumerate(ids)]
 
 
 def _norms(changes: Sequence[WeightChange]) -> dict[str, float]:

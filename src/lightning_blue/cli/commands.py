@@ -32,7 +32,7 @@ from lightning_blue.reporting import MeasureEdits, RunRecord
 from lightning_blue.reporting.run_folders import read_status
 from lightning_blue.reporting.tables import WIDTH, score_table
 from lightning_blue.reporting.text import protocol_sentence
-from lightning_blue.support.errors import InputError, first_line
+from lightning_blue.support.errors import InputError, first_line, of_the_system
 from lightning_blue.support.leftovers import sweep
 from lightning_blue.support.processes import speaks
 from lightning_blue.support.space import check_writable
@@ -64,11 +64,8 @@ def carry_out(work: Callable[[], int]) -> int:
         return _complain(f"{' '.join(str(error).split())}\n  where: trainer", 2)
     except SingularCovarianceError as error:
         return _complain(str(error), 2)
-    except OSError as error:  # a name that is too long, a folder that may not be entered, a server
-        named = None if error.filename is None else str(error.filename)
-        hint = "check the path, its permissions, and what stands there"
-        what = error.strerror or first_line(error)
-        return _complain(str(InputError(what, where=named, hint=hint if named else None)), 2)
+    except OSError as error:
+        return _complain(str(of_the_system(error)), 2)
     except (NonFiniteError, UnsolvableError) as error:
         return _complain(str(error), 1)
     except torch.linalg.LinAlgError as error:  # what no closer place has named

@@ -32,7 +32,7 @@ def run_command(command: str, args: Sequence[str]) -> int:
     except UsageError as error:
         return _complain(error)
     from lightning_blue.cli.commands import quiet
-    from lightning_blue.support.errors import InputError
+    from lightning_blue.support.errors import InputError, of_the_system
 
     quiet()
     try:
@@ -50,6 +50,8 @@ def run_command(command: str, args: Sequence[str]) -> int:
         compare(chosen)
     except InputError as error:
         return _complain(error)
+    except OSError as error:
+        return _complain(of_the_system(error))
     return 0
 
 

@@ -42,13 +42,15 @@ def run_command(command: str, args: Sequence[str]) -> int:
     except UsageError as error:
         return _complain(error)
     from blue_callbacks import NonFiniteError, SingularCovarianceError, UnsolvableError
-    from lightning_blue.support.errors import InputError
+    from lightning_blue.support.errors import InputError, of_the_system
 
     _quiet()
     try:
         _COMMANDS[command](chosen)
     except (InputError, NonFiniteError, SingularCovarianceError, UnsolvableError) as error:
         return _complain(error)
+    except OSError as error:
+        return _complain(of_the_system(error))
     return 0
 
 

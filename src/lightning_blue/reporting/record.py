@@ -31,6 +31,7 @@ from lightning_blue.reporting.wandb_logger import RunWandbLogger, make_logger
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.leftovers import sweep
+from lightning_blue.support.locks import FOLDER_LOCK, give_back, take
 from lightning_blue.support.storage import (
     NotWritten,
     make_folder,
@@ -91,7 +92,9 @@ class RunRecord(Callback):
         """Remove the folder where it was claimed for a run that has not begun."""
         mine = rank_zero_only.rank == 0 and not self.resumed  # type: ignore[attr-defined]
         if mine and self._folder is not None:
-            with suppress(OSError):  # something stands in it
+            give_back(self._folder)
+            with suppress(OSError):  # something else stands in it
+                (self._folder / FOLDER_LOCK).unlink(missing_ok=True)
                 self._folder.rmdir()
             self._folder = None
 
@@ -112,9 +115,13 @@ class RunRecord(Callback):
         """Return a CSV logger and, unless it is off, a W&B logger in the run's folder.
 
         The first process alone has any. They are guarded: none of them can end the run.
+
+        Raises:
+            InputError: if another process is at work in the folder.
         """
         if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             return []
+        self._take_folder()  # the logger of curves removes the file that is there
         csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1)
         return [guarded(csv), *([] if self.wandb == "off" else [guarded(self._wandb_logger())])]
 
@@ -143,6 +150,7 @@ class RunRecord(Callback):
             sweep(Path(self.root), levels=3)  # runs, and the folders of each
             sweep(self.folder, levels=2)
             make_folder(self.folder)
+            self._take_folder()
             self._stage = stage
             if not self.resumed:
                 self._begin()
@@ -151,6 +159,15 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(self._hyper_parameters())
         wandb_run.define_axes(trainer.loggers)
+
+    def _take_folder(self) -> None:
+        """Refuse a folder in which another process is at work: it would lose its records."""
+        if not take(self.folder):
+            raise InputError(
+                "another process is making this run",
+                where=str(self.folder),
+                hint="let it end, or stop it; a second run needs a name of its own (run.name)",
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Write what could not be used; give the loggers what was measured before a resume."""
@@ -196,8 +213,10 @@ class RunRecord(Callback):
             self._write_status("finished")
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """End the W&B run."""
+        """End the W&B run, and leave the folder to other processes."""
         wandb_run.finish(trainer.loggers)
+        if trainer.is_global_zero:
+            give_back(self.folder)
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what is there, marked as partial, and end the W&B run as failed."""
@@ -210,6 +229,8 @@ class RunRecord(Callback):
                 with unless_full("nothing says that the run has failed"):
                     self._write_status("failed", reason)
             wandb_run.finish(trainer.loggers, failed=True)
+            if trainer.is_global_zero:
+                give_back(self.folder)
 
     def _write(self, trainer: Trainer, module: Any, export: bool) -> None:
         history = self._history(trainer)

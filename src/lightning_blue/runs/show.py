@@ -12,6 +12,7 @@ from lightning_blue.reporting.files import read_edits
 from lightning_blue.runs.card import edits_in_batches
 from lightning_blue.runs.journal import HEADER, RECORDS, Journal
 from lightning_blue.support.errors import InputError
+from lightning_blue.support.locks import FOLDER_LOCK
 from lightning_blue.support.text import counted
 
 WIDTH = 80
@@ -131,11 +132,21 @@ def _efficacy(edit: Row) -> float | None:
 def _contents(folder: Path) -> Iterator[str]:
     """List what stands in the folder, with sizes."""
     for path in sorted(folder.iterdir()):
+        if path.name == FOLDER_LOCK:
+            continue
         inside = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-        total = sum(file.stat().st_size for file in inside)
+        total = sum(map(_bytes, inside))
         name = path.name + ("/" if path.is_dir() else "")
         count = f"  {counted(len(inside), 'file')}" if path.is_dir() else ""
         yield f"  {size(total):>9}  {name}{count}"
+
+
+def _bytes(path: Path) -> int:
+    """Return the size of a file, 0 if it is gone: a run that goes on prunes its checkpoints."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _json(path: Path) -> Row:

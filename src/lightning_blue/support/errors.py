@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from blue_callbacks.errors import InputError
 
-__all__ = ["InputError", "first_line"]
+__all__ = ["InputError", "first_line", "of_the_system"]
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def of_the_system(error: OSError) -> InputError:
+    """Say what the system refused: a name that is too long, a folder that may not be entered."""
+    named = None if error.filename is None else str(error.filename)
+    hint = "check the path, its permissions, and what stands there" if named else None
+    return InputError(error.strerror or first_line(error), where=named, hint=hint)

@@ -11,7 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-_MACHINE = re.sub(r"[^\w-]", "-", platform.node())[:32] or "unknown"
+
+def _machine() -> str:
+    """Name where process ids count: the host, and the container, which may have the host's name."""
+    name = re.sub(r"[^\w-]", "-", platform.node())[:32] or "unknown"
+    with suppress(OSError):  # a system without such namespaces
+        name += f"-{Path('/proc/self/ns/pid').stat().st_ino}"
+    return name
+
+
+_MACHINE = _machine()
 _HIDDEN = re.compile(
     r"\.(?P<name>.+)\.(?P<machine>[\w-]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.(?P<kind>partial|replaced)"
 )
@@ -28,10 +37,11 @@ def hidden_name(path: Path, kind: Literal["partial", "replaced"] = "partial") ->
 
 
 def sweep(folder: Path, levels: int = 1) -> None:
-    """Remove what dead processes of this machine were still writing.
+    """Remove what dead processes of this machine, or of this container, were still writing.
 
-    What a live process writes stays, and what another machine writes. A folder that was put aside
-    goes back to its place if that is empty. What cannot be removed stays, without an error.
+    What a live process writes stays, and what another machine or container writes. A folder that
+    was put aside goes back to its place if that is empty. What cannot be removed stays, without an
+    error.
 
     Args:
         folder: where to look.

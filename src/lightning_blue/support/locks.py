@@ -1,4 +1,4 @@
-"""A lock that one process holds and others wait for."""
+"""Locks that one process holds: others wait for it, or are refused."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from lightning_blue.support.storage import make_folder, writing
 
 log = logging.getLogger(__name__)
+
+FOLDER_LOCK = ".lock"
+_HELD: dict[Path, IO[str]] = {}  # by folder; a lock of this kind is the whole process's
 
 
 @contextmanager
@@ -38,3 +42,37 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 log.info("waiting for %s: another process is at it", what)
                 fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def take(folder: Path) -> bool:
+    """Take a folder for this process until it gives it back or ends; it may take it twice.
+
+    Returns:
+        False if another process has it. A file system without locks refuses nobody.
+
+    Raises:
+        NotWritten: if the folder cannot be written.
+    """
+    import fcntl
+
+    place = folder.resolve()
+    if place in _HELD:
+        return True
+    with writing(folder / FOLDER_LOCK):
+        lock = (folder / FOLDER_LOCK).open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child inherits it
+    except (BlockingIOError, PermissionError):
+        lock.close()
+        return False
+    except OSError as error:
+        log.debug("no lock on %s: %s", folder, error)
+    _HELD[place] = lock
+    return True
+
+
+def give_back(folder: Path) -> None:
+    """Let other processes take a folder."""
+    lock = _HELD.pop(folder.resolve(), None)
+    if lock is not None:
+        lock.close()
