@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -31,6 +31,7 @@ from lightning_blue.support.hub import asked, no_source
 __all__ = ["DTYPES", "PACKAGED", "checkpoint_dtype", "load_language_model", "loaded_name"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _OWN_DTYPE = "_checkpoint_dtype"  # an attribute of a loaded model
 
 
@@ -63,7 +64,7 @@ def _available(source: Source) -> Iterator[None]:
         yield
         return
     with asked("model", source.path, source.revision) as reason:
-        if reason is not None and not _is_cached(source):
+        if reason is not None and _find_cached(source) is None:
             raise source.refused(*no_source("model", source.path, reason, PACKAGED))
         yield
 
@@ -118,8 +119,11 @@ def _load(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         raise
     except Exception as error:  # whatever a foreign file makes of transformers
         raise why_not_loaded(source, error) from error
-    if source.folder is None and source.gguf_file is None:
-        own = _checked_files(_snapshot(source, model.config), own, source)
+    if source.folder is None:
+        snapshot = _cached_file(source).parent
+        model.config._commit_hash = snapshot.name  # transformers 5.23 notes it no more
+        if source.gguf_file is None:
+            own = _checked_files(snapshot, own, source)
     if source.gguf_file is not None:
         own = _unpacked_dtype(source)
         _forget_packing(model)
@@ -142,13 +146,28 @@ def _config(source: Source) -> PretrainedConfig:
 def _tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return cast(
-            PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(source.path, **source.arguments)
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(_tokenizer_path(source), **source.arguments),
         )
     except Exception as error:
         raise source.refused(
             f"the tokenizer cannot be loaded: {type(error).__name__}: {first_line(error).strip()}",
             "put the model's tokenizer.json and tokenizer_config.json beside its weights",
         ) from error
+
+
+def _tokenizer_path(source: Source) -> str:
+    """Return where the tokenizer is; that of a GGUF file on the hub is in the snapshot itself.
+
+    By the repository's name transformers 5.23 reads it from ``main``, whatever the revision.
+    """
+    if source.folder is not None or source.gguf_file is None:
+        return source.path
+    snapshot = _cached_file(source).parent
+    for file in TOKENIZER_FILES:  # those beside the GGUF file, where there are any
+        with suppress(EntryNotFoundError, LocalEntryNotFoundError):
+            hf_hub_download(source.path, file, revision=snapshot.name)
+    return str(snapshot)
 
 
 def _unpacked(source: Source) -> dict[str, Any]:
@@ -167,10 +186,8 @@ def _forget_packing(model: PreTrainedModel) -> None:
 
 
 def _unpacked_dtype(source: Source) -> torch.dtype:
-    path = source.folder and source.folder / str(source.gguf_file)
-    if path is None:
-        path = Path(str(try_to_load_from_cache(source.path, str(source.gguf_file))))
-    return gguf_dtype(path)
+    folder = source.folder
+    return gguf_dtype(folder / str(source.gguf_file) if folder else _cached_file(source))
 
 
 def _checked_files(folder: Path, stated: torch.dtype | None, source: Source) -> torch.dtype | None:
@@ -192,22 +209,21 @@ def _stated_dtype(config: PretrainedConfig) -> torch.dtype | None:
     return getattr(torch, stated, None) if isinstance(stated, str) else stated
 
 
-def _snapshot(source: Source, config: PretrainedConfig) -> Path:
-    """Return the folder of the hub's cache that a model was loaded from."""
-    commit = getattr(config, "_commit_hash", None) or source.revision
-    cached = try_to_load_from_cache(source.path, "config.json", revision=commit)
-    if not isinstance(cached, str):
+def _cached_file(source: Source) -> Path:
+    """Return the model's configuration, or its GGUF file, in a snapshot of the hub's cache."""
+    found = _find_cached(source)
+    if found is None:
         raise source.refused("the model is not in the hub's cache any more", "start again")
-    return Path(cached).parent
+    return found
 
 
-def _is_cached(source: Source) -> bool:
-    """Return whether the hub's cache holds the model's configuration, or its GGUF file."""
+def _find_cached(source: Source) -> Path | None:
     file = source.gguf_file or "config.json"
     try:
-        return isinstance(try_to_load_from_cache(source.path, file, revision=source.revision), str)
+        found = try_to_load_from_cache(source.path, file, revision=source.revision)
     except HFValidationError:
-        return False
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _require_finite(model: PreTrainedModel, source: Source) -> None:

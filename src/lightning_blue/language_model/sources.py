@@ -76,12 +76,23 @@ def find_source(name: str, revision: str | None = None) -> Source:
     if path.is_dir():
         _require_model_folder(source, path)
         return source
-    owner, _, file = name.rpartition("/")
-    if file.lower().endswith(GGUF) and owner.count("/") == 1 and not looks_local(owner):
-        return Source(name, owner, file, revision)
+    repository = repository_of(name)
+    if repository != name:
+        return Source(name, repository, name.removeprefix(f"{repository}/"), revision)
     if looks_local(name) or path.suffix.lower() in (GGUF, *WEIGHTS):
         raise missing_path(name, source.where)
     return Source(name, name, None, revision)
+
+
+def repository_of(name: str) -> str:
+    """Return the repository of a GGUF file on the hub; any other name as it is.
+
+    >>> [repository_of(name) for name in ("owner/name/file.gguf", "owner/name", "/a/b.gguf")]
+    ['owner/name', 'owner/name', '/a/b.gguf']
+    """
+    owner, _, file = name.rpartition("/")
+    on_hub = file.lower().endswith(GGUF) and owner.count("/") == 1 and not looks_local(owner)
+    return owner if on_hub else name
 
 
 def config_of(folder: Path) -> Mapping[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lightning_blue.language_model.loading import PACKAGED
+from lightning_blue.language_model.sources import PACKAGED, repository_of
+from lightning_blue.support.hub import looks_local
 
 LICENCE = ("license", "license_name", "license_link")
 TAGS = ("model-editing", "knowledge-editing", "lightning-blue")
@@ -22,7 +23,7 @@ Head = dict[str, Any]
 def head_of(config: PretrainedConfig) -> Head:
     """Return what the card of an edited model takes over from the model that it was made of.
 
-    See `base_head`; a model of the hub is known by the commit that transformers notes.
+    See `base_head`; a model of the hub is known by the commit that loading notes.
     """
     return base_head(str(config.name_or_path), getattr(config, "_commit_hash", None))
 
@@ -31,7 +32,7 @@ def base_head(name_or_path: str, commit: str | None) -> Head:
     """Return ``base_model`` and the licence of a model that was edited, as far as they are known.
 
     Args:
-        name_or_path: on the hub, or a folder.
+        name_or_path: on the hub (of a GGUF file there, ``owner/name/file.gguf``), or a path.
         commit: on the hub; None for a local model, which has no ``base_model``.
 
     Returns:
@@ -41,16 +42,17 @@ def base_head(name_or_path: str, commit: str | None) -> Head:
     """
     if not name_or_path:  # made in memory
         return {}
-    if commit is None:
+    name = repository_of(name_or_path)
+    if commit is None or looks_local(name):  # a path into the hub's cache may come with one
         folder = Path(str(PACKAGED.get(name_or_path, name_or_path)))
         card = _metadata(folder / "README.md")
         link = str(card.get("license_link", ""))
         return {k: v for k, v in _licence(card).items() if k != "license_link" or "://" in link}
-    licence = _licence(_hub_metadata(name_or_path, commit))
+    licence = _licence(_hub_metadata(name, commit))
     link = str(licence.get("license_link", "https://"))
     if "://" not in link:  # a file of the repository
-        licence["license_link"] = f"https://huggingface.co/{name_or_path}/blob/{commit}/{link}"
-    return {"base_model": name_or_path, **licence}
+        licence["license_link"] = f"https://huggingface.co/{name}/blob/{commit}/{link}"
+    return {"base_model": name, **licence}
 
 
 def front_matter(head: Mapping[str, Any]) -> str:
@@ -72,10 +74,10 @@ def _licence(card: Mapping[str, Any]) -> Head:
 def _hub_metadata(name: str, commit: str) -> Mapping[str, Any]:
     from huggingface_hub import model_info, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "README.md", revision=commit)
-    if isinstance(cached, str):
-        return _metadata(Path(cached))
     with suppress(Exception):  # of many kinds: no network, no right, no such model any more
+        cached = try_to_load_from_cache(name, "README.md", revision=commit)
+        if isinstance(cached, str):
+            return _metadata(Path(cached))
         card = model_info(name, revision=commit, timeout=WAIT).card_data
         return {} if card is None else card.to_dict()
     return {}
