@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,34 @@ def test_a_plain_model_reads_as_before(gpt2: LanguageModel) -> None:
     assert known.controls == ("<|end|>",)
     assert (known.head, known.tail, known.opening("Lyon is in")) == ("", "", 0)
     assert not known.carried_by("Lyon is in")
+
+
+DATED = (  # as Llama-3.2's
+    "{% if date_string is not defined %}{% if strftime_now is defined %}"
+    '{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "26 Jul 2024" %}'
+    "{% endif %}{% endif %}\n\n<|role|>system<|/role|>Today: {{ date_string }}, "
+    "{%- macro iso(form) %}{{ strftime_now(form) }}{% endmacro %}{{ iso(' %A %Y-%m-%-d') }}<|turn|>"
+    + HEADERS
+)
+
+
+def test_a_prompt_is_the_same_on_every_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run is known by, when it is resumed or compared, depends on its prompts."""
+    tokenizer = chat_tokenizer(DATED)
+    found = []
+    for day in (3, 4):
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None, day: int = day) -> datetime:
+                return datetime(2031, 5, day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+        assert f"Today: 0{day} May 2031" in asked(tokenizer, "Where is Lyon?", tokenize=False)
+        data = EditDataModule(write(tmp_path), chat=True)
+        data.prepare(tokenizer)
+        found.append((wrap(tokenizer, "Where is {}?"), markers(tokenizer), data.state_dict()))
+    assert found[0] == found[1]
+    assert found[0][0].startswith("\n<|role|>system<|/role|>Today: 26 Jul 2024, Friday 2024-07-26<")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_blue.support.errors import InputError
@@ -11,6 +14,8 @@ if TYPE_CHECKING:
 
 _QUESTION, _ANSWER = "QUESTION", "ANSWER"
 SLOT = "{}"
+TODAY = datetime(2024, 7, 26)  # of every prompt; what Llama 3.1's template says without a clock
+_DIRECTIVE = re.compile(r"(?<!\{)%-?[A-Za-z]")  # of strftime
 
 
 class Markers(NamedTuple):
@@ -147,6 +152,25 @@ def _render(
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=answer is None
+        messages,
+        tokenize=False,
+        add_generation_prompt=answer is None,
+        chat_template=_on_one_day(tokenizer.get_chat_template()),
     )
     return str(text)
+
+
+def _on_one_day(template: str) -> str:
+    """Return a template that writes the same date every day, where it writes one.
+
+    A run that is resumed, or compared with another, has to have the same prompts. The clock is a
+    function of the template's environment, and functions cannot be handed to a template.
+    """
+    if "strftime_now" not in template:
+        return template
+    directives = dict.fromkeys(_DIRECTIVE.findall(template))
+    written = "".join(
+        f" | replace({json.dumps(each)}, {json.dumps(TODAY.strftime(each))})" for each in directives
+    )
+    clock = f"{{% macro strftime_now(form) %}}{{{{ form{written} }}}}{{% endmacro %}}\n"
+    return clock + template  # behind a block, one end of line is no part of the text
