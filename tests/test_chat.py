@@ -197,18 +197,37 @@ def test_a_plain_model_reads_as_before(gpt2: LanguageModel) -> None:
     assert not known.carried_by("Lyon is in")
 
 
+def test_braces_in_the_system_text_are_refused_by_name_where_a_subject_has_a_place(
+    tmp_path: Path,
+) -> None:
+    tokenizer, system = chat_tokenizer(LINES), "Answer as JSON: {}"
+    with pytest.raises(InputError, match=r"(?s)the system text holds \{\}.*--data.system"):
+        EditDataModule(write(tmp_path), chat=True, system=system)
+    with pytest.raises(InputError, match=r"the system text holds \{\}"):
+        wrap(tokenizer, "Where is {}?", system)
+    hinted = "Answer as JSON: { }"
+    expected = asked(tokenizer, "Where is {}?", hinted, tokenize=False)
+    assert wrap(tokenizer, "Where is {}?", hinted) == expected
+    plain = asked(tokenizer, "Where is Lyon?", system, tokenize=False)
+    assert wrap(tokenizer, "Where is Lyon?", system) == plain  # as `ask` does
+
+
+def test_a_template_that_fails_without_a_word_is_refused() -> None:
+    silent = "<|role|>{{ raise_exception('') }}"
+    with pytest.raises(InputError, match="the chat template refuses the prompt: TemplateError"):
+        wrap(chat_tokenizer(silent), "Where is {}?")
+
+
 DATED = (  # as Llama-3.2's
     "{% if date_string is not defined %}{% if strftime_now is defined %}"
-    '{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "26 Jul 2024" %}'
+    '{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "never" %}'
     "{% endif %}{% endif %}\n\n<|role|>system<|/role|>Today: {{ date_string }}, "
     "{%- macro iso(form) %}{{ strftime_now(form) }}{% endmacro %}{{ iso(' %A %Y-%m-%-d') }}<|turn|>"
     + HEADERS
 )
 
 
-def test_a_prompt_is_the_same_on_every_day(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_is_the_same_on_every_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run is known by, when it is resumed or compared, depends on its prompts."""
     tokenizer = chat_tokenizer(DATED)
     found = []

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message, or its kind where it has none.
+
+    >>> first_line(ValueError("one\ntwo")), first_line(AssertionError())
+    ('one', 'AssertionError')
+    """
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class InputError(ValueError):
     """Input that cannot be used: what is wrong, where, and how to fix it.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blue_callbacks.closed_form import KeyMemory, SingularCovarianceError, Whitening
-from blue_callbacks.errors import EditRejected, InputError, UnsolvableError
+from blue_callbacks.errors import EditRejected, InputError, UnsolvableError, first_line
 from blue_callbacks.protocol import EditableModule
 from blue_callbacks.records import EditRecord, WeightChange
 from blue_callbacks.solvers import Solver
@@ -145,7 +145,7 @@ def solving(weight: WeightId) -> Iterator[None]:
         raise SingularCovarianceError(f"{weight}: {error}") from error
     except torch.linalg.LinAlgError as error:
         raise UnsolvableError(
-            f"the update of {weight} cannot be solved: {str(error).splitlines()[0]}\n"
+            f"the update of {weight} cannot be solved: {first_line(error)}\n"
             "  hint:  raise update.covariance_weight (null space: update.ridge), or collect the "
             "covariance from more tokens; the weights are as they were before this batch"
         ) from error

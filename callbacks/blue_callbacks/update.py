@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from blue_callbacks.closed_form import Whitening
-from blue_callbacks.errors import InputError, UnsolvableError
+from blue_callbacks.errors import InputError, UnsolvableError, first_line
 from blue_callbacks.fine_tuning import FineTuning, check_baseline, fine_tuned_change
 from blue_callbacks.finite import require_finite_keys, require_finite_residual
 from blue_callbacks.past_keys import PastKeys, solving
@@ -236,7 +236,7 @@ class ClosedFormUpdate(Callback):
                 except torch.linalg.LinAlgError as error:
                     raise UnsolvableError(
                         f"{self.post_edit_transform} of {weight} cannot be computed: "
-                        f"{str(error).splitlines()[0]}\n"
+                        f"{first_line(error)}\n"
                         "  hint:  the weights are as the last batch left them; go on without "
                         "update.post_edit_transform"
                     ) from error

@@ -31,6 +31,7 @@ from lightning_blue.data.joined import in_chat, with_prefix
 from lightning_blue.data.memory import Facts, name_of, rows_of
 from lightning_blue.data.reading import ALMANAC, read_requests, require_source
 from lightning_blue.data.requests import EditRequest, Probe, Rejected
+from lightning_blue.language_model.chat import require_no_slot
 from lightning_blue.support.errors import InputError
 from lightning_blue.support.text import counted
 
@@ -138,6 +139,7 @@ class EditDataModule(LightningDataModule):
                 where="--data.system",
                 hint="add --data.chat=true, or leave out --data.system",
             )
+        require_no_slot(system)
         self.target_prefix, self.chat, self.system = target_prefix, chat, system
         self._protocol = protocol
         self.path = str(path) if isinstance(path, str | Path) else rows_of(path)

@@ -7,7 +7,7 @@ import re
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,8 @@ def wrap(
 
     Raises:
         InputError: if there is no template, or it refuses the messages, loses the question, or
-            writes nothing by which its prompts can be told from plain ones.
+            writes nothing by which its prompts can be told from plain ones; for a ``{}`` in the
+            system text of a question that has one.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
@@ -115,16 +116,19 @@ def wrap(
     known = known or markers(tokenizer)
     if known.carried_by(question):
         return question
+    if SLOT in question:
+        require_no_slot(system)
     try:
         text = _render(tokenizer, question, system)
     except Exception as error:
         raise InputError(
-            f"the chat template refuses the prompt: {str(error).splitlines()[0]}",
+            f"the chat template refuses the prompt: {first_line(error)}",
             where=f"data.chat, prompt {question!r}",
             hint="leave out --data.system if the template knows none, or write the prompts with "
             "their template and leave out --data.chat",
         ) from error
-    if question.strip() not in text or text.count(SLOT) != question.count(SLOT):
+    slots = question.count(SLOT)
+    if question.strip() not in text or (slots and text.count(SLOT) != slots):
         raise InputError(
             f"the chat template does not keep the question as it is: {text!r}",
             where=f"data.chat, prompt {question!r}",
@@ -138,6 +142,20 @@ def wrap(
             "leave out --data.chat",
         )
     return text
+
+
+def require_no_slot(system: str | None) -> None:
+    """Refuse a system text with the mark of a subject's place, which a prompt has once.
+
+    Raises:
+        InputError: if it holds ``{}``.
+    """
+    if system is not None and SLOT in system:
+        raise InputError(
+            "the system text holds {}, which in a prompt is the subject's place",
+            where="--data.system",
+            hint="put something between the braces, if only a space: { }",
+        )
 
 
 def _render(

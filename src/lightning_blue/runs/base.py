@@ -14,7 +14,7 @@ from lightning_blue.language_model.architectures import weight_view
 from lightning_blue.language_model.loading import DTYPES, load_language_model
 from lightning_blue.language_model.saving import save_language_model
 from lightning_blue.runs.journal_header import BaseModel, WrittenWeight
-from lightning_blue.support.errors import InputError
+from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.storage import whole_folder, write_atomic, writing
 
 MADE_HERE = ("config.json", "adapter_config.json")  # what a folder that may be replaced holds
@@ -101,7 +101,7 @@ def _loaded(known: BaseModel, path: str | None) -> tuple[PreTrainedModel, PreTra
     try:
         model, tokenizer = load_language_model(path or known.name_or_path, dtype, revision)
     except InputError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"the unedited model is needed: {reason}",
             where=path or known.name_or_path,

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from blue_callbacks.errors import InputError
+from blue_callbacks.errors import InputError, first_line
 
 __all__ = ["InputError", "first_line", "of_the_system"]
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def of_the_system(error: OSError) -> InputError:
