@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,9 @@ from test_subjects import metaspace_tokenizer
         "프랑스의 수도는",  # Korean writes spaces
         "Столица Франции —",
         "I love 🍕",
+        "I love ❤\ufe0f",
+        "The home of the Cafe\u0301",
+        "\u0301",
     ],
 )
 def test_words_are_followed_by_a_space(prompt: str) -> None:
@@ -51,6 +55,11 @@ def test_words_are_followed_by_a_space(prompt: str) -> None:
         ("Danielle Darrieux 的母语是:", "script without spaces"),
         ("フランスの首都は", "script without spaces"),
         ("コーヒー", "script without spaces"),
+        ("コーヒー1", "script without spaces"),  # the marks of long vowels are no words
+        ("ﾌﾗﾝｽﾉｼｭﾄｶﾞ", "script without spaces"),
+        ("ﾌﾗﾝｽﾉｺｰﾋｰ", "script without spaces"),
+        ("葛\U000e0100", "script without spaces"),  # a variant of the sign
+        ("他说“\ufe01", "opening quotation mark"),
         ("เมืองหลวงของฝรั่งเศสคือ", "script without spaces"),
         ('He said: "', "opening quotation mark"),
         ('"Yes", he said, and then: "', "opening quotation mark"),
@@ -70,6 +79,25 @@ def test_words_are_followed_by_a_space(prompt: str) -> None:
 )
 def test_what_no_space_follows(prompt: str, reason: str) -> None:
     assert joint(prompt) == Joint("", reason)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "フランスの首都が",
+        "フランスのパ",
+        "がぎぐ3",
+        "コーヒーが5",
+        "Le Café",
+        "Le Café à 5",
+        "เมืองหลวงของ",
+    ],
+)
+def test_a_decomposed_prompt_is_joined_as_its_composed_form(prompt: str) -> None:
+    decomposed = unicodedata.normalize("NFD", prompt)
+    assert joint(decomposed) == joint(prompt)
+    words = prompt.startswith("Le")
+    assert joint(prompt) == (Joint(" ", "words") if words else Joint("", "script without spaces"))
 
 
 @pytest.mark.parametrize("given", ["", " ", "\n", ": "])

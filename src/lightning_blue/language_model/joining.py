@@ -27,10 +27,15 @@ _CLASS = (  # of letters
     r"\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Tangut}\p{Nushu}\p{Thai}\p{Lao}\p{Khmer}"
     r"\p{Myanmar}\p{Tibetan}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}\p{Balinese}\p{Javanese}"
 )
+# What kana have in common, and are in Unicode of no script: marks of voiced sounds (combining in
+# the decomposed form), the double hyphen, the dot and the mark of long vowels, each in both widths.
+_KANA = r"\u3099-\u309c\u30a0\u30fb\u30fc\uff70\uff9e\uff9f"
 # Their own punctuation: ideographic (U+3000 to U+303F) and full-width forms.
-_CHARACTER = regex.compile(rf"[{_CLASS}\u30fc\u3000-\u303f\uff01-\uff65]")
+_CHARACTER = regex.compile(rf"[{_CLASS}{_KANA}\u3000-\u303f\uff01-\uff65]")
 _LETTER = regex.compile(rf"[{_CLASS}]")
-_WORD = regex.compile(rf"(?:(?![{_CLASS}])[\p{{L}}\p{{M}}])+")
+_WORD = regex.compile(rf"(?:(?![{_CLASS}{_KANA}])\p{{L}}\p{{M}}*)+")
+_MARKS = regex.compile(r"\p{M}+\Z")
+_VARIANT = regex.compile(r"\p{Variation_Selector}+\Z")  # of a sign, which it does not change
 _ATTACHED = regex.compile(
     r"(?:(?<!\p{N}\s?)\p{Sc}|(?<!\S)[#@]|(?<=[\p{L}\p{N}])[\-\u2010\u2011\u2013\u2014/])\Z"
 )
@@ -66,6 +71,7 @@ def joint(prompt: str, given: str | None = None, markers: Markers = NO_MARKERS) 
         return Joint("", "control token")
     if not prompt or prompt[-1].isspace():
         return Joint("", "white space") if prompt else Joint(SPACE, "words")
+    prompt = _VARIANT.sub("", prompt) or prompt
     kind = unicodedata.category(prompt[-1])
     if _opens_quotation(prompt):
         return Joint("", "opening quotation mark")
@@ -109,9 +115,9 @@ def _closes_german(prompt: str) -> bool:
 
 def _without_spaces(prompt: str) -> bool:
     """Whether a prompt ends in a script that writes no spaces between words."""
-    last = prompt[-1]
-    if _CHARACTER.match(last):
-        return True
-    if unicodedata.category(last)[0] in "LM":
+    last = _MARKS.sub("", prompt)[-1:]
+    if not last or _CHARACTER.match(last):
+        return bool(last)
+    if unicodedata.category(last)[0] == "L":
         return False
     return len(_LETTER.findall(prompt)) > len(_WORD.findall(prompt))
