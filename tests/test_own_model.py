@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -17,7 +18,10 @@ from lightning_blue.__main__ import main
 from lightning_blue.cli.own_model import require_model
 from lightning_blue.editing.depth import layers_by_depth
 from lightning_blue.language_model.loading import PACKAGED
+from lightning_blue.support.errors import InputError
+from runs_made import save
 from test_conf import flags, small_run  # noqa: F401  (a fixture)
+from test_gguf import write_gguf
 
 QUICKSTART = f"--config={ROOT / 'conf' / 'quickstart.yaml'}"
 OWN = f"--config={ROOT / 'conf' / 'own_model.yaml'}"
@@ -78,6 +82,36 @@ def test_a_model_that_is_not_there_is_not_one_of_another_build(run, tmp_path):
     code, _, err = run("fit", QUICKSTART, f"--model.name_or_path={tmp_path / 'nothing'}")
     assert code == 2
     assert "no such file or folder" in err
+
+
+def test_a_model_is_known_however_it_is_named(llama, tmp_path, monkeypatch):
+    """By a path from the home folder, and as a GGUF file."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(llama, tmp_path / "llama")
+    packed = write_gguf(tmp_path / "llama.gguf", *llama, "F32")
+    for given in ("~/llama", str(packed), "~/llama.gguf"):
+        with pytest.raises(InputError, match="belong to the model 'almanac'"):
+            require_model("almanac", given, None, "facts.csv")
+        for same in (str(tmp_path / "llama"), "~/llama", str(packed)):
+            require_model(same, given, None, "facts.csv")
+
+
+def test_of_a_multimodal_model_the_text_part_counts(tmp_path):
+    config = AutoConfig.for_model("gemma3")
+    config.save_pretrained(tmp_path / "one")
+    config.text_config.intermediate_size *= 2
+    config.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="would be ruined"):
+        require_model(str(tmp_path / "one"), str(tmp_path / "other"), None, "facts.csv")
+
+
+def test_settings_of_a_model_that_is_not_here_are_taken_with_a_warning(tmp_path, monkeypatch):
+    """It may be the same one under another name."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    AutoConfig.from_pretrained(str(PACKAGED["almanac"])).save_pretrained(tmp_path / "almanac")
+    given = str(tmp_path / "almanac")
+    with pytest.warns(UserWarning, match="belong to the model 'nobody/almanac', which cannot be"):
+        require_model("nobody/almanac", given, None, "facts.csv")
 
 
 def test_measuring_another_model_is_allowed(run):
