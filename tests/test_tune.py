@@ -23,6 +23,7 @@ from conftest import CORPUS, LanguageModel
 from helpers import brief_run
 from lightning_blue import edit
 from lightning_blue.__main__ import main
+from lightning_blue.cli.found import of_tuning
 from lightning_blue.cli.written import flat
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.editing import covariance
@@ -643,6 +644,18 @@ def test_init_takes_what_tune_found(tuned, command, folder):
     assert code == 0, err
     assert "tuned" not in text
     assert flat(yaml.safe_load(text))["data.offset"] == 0
+
+
+def test_the_offset_holds_for_every_spelling_of_the_same_facts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("facts.csv", "others.csv"):
+        (tmp_path / name).write_text("")
+    content = {"settings": {}, "plan": "even", "data": "facts.csv", "facts": 4, "offset": 5}
+    for same in ("facts.csv", "./facts.csv", "~/facts.csv", str(tmp_path / "facts.csv")):
+        assert of_tuning(content, None, same)["data.offset"].value == 5
+    for other in ("others.csv", "me/facts.csv"):
+        assert "data.offset" not in of_tuning(content, None, other)
 
 
 def test_init_takes_layers_from_locate_unless_tune_measured_them(tuned, command, folder):

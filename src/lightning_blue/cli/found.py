@@ -127,7 +127,7 @@ def of_tuning(content: Mapping[str, Any], file: Path | None, data: str) -> Found
     found[PLAN] = Proposal(content["plan"], f"the plan that the others were tuned for{at}")
     if FIRST_STEP in found:
         found[RATE] = Proposal(None, "null: first_step says it")
-    if data == content["data"]:
+    if _resolved(data) == _resolved(content["data"]):
         behind = f"behind the {content['facts']} facts that settings were chosen on{at}"
         found[OFFSET] = Proposal(content["offset"], behind)
     return found
