@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from blue_callbacks import NonFiniteError
 from conftest import CORPUS, LanguageModel
@@ -265,12 +266,12 @@ def text(tmp_path_factory) -> Path:
 def bench_of(
     language_model: LanguageModel, text: Path, folder: Path, plan: str = "boundary", **more: Any
 ) -> Workbench:
-    source = CovarianceSource(str(text), tokens_per_dim=8, cache=None)
+    own = CovarianceSource(str(text), tokens_per_dim=8, cache=None)
     module = EditModule(
         *copy.deepcopy(language_model),
         target=TargetOptimization(steps=STEPS),
         contexts=["It is said."],
-        covariance=source,
+        covariance=more.pop("covariance", own),
         seed=0,
         export_dtype=more.pop("export_dtype", None),
     )
@@ -395,6 +396,15 @@ def test_finished_trials_are_known_by_all_that_they_depend_on(llama, text, tmp_p
         bench_of(llama, text, tmp_path, requests=REQUESTS[1:]).run(0, 2, kind),
     ]
     assert all(other.measured.components == {"efficacy": 1.0} for other in others)
+    brought = tmp_path / "brought.safetensors"
+    for scale in (1.0, 2.0):  # statistics from elsewhere, by their content
+        save_file({f"layer{n}": scale * torch.eye(96) for n in range(3)}, brought)
+        source = CovarianceSource(path=str(brought), trust=True)
+        others.append(bench_of(llama, text, tmp_path, covariance=source).run(0, 2, kind))
+        trials = len(list(tmp_path.glob("*.json")))
+        bench_of(llama, text, tmp_path, covariance=source).run(0, 2, kind)
+        assert len(list(tmp_path.glob("*.json"))) == trials
+    assert trials == 1 + len(others)
     file.write_text("{")  # damaged: made again
     assert bench_of(llama, text, tmp_path).run(0, 2, kind).measured.components == {"efficacy": 1.0}
 

@@ -86,6 +86,7 @@ class Workbench:
         self._target_seconds = 0.0  # that the newest trial spent on those
         self._text_loss: float | None = None
         self._identity: dict[str, Any] | None = None
+        self._covariances: dict[tuple[int, ...], dict[str, str]] = {}  # what they are of, by layers
 
     def measure_site(self, layers: Sequence[int]) -> None:
         """Measure the target site for all layers that will be tried, so that they have one.
@@ -241,6 +242,7 @@ class Workbench:
             "requests": hashlib.sha256(repr(requests).encode()).hexdigest(),
             "target": {**asdict(self.target_settings(choice)), "tokens_per_batch": None},
             "layers": choice.layers,
+            "covariance": self._covariance(choice.layers),
             "covariance_weight": self.covariance_weight(choice),
         }
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -250,7 +252,6 @@ class Workbench:
         """Return what the results of all trials depend on."""
         if self._identity is None:
             module = self.module
-            file = covariance_file(module.model, module.tokenizer, module.covariance)
             self._identity = {
                 "version": __version__,
                 "measured": [each.name for each in fields(Measured)],
@@ -259,7 +260,6 @@ class Workbench:
                 "dtype": [str(module.model.dtype), str(module.export_dtype)],
                 "architecture": asdict(module.architecture),
                 "templates": module.templates,
-                "covariance": {key: str(value) for key, value in file.identity.items()},
                 "update": {key: repr(self.update[key]) for key in sorted(self.update)},
                 "controls": hashlib.sha256(repr(self.facts.controls).encode()).hexdigest(),
                 "protocol": self.facts.protocol,
@@ -268,6 +268,15 @@ class Workbench:
                 "trainer": {key: str(value) for key, value in self._trainer.items()},
             }
         return self._identity
+
+    def _covariance(self, layers: tuple[int, ...]) -> dict[str, str]:
+        """Return what the covariances of layers are of; of those from elsewhere, their content."""
+        module = self.module
+        layers = layers if module.covariance.trust else ()  # of our own, all are known alike
+        if layers not in self._covariances:
+            file = covariance_file(module.model, module.tokenizer, module.covariance, layers)
+            self._covariances[layers] = {key: str(value) for key, value in file.identity.items()}
+        return self._covariances[layers]
 
 
 def _read(path: Path) -> Measured | None:
