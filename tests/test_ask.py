@@ -153,6 +153,8 @@ def test_a_run_is_asked_as_it_was_edited(made, tmp_path, capsys):  # noqa: F811
         (["almanac", "x", "--before"], "--before is for a run"),
         (["almanac", "x", "--model=almanac"], "--model is for a run"),
         (["almanac", ""], "a prompt is empty"),
+        (["almanac", "x", "caf\udce9"], "holds the byte 0xe9, which is not UTF-8"),
+        (["almanac", "x", "--chat", "--system=caf\udce9"], "where: --system"),
         (["almanac", "river " * 200], "context holds 128"),
         (["almanac", "x", "--dtype=int8"], "choose one of"),
         (["almanac", "x", "--top=0"], "--top"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_blue.cli.run_files import require_text
 from lightning_blue.language_model.chat import wrap
 from lightning_blue.language_model.loading import load_language_model
 from lightning_blue.language_model.next_tokens import Answer, ask, spelled
@@ -33,6 +34,8 @@ def ask_model(args: Namespace) -> int:
     Raises:
         InputError: if there is no such run or model, or it cannot read a prompt.
     """
+    require_text(args.prompts, "PROMPT")
+    require_text(args.system, "--system")
     names, models, (chat, system) = _of_run(args) if is_run(args.source) else _of_model(args)
     if args.system is not None and not chat:
         raise InputError(
