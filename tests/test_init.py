@@ -264,10 +264,14 @@ def test_the_file_edits(run, capsys):
     assert "decided: critical layers" not in err  # the file says them
 
 
-@pytest.mark.parametrize("value", [1e-05, 1e22, "1e5", "0x10", "null", "", "a: b", "no", [1, "y"]])
+FOUND = [1e-05, 1e22, "1e5", "0x10", "null", "", "a: b", "no", [1, "y"]]
+ENDS = [f"a{end}b" for end in ("\n", "\r", "\r\n", "\n\n", "\x85", "\u2028", "\u2029", "\v", "\f")]
+
+
+@pytest.mark.parametrize("value", [*FOUND, *ENDS])
 def test_values_come_back_as_they_were(value):
     assert yaml.safe_load(spell(value)) == value
-    assert "\n" not in spell(value)
+    assert len(spell(value).splitlines()) == 1
 
 
 def test_a_comment_is_one_line():

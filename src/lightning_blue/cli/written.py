@@ -9,21 +9,29 @@ from typing import Any
 import yaml
 
 WIDTH = 100  # characters of a line, where that is ours to say
+ENDS = set("\n\x85\u2028\u2029")  # of lines, to YAML 1.1
 ORDER = ("seed_everything", "for_model", "model", "data", "update", "guard", "measure", "run")
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML 1.1 as PyYAML writes it, with quotes around what other loaders take for a number."""
+    """YAML 1.1 as PyYAML writes it, on one line.
+
+    With quotes around what other loaders take for a number, and ends of lines escaped.
+    """
 
 
 def _string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if set(text) & ENDS or _is_number(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a number to YAML 1.2, to PyYAML perhaps not: 1e5."""
     try:
         float(text.replace("_", ""))
     except ValueError:
-        style = None
-    else:
-        style = '"'  # 1e5: text to PyYAML, a number to YAML 1.2
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+        return False
+    return True
 
 
 _Dumper.add_representer(str, _string)
