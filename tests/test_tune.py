@@ -39,7 +39,7 @@ from lightning_blue.metrics import table
 from lightning_blue.metrics.ratings import Answer
 from lightning_blue.preflight.timing import Rates
 from lightning_blue.tuning import estimate, space
-from lightning_blue.tuning.halving import Trial, best, halve, rounds, without_tuning
+from lightning_blue.tuning.halving import Trial, best, halve, ranked, rounds, without_tuning
 from lightning_blue.tuning.objective import Measured, components, soft
 from lightning_blue.tuning.space import Choice, Space, draw, laid_out, windows
 from lightning_blue.tuning.workbench import Facts, Workbench
@@ -142,6 +142,24 @@ def test_halving_finds_the_best_and_keeps_what_is_untuned():
 def test_equal_trials_leave_what_is_decided_without_tuning():
     trials = halve(WHOLE and draw(WHOLE, 9, 0), 8, lambda n, f, c: Trial(n, f, c, Measured({})))
     assert best(trials) == without_tuning(trials)
+
+
+def test_of_equal_trials_those_nearer_to_what_is_decided_without_tuning_go_on():
+    untuned = WHOLE.untuned
+    far = untuned._replace(layers=WHOLE.layers[1], clamp=3.0, weight=10.0)
+    near, nearer = far._replace(weight=untuned.weight), far._replace(layers=untuned.layers, clamp=3)
+    nearest = untuned._replace(weight=10.0)
+    worse = untuned._replace(clamp=1.5)
+    scores = {untuned: 40.0, far: 50.0, near: 50.0, nearer: 50.0, nearest: 50.0, worse: 49.0}
+
+    def tried(choices: list[Choice]) -> list[Choice]:
+        made = [Trial(0, 2, each, Measured({"efficacy": scores[each]})) for each in choices]
+        return [trial.choice for trial in ranked(made)]
+
+    expected = [nearest, near, nearer, far, worse, untuned]
+    assert tried([untuned, far, near, nearer, nearest, worse]) == expected
+    drawn_otherwise = [nearest, nearer, near, far, worse, untuned]
+    assert tried([untuned, worse, nearest, nearer, near, far]) == drawn_otherwise
 
 
 @pytest.mark.parametrize(("trials", "facts"), itertools.product((1, 3, 4, 9, 24, 100), (2, 5, 16)))

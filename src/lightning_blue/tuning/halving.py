@@ -89,8 +89,18 @@ def halve(
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Order trials of one round, the best first; equal ones stay as they come."""
-    return sorted(trials, key=lambda trial: trial.measured.rank, reverse=True)
+    """Order trials of one round, the best first; what is decided without tuning comes in first.
+
+    Of equal ones those that differ from it in fewer settings are better, then those that come
+    before.
+    """
+    untuned = trials[0].choice
+
+    def order(trial: Trial) -> tuple[float, float, int]:
+        differing = sum(own != other for own, other in zip(trial.choice, untuned, strict=True))
+        return *trial.measured.rank, -differing
+
+    return sorted(trials, key=order, reverse=True)
 
 
 def best(trials: Sequence[Trial]) -> Trial:
