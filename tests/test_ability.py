@@ -191,6 +191,8 @@ def test_a_resumed_run_has_the_same_ability(lm_eval, module, facts, tasks, tmp_p
     expected = run(whole, facts, tmp_path / "whole", measuring(tasks, every=2))
     with pytest.raises(ZeroDivisionError):
         run(module, facts, tmp_path / "halves", measuring(tasks, every=2), Crash(2))
+    with pytest.raises(InputError, match=r"started with measure\.ability\.limit 100, not 3;"):
+        run(unedited, facts, tmp_path / "halves", measuring(tasks, limit=3), resume=True)
     resumed = run(unedited, facts, tmp_path / "halves", measuring(tasks, every=2), resume=True)
     one, other = (
         next(c for c in trainer.callbacks if isinstance(c, MeasureEdits)).history.measurements
@@ -228,11 +230,23 @@ def test_what_an_own_task_reads_is_part_of_what_its_numbers_depend_on(lm_eval, t
     text = Path(tasks[0]).read_text()
     task = tmp_path / "task.yaml"
     task.write_text(text.replace(str(Path(tasks[0]).parent / "towns.jsonl"), str(rows)))
-    found = []
-    for label in (0, 1, 1):
+    found, asked = [], []
+    for label, every in ((0, 0), (1, 0), (1, 9)):
         write_jsonl(rows, [{"town": "Basel", "label": label, "rest": "Europe"}])
-        found.append(GeneralAbility(AbilitySettings([str(task)])).identity())
+        ability = GeneralAbility(AbilitySettings([str(task)], every=every))
+        found.append(ability.identity())
+        asked.append(ability.asked())
     assert found[0] != found[1] == found[2]
+    (old, new), key = asked[:2], "measure.ability.data"
+    assert {name for name in old if old[name] != new[name]} == {key}
+    smaller = AbilitySettings([str(task)], batch_size=1)  # it may be too much at a time
+    assert asked[1] == asked[2] == GeneralAbility(smaller).asked()
+    copied = tmp_path / "copied.yaml"  # is the same task
+    copied.write_text(task.read_text())
+    assert GeneralAbility(AbilitySettings([str(copied)])).asked() == new
+    copied.write_text(task.read_text().replace("lies in", "is in"))
+    other = GeneralAbility(AbilitySettings([str(copied)])).asked()
+    assert {name for name in new if other[name] != new[name]} == {"measure.ability.tasks"}
     files = [[str(rows)], {"test": str(rows)}, {"test": [str(rows), "hf://elsewhere"]}, None]
     assert [harness_module._local_files(each) for each in files] == [[rows]] * 3 + [[]]
 

@@ -17,9 +17,11 @@ from helpers import write_jsonl
 from histories import small_history
 from lightning_blue.data import EditDataModule
 from lightning_blue.editing import EditModule
+from lightning_blue.metrics.asked import require_same
+from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.matching import GeneratedAnswer
-from lightning_blue.metrics.retention import Retention
+from lightning_blue.metrics.retention import Retention, RetentionSettings
 from lightning_blue.support.checkpoints import BatchCheckpoints, WholeCheckpointIO, checkpoints
 from lightning_blue.support.errors import InputError
 from test_lightning import (  # noqa: F401  (fixtures)
@@ -290,3 +292,65 @@ def test_a_checkpoint_that_carries_code_is_not_run(module, facts, tmp_path):  # 
     with pytest.raises(InputError, match="cannot be read"):
         run(module, facts, tmp_path, resume=True)
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_ways_to_measure_are_refused(module, facts, corpus, tmp_path):  # noqa: F811
+    """What is measured before any edit and at the end has to be the same."""
+
+    def measure(**settings: Any) -> MeasureEdits:
+        started = {"text": str(corpus), "text_tokens": 64, "generate": False}
+        return MeasureEdits(**{**started, **settings})
+
+    unedited = copy.deepcopy(module)
+    with pytest.raises(ZeroDivisionError):
+        run(module, facts, tmp_path / "run", measure(), Crash(1))
+    other = tmp_path / "other.txt"
+    other.write_text(corpus.read_text().replace("Basel", "Lyon"))
+    before = weights(unedited)
+    for settings, message in (
+        ({"text_tokens": 32}, r"started with measure\.text_tokens 64, not 32;"),
+        ({"text": None}, r"started with measure\.text, which is gone;"),
+        ({"text": str(other)}, r"started with other content of measure\.text;"),
+        ({"cumulative": 3}, r"started with measure\.cumulative 100, not 3;"),
+        ({"generate": True}, r"started with measure\.generate False, not True;"),
+        (
+            {"seed": 1, "cumulative": 3},
+            r"started with measure\.seed 0, not 1; measure\.cumulative 100",
+        ),
+        (
+            {"retention": RetentionSettings(9)},
+            r"started with measure\.retention\.prompts 0, not 9;",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(unedited, facts, tmp_path / "run", measure(**settings), resume=True)
+        assert same(weights(unedited), before)
+    moved = tmp_path / "moved.txt"
+    moved.write_text(corpus.read_text())
+    going_on = measure(text=str(moved), tokens_per_batch=512)  # how much at a time may change
+    run(unedited, facts, tmp_path / "run", going_on, resume=True)
+    assert going_on.history.resumed_after == [2]
+
+
+def test_what_follows_from_a_text_or_tasks_that_are_gone_is_not_said():
+    towns = {"measure.ability.tasks": {"towns": "a"}, "measure.ability.limit": 9}
+    with pytest.raises(InputError, match=r"started with no measure\.ability\.tasks;") as caught:
+        require_same({}, towns)
+    assert "limit" not in str(caught.value)
+    both = towns | {"measure.ability.tasks": {"towns": "a", "words": "b"}}
+    with pytest.raises(InputError, match=r"measure\.ability\.tasks towns, words, not towns;"):
+        require_same(both, towns)
+    require_same(towns, dict(towns))
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_measured_is_taken():
+    history = small_history()
+    state = history.state_dict()
+    del state["asked"]
+    RunHistory(requests=history.requests, asked={"measure.seed": 3}).load_state_dict(state)
+
+
+def test_a_checkpoint_s_model_may_be_measured_in_another_way():
+    history = small_history()
+    history.asked = {"measure.text": {"text": "a"}, "measure.seed": 3}
+    RunHistory(requests=history.requests).load_state_dict(history.state_dict())  # Trainer.test

@@ -9,9 +9,11 @@ import json
 import logging
 import math
 import random
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +33,7 @@ from lightning_blue.support.errors import InputError, first_line
 OWN_TASKS = Path(__file__).parent / "tasks"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "examples": 1234}  # simple_evaluate's
 NO_FILTER = "none"
+ADDRESS = re.compile(" at 0x[0-9a-f]+")  # of a function that a task names, new in each process
 
 Metrics = dict[str, dict[str, float]]
 
@@ -104,11 +107,31 @@ class GeneralAbility:
         ]
         return {
             "harness": version("lm_eval"),
-            "tasks": json.loads(json.dumps(configs, default=str)),
+            "tasks": json.loads(ADDRESS.sub("", json.dumps(configs, default=str))),
             "files": {path.name: file_digest(path) for path in files},
             "own_files": {str(path): file_digest(path) for path in own},
             "limit": self.settings.limit,
             "batch_size": self.settings.batch_size,
+        }
+
+    def asked(self) -> dict[str, Any]:
+        """Return, by setting, what the numbers of a run depend on; empty without tasks.
+
+        Of each task a hash of its definition, wherever that lies, and of each file its digest.
+        """
+        identity = self.identity()
+        if identity is None:
+            return {}
+        files = {**identity["files"], **identity["own_files"]}
+        return {
+            "lm_eval": identity["harness"],
+            "measure.ability.limit": self.settings.limit,
+            "measure.ability.num_fewshot": self.settings.num_fewshot,
+            "measure.ability.tasks": {
+                name: _hash({key: value for key, value in config.items() if key != "metadata"})
+                for name, config in identity["tasks"].items()
+            },
+            **({"measure.ability.data": files} if files else {}),
         }
 
     def described(self) -> str:
@@ -120,6 +143,10 @@ class GeneralAbility:
             f"{'all records' if limit is None else f'the first {limit:,} records'} of a task, "
             f"{' or '.join(map(str, sorted(shots)))} examples before each"
         )
+
+
+def _hash(config: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _local_files(given: Any) -> list[Path]:

@@ -173,6 +173,8 @@ class MeasureEdits(Callback):
             judge=self.judge,
             ability=self.ability,
         )
+        if stage == "fit":
+            self.history.asked = self.instruments.asked(self.cumulative, self.retention.prompts)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure the unedited model; a resumed run has done so before."""
@@ -301,7 +303,7 @@ class MeasureEdits(Callback):
         """Go on with what was measured until a checkpoint.
 
         Raises:
-            InputError: if it was measured by other protocols than the run is to go on with.
+            InputError: if it was measured in another way than the run is to go on with.
         """
         self.history.load_state_dict(state_dict)
 

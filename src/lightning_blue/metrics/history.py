@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_blue.data.checks import superseded
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.language_model.joining import Joint
+from lightning_blue.metrics.asked import require_same
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 from lightning_blue.metrics.generated import GenerationSettings
 from lightning_blue.metrics.matching import GeneratedAnswer, answer_from
@@ -63,6 +64,7 @@ class RunHistory:
         generation: how answers are generated; None where none are.
         negation: the words that deny a prompt; None without negation probes.
         judge: the model that judges answers; empty without one.
+        asked: how everything else is measured, see `lightning_blue.metrics.asked`.
         requests: the requests of the run, in order.
         joints: what stands between the prompt and the object of each request, and why.
         rejected: requests that could not be used.
@@ -93,6 +95,7 @@ class RunHistory:
     generation: GenerationSettings | None = None
     negation: str | None = None
     judge: str = ""
+    asked: dict[str, Any] = field(default_factory=dict)
     requests: list[EditRequest] = field(default_factory=list)
     joints: list[Joint] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
@@ -172,6 +175,7 @@ class RunHistory:
             "targets_read": self.targets_read,
             "protocol": self.protocol,
             **self._as_asked,
+            "asked": self.asked,
             "resumed_after": self.resumed_after,
         }
 
@@ -179,8 +183,8 @@ class RunHistory:
         """Take over what was gathered until a checkpoint.
 
         Raises:
-            InputError: if it was measured by another protocol until then, others were added, or
-                answers generated or judged otherwise.
+            InputError: if it was measured in another way until then: by other protocols, on another
+                text, over fewer records, and so on.
         """
         main = state.get("protocol", self.protocol)  # which older checkpoints do not say
         if main != self.protocol:
@@ -197,6 +201,8 @@ class RunHistory:
                 where=", ".join(f"measure.{key}" for key in ASKED),
                 hint="resume it with the same, or start a new run",
             )
+        if self.asked:  # to measure a model as it is needs no more than its weights
+            require_same(state.get("asked", self.asked), self.asked)  # older ones do not say
         self.batches = state["batches"]
         self.measurements = [Measurement(**taken) for taken in state["measurements"]]
         self.logged = state["logged"]

@@ -182,6 +182,27 @@ class Instruments:
             "precision": trainer.precision,
         }
 
+    def asked(self, cumulative: int, prompts: int) -> dict[str, Any]:
+        """Return what the numbers of a run depend on, by setting, for `asked.require_same`.
+
+        Left out is what may change when a run is resumed: how much is computed at a time, and how
+        often something is measured.
+
+        Args:
+            cumulative: edits in the sample that is measured during the run.
+            prompts: the budget of the retention matrix.
+        """
+        asked: dict[str, Any] = {
+            "measure.seed": run_seed(self.seed),
+            "measure.cumulative": cumulative,
+            "measure.generate": self.generate,
+            "measure.retention.prompts": prompts,
+        }
+        if self.text is not None:
+            asked["measure.text"] = {"text": sha256(self.text.encode()).hexdigest()}
+            asked["measure.text_tokens"] = self.text_tokens
+        return asked | self.ability.asked()
+
     def side_effects(self, trainer: Trainer, module: EditModule) -> Metrics:
         """Perplexity on ordinary text and retained knowledge of control facts."""
         started = time.perf_counter()
