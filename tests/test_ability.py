@@ -26,12 +26,13 @@ from lightning_blue.ability.jackknife import jackknife_error
 from lightning_blue.comparison import presented
 from lightning_blue.comparison.curves import curves, figures
 from lightning_blue.comparison.runs import read_runs
-from lightning_blue.comparison.scores import score_tables
+from lightning_blue.comparison.scores import Estimate, score_tables
 from lightning_blue.metrics import table
 from lightning_blue.metrics.callback import MeasureEdits
 from lightning_blue.metrics.history import Measurement
 from lightning_blue.reporting.axes import fitted
 from lightning_blue.reporting.export import caution
+from lightning_blue.reporting.page.charts import course_charts
 from lightning_blue.reporting.plots import metrics_figure
 from lightning_blue.reporting.tables import score_table
 from lightning_blue.support.errors import InputError
@@ -415,11 +416,16 @@ def test_tables_and_plots_show_tasks_beside_metrics():
     for place, value in ((0, 0.9), (2, 0.8), (6, 0.4)):
         taken = history.measurements[place]
         metrics = {**taken.metrics, "ability/sst/f1": estimate(value, 0.05, count=100, records=100)}
+        metrics["ability/mmlu/acc"] = estimate(0.3 * value - 0.0066, count=100, records=100)
         history.measurements[place] = Measurement(taken.stage, taken.edits, metrics)
     shown = " ".join(score_table(history).split())
     assert "| sst f1 | 0.90 ± 0.05 | 0.40 ± 0.05 |" in shown
-    assert "100 records: sst f1" in shown
+    assert "| mmlu acc | 0.263 | 0.113 |" in shown  # a group, which has no error
+    assert "100 records: sst f1, mmlu acc" in shown
     assert "sst f1 went from 0.90 ± 0.05 to 0.40 ± 0.05" in caution(history)
+    assert "mmlu acc went from 0.263 to 0.113" in caution(history)
+    (course,) = [chart for chart in course_charts(history) if chart.title == "mmlu acc"]
+    assert [mark.text for mark in course.lines[0].marks][-1] == "0.113"
     figure = metrics_figure(history)
     assert figure is not None
     assert "sst f1" in " ".join(axis.get_title() for axis in figure.axes)
@@ -452,6 +458,8 @@ def test_compare_has_a_table_and_curves_of_tasks(tmp_path):
     assert grid.header[3:] == ["sst f1"]
     cells = [(row[2].text, row[3].text, row[3].best) for row in grid.rows]
     assert cells[0][1].startswith("0.9")
+    of_group = Estimate(0.2634, float("nan"), None, 1, 100)  # without an error
+    assert presented.estimate_text(of_group, table.by_name(name).unit) == "0.263"
     assert [best for *_, best in cells] == [False, False, True]
     found = curves(scores)
     courses = {row.plan: [point[:2] for point in points] for (*_, row), points in found.items()}

@@ -18,6 +18,7 @@ from browser import Browser, browser
 from histories import NAN, estimate, losses, outcome, small_history
 from lightning_blue.data.requests import EditRequest, Rejected
 from lightning_blue.metrics.history import LossCurve, Measurement, RunHistory
+from lightning_blue.metrics.table import PERCENT
 from lightning_blue.reporting.axes import ticks
 from lightning_blue.reporting.page import page
 from lightning_blue.reporting.page.bars import LONGEST, bars
@@ -450,7 +451,7 @@ def test_values_under_the_pointer_and_by_key(chromium: Browser, many: Path) -> N
     tip = "document.getElementById('tip').hidden ? '' : document.getElementById('tip').textContent"
     assert chromium.run(tip) == ""
     chromium.point("svg.chart .column:nth-of-type(2) rect", until=f"({tip}) !== ''")
-    error = value_and_error(95.0, 5.0)
+    error = value_and_error(95.0, 5.0, PERCENT)
     assert chromium.run(tip) == (
         f"after 3 edits\nthe batch just applied: 90.0\nall edits so far (a sample): {error}"
     )

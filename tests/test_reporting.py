@@ -265,18 +265,26 @@ def test_score_table_of_a_run_that_measured_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "error", "expected"),
+    ("value", "error", "unit", "expected"),
     [
-        (98.54, 0.62, "98.5 ± 0.6"),
-        (98.54, 12.3, "98.5 ± 12.3"),
-        (23.4567, 0.0312, "23.46 ± 0.03"),
-        (1.0, 1e-9, "1.000 ± 0.000"),
-        (1234567.0, 45678.0, "1.23e+06 ± 5e+04"),
-        (98.54, None, "98.5"),
+        (98.54, 0.62, table.PERCENT, "98.5 ± 0.6"),
+        (98.54, 12.3, table.PERCENT, "98.5 ± 12.3"),
+        (23.4567, 0.0312, "", "23.46 ± 0.03"),
+        (1.0, 1e-9, "", "1.000 ± 0.000"),
+        (1234567.0, 45678.0, "", "1.23e+06 ± 5e+04"),
+        (98.54, None, table.PERCENT, "98.5"),
+        (0.2634, None, table.PERCENT, "0.3"),  # of a hundred
+        (0.2634, None, "", "0.263"),  # of one
+        (-0.01234, None, "", "-0.0123"),
+        (0.0, None, "", "0.0"),
+        (1.0, None, "", "1.00"),
+        (0.25, 0.0, "", "0.250 ± 0.000"),
+        (98.54, None, "", "98.5"),
+        (1234.5, None, "", "1234.5"),
     ],
 )
-def test_value_and_error(value: float, error: float | None, expected: str) -> None:
-    assert tables.value_and_error(value, error) == expected
+def test_value_and_error(value: float, error: float | None, unit: str, expected: str) -> None:
+    assert tables.value_and_error(value, error, unit) == expected
 
 
 def test_a_new_row_is_shown_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

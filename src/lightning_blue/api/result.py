@@ -257,7 +257,7 @@ class EditResult:
     def _rows(self) -> list[list[str]]:
         before, after = metrics_at(self.history, "pre"), metrics_at(self.history, "post")
         return [
-            [spec.label, estimate_text(before.get(spec.name)), estimate_text(after.get(spec.name))]
+            [spec.label, *(estimate_text(m.get(spec.name), spec.unit) for m in (before, after))]
             for spec in measured(self.history)
             if spec.name in before or spec.name in after
         ]

@@ -80,19 +80,19 @@ def _of_metric(
     ours = _ours(data, metric, scores)
     places = list(dict.fromkeys(place for *_, place in ours))
     theirs = list(dict.fromkeys(model for *_, model in published))
-    rows = []
+    rows, spec = [], table.by_name(metric)
     for method, plan in dict.fromkeys((m, p) for m, p, _ in [*published, *ours]):
         cells = [Cell(method), Cell(plan_title(plan))]
-        cells += [Cell(estimate_text(ours.get((method, plan, place)))) for place in places]
+        found = [ours.get((method, plan, place)) for place in places]
+        cells += [Cell(estimate_text(each, spec.unit)) for each in found]
         for model in theirs:
             number = published.get((method, plan, model))
             text = "-" if number is None else f"{number.value:.2f} ± {number.error:.2f}"
             cells.append(Cell(text))
         rows.append(cells)
-    label = table.by_name(metric).label
     return Grid(
         f"paper-{part}-{data.lower()}-{metric}",
-        f"{label}, {data}: here, and in the paper's Table {part.replace('-', ', ')}",
+        f"{spec.label}, {data}: here, and in the paper's Table {part.replace('-', ', ')}",
         f"{paper.REMARKS[part]} Models and data here need not be the paper's.".strip(),
         ["method", "plan", *(f"{p} (here)" for p in places), *(f"{m} (paper)" for m in theirs)],
         rows,

@@ -146,7 +146,8 @@ def difference_grid(name: str, title: str, found: Sequence[Difference]) -> Grid 
         if each.first.method != method or each.first.plan == each.second.plan:
             method = _less(each.second, each.first)
         texts = [each.second.model, method, each.data, table.by_name(each.metric).label]
-        texts += [_signed(each.value, each.standard_error), f"{each.requests}"]
+        unit = table.by_name(each.metric).unit
+        texts += [_signed(each.value, each.standard_error, unit), f"{each.requests}"]
         texts += [f"{each.better}", f"{each.worse}", each.test, _p(each.p), _p(each.adjusted)]
         texts += _over_replicates(each) if several else []
         rows.append([*map(Cell, texts)])
@@ -168,7 +169,9 @@ def _over_replicates(each: Difference) -> list[str]:
     """Return the cells of a difference over seeds and orders: how many, difference, p."""
     if each.replicate_value is None or each.replicate_error is None or each.replicate_p is None:
         return [f"{each.replicates}", "-", "-"]
-    difference = _signed(each.replicate_value, each.replicate_error)
+    difference = _signed(
+        each.replicate_value, each.replicate_error, table.by_name(each.metric).unit
+    )
     return [f"{each.replicates}", difference, _p(each.replicate_p)]
 
 
@@ -219,15 +222,16 @@ def _mean_and_range(runs: Sequence[FinishedRun]) -> str:
 
 def _score(scores: ScoreTable, row: Row, column: Column) -> Cell:
     estimate = scores.cells.get((row, column))
-    return Cell(estimate_text(estimate), scores.best(row, column), scores.improved(row, column))
+    text = estimate_text(estimate, column.spec.unit)
+    return Cell(text, scores.best(row, column), scores.improved(row, column))
 
 
-def estimate_text(estimate: Estimate | None) -> str:
+def estimate_text(estimate: Estimate | None, unit: str) -> str:
     """Write an estimate with its errors; that over runs, in brackets, to one more decimal.
 
-    >>> estimate_text(Estimate(97.0123, 1.2, 0.7312, 3, 200))
+    >>> estimate_text(Estimate(97.0123, 1.2, 0.7312, 3, 200), table.PERCENT)
     '97.0 ± 1.2 (0.73)'
-    >>> estimate_text(Estimate(2.7702, 0.05, 5.3e-10, 3, 200))
+    >>> estimate_text(Estimate(2.7702, 0.05, 5.3e-10, 3, 200), "")
     '2.77 ± 0.05 (0)'
     """
     if estimate is None:
@@ -235,7 +239,7 @@ def estimate_text(estimate: Estimate | None) -> str:
     if not math.isfinite(estimate.value):
         return NOT_FINITE
     error = estimate.standard_error
-    text = value_and_error(estimate.value, error if math.isfinite(error) else None)
+    text = value_and_error(estimate.value, error if math.isfinite(error) else None, unit)
     if estimate.replicate_error is not None:
         decimals = len(text.partition(" ")[0].partition(".")[2])
         text += f" ({round(estimate.replicate_error, decimals + 1):.2g})"
@@ -261,8 +265,9 @@ def _less(second: Row, first: Row) -> str:
     return f"{second.method}, {plans[0]} less {first.method}, {plans[1]}"
 
 
-def _signed(value: float, error: float | None) -> str:
-    text = value_and_error(value, error if error is not None and math.isfinite(error) else None)
+def _signed(value: float, error: float | None, unit: str) -> str:
+    known = error if error is not None and math.isfinite(error) else None
+    text = value_and_error(value, known, unit)
     return text if value < 0 else f"+{text}"
 
 

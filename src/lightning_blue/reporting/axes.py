@@ -63,8 +63,14 @@ def titled(label: str, specs: Sequence[MetricSpec]) -> str:
     return f"{label}\nhigher is better, lower of {', '.join(lower)}"
 
 
-def short(value: float) -> str:
-    """Write a number in at most five characters."""
+def short(value: float, unit: str) -> str:
+    """Write a number in at most five characters.
+
+    >>> short(0.2634, ""), short(0.2634, PERCENT)
+    ('0.263', '0.3')
+    """
+    if not unit and 0 < value < 1:
+        return f"{value:.3f}"
     if value < 100:
         return f"{value:.1f}"
     if value < 10_000:

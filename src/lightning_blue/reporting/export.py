@@ -114,8 +114,8 @@ def caution(history: RunHistory) -> str:
     """Say which side effects were measured, and that others are possible."""
     before, after = metrics_at(history, "pre"), metrics_at(history, "post")
     changes = [
-        f"{spec.title} went from {estimate_text(before[spec.name])} to "
-        f"{estimate_text(after[spec.name])}"
+        f"{spec.title} went from {estimate_text(before[spec.name], spec.unit)} to "
+        f"{estimate_text(after[spec.name], spec.unit)}"
         for spec in table.among(before)
         if spec.side_effect and spec.name in after
     ]

@@ -226,7 +226,7 @@ def _draw_course(
     else:
         axis.set_ylim(*fitted(spec, values))
     if unedited is not None:
-        _draw_unedited(axis, unedited["value"])
+        _draw_unedited(axis, unedited["value"], spec.unit)
     axis.set_title(titled(spec.label, [spec]), fontsize=10, color=INK)
 
 
@@ -245,7 +245,7 @@ def _line(axis: Axes, spec: MetricSpec, points: Points, look: Style) -> None:
     axis.plot(edits, values, markevery=marked, markersize=4, linewidth=1.6, **look)
 
 
-def _draw_unedited(axis: Axes, value: float) -> None:
+def _draw_unedited(axis: Axes, value: float, unit: str) -> None:
     """Draw the unedited value as a line; where it is far off, say where it is instead."""
     logarithmic = axis.get_yscale() == "log"
     limits = widened(axis.get_ylim(), value, logarithmic)
@@ -255,7 +255,7 @@ def _draw_unedited(axis: Axes, value: float) -> None:
         return
     below = value < axis.get_ylim()[0]
     axis.annotate(
-        f"unedited: {short(value)} {'↓' if below else '↑'}",
+        f"unedited: {short(value, unit)} {'↓' if below else '↑'}",
         (0.02, 0.03 if below else 0.97),
         xycoords="axes fraction",
         va="bottom" if below else "top",
@@ -282,16 +282,16 @@ def _draw_bars(axis: Axes, specs: Sequence[MetricSpec], before: Metrics, after: 
     for place, (metrics, colour) in enumerate(((before, GREY), (after, BLUE))):
         for x, spec in enumerate(specs):
             if spec.name in metrics:
-                _draw_bar(axis, x + 0.4 * place - 0.2, metrics[spec.name], colour)
+                _draw_bar(axis, x + 0.4 * place - 0.2, metrics[spec.name], spec.unit, colour)
     axis.set_xticks(range(len(specs)), [spec.title.replace(" ", "\n") for spec in specs])
     axis.set_xlim(-0.5, len(specs) - 0.5)
 
 
-def _draw_bar(axis: Axes, x: float, estimate: Mapping[str, float], colour: str) -> None:
+def _draw_bar(axis: Axes, x: float, estimate: Mapping[str, float], unit: str, colour: str) -> None:
     value, error = estimate["value"], estimate.get("standard_error", 0.0)
     axis.bar(x, value, 0.38, color=colour, yerr=error, ecolor=INK, capsize=3)
     axis.annotate(
-        short(value),
+        short(value, unit),
         (x, value + error),
         textcoords="offset points",
         xytext=(0, 3),

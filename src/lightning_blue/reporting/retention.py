@@ -66,7 +66,8 @@ def retention_section(history: RunHistory) -> str:
     for name, matrix in _shown(matrices(history)).items():
         found = three_numbers(matrix)
         names = ("retention_mean", "retention_first_batch", "forgetting")
-        rows.append([table.by_name(name).title, *(estimate_text(found.get(n)) for n in names)])
+        cells = [estimate_text(found.get(n), PERCENT) for n in names]
+        rows.append([table.by_name(name).title, *cells])
     if not rows:
         return ""
     header = ["metric", "mean over batches", "first batch", "mean forgetting"]

@@ -77,7 +77,7 @@ def stages_table(stages: Mapping[str, Metrics], specs: Iterable[MetricSpec]) -> 
         if any(spec.name in metrics for spec in rows)
     }
     cells = [
-        [spec.title, *(estimate_text(metrics.get(spec.name)) for metrics in columns.values())]
+        [spec.title, *(estimate_text(m.get(spec.name), spec.unit) for m in columns.values())]
         for spec in rows
     ]
     return markdown_table(cells, ["metric", *columns]) if rows else ""
@@ -150,28 +150,36 @@ def sample_sizes(stages: Mapping[str, Metrics]) -> str:
     return f"Measured on {'; '.join(parts)}."
 
 
-def estimate_text(estimate: Mapping[str, float] | None) -> str:
+def estimate_text(estimate: Mapping[str, float] | None, unit: str) -> str:
     """Write an estimate as a cell: a number, that it is not finite, or ``-`` for none."""
     if estimate is None:
         return "-"
     if "value" not in estimate:
         return NOT_FINITE
-    return value_and_error(estimate["value"], estimate.get("standard_error"))
+    return value_and_error(estimate["value"], estimate.get("standard_error"), unit)
 
 
-def value_and_error(value: float, error: float | None) -> str:
+def value_and_error(value: float, error: float | None, unit: str) -> str:
     """Write a number with as many decimals as its standard error makes meaningful.
 
-    >>> value_and_error(98.5123, 0.6213)
+    Without one, or with an error of zero, it has one decimal; what has no unit, and may be a
+    fraction, has three significant digits at least.
+
+    >>> value_and_error(98.5123, 0.6213, table.PERCENT)
     '98.5 ± 0.6'
-    >>> value_and_error(23.4567, 0.0312)
+    >>> value_and_error(23.4567, 0.0312, "")
     '23.46 ± 0.03'
-    >>> value_and_error(98.5123, None)
-    '98.5'
+    >>> value_and_error(98.5123, None, table.PERCENT), value_and_error(0.26344, None, "")
+    ('98.5', '0.263')
     """
     if abs(value) >= 1e5:
         return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.1g}"
-    decimals = min(3, max(1, -math.floor(math.log10(error)))) if error else 1
+    if error:
+        decimals = min(3, max(1, -math.floor(math.log10(error))))
+    elif unit or not value:
+        decimals = 1
+    else:
+        decimals = max(1, 2 - math.floor(math.log10(abs(value))))
     number = f"{value:.{decimals}f}"
     return number if error is None else f"{number} ± {error:.{decimals}f}"
 

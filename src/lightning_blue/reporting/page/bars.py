@@ -70,7 +70,7 @@ def _bars(spec: MetricSpec, estimates: Mapping[str, Mapping[str, float]]) -> Bar
                 STAGES[label],
                 length(estimate["value"]),
                 (length(2 * estimate["value"] - _upper(estimate)), length(_upper(estimate))),
-                estimate_text(estimate),
+                estimate_text(estimate, spec.unit),
             )
             for label, estimate in estimates.items()
         ],

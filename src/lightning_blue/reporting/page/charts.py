@@ -107,7 +107,7 @@ def _course(course: Course, unedited: float | None, last: int) -> Chart:
     shown = limits if unedited is None else widened(limits, unedited, logarithmic)
     aside = ""
     if unedited is not None and shown is None:
-        aside = f"unedited: {short(unedited)} {'↓' if unedited < limits[0] else '↑'}"
+        aside = f"unedited: {short(unedited, spec.unit)} {'↓' if unedited < limits[0] else '↑'}"
     title, _, note = titled(spec.label, [spec]).partition("\n")
     return Chart(
         title=title,
@@ -127,7 +127,7 @@ def _mark(spec: MetricSpec, point: Point) -> Mark:
     low, high = point.span
     if spec.unit == PERCENT:
         low, high = max(0.0, low), min(100.0, high)
-    text = value_and_error(point.value, point.error or None)
+    text = value_and_error(point.value, point.error or None, spec.unit)
     return Mark(point.edits, point.value, low, high, text)
 
 

@@ -35,7 +35,7 @@ def score_tables(history: RunHistory, stages: Mapping[str, Metrics]) -> list[dic
                 "title": spec.title,
                 "direction": spec.direction,
                 "definition": spec.measure(history.protocol).definition,
-                "cells": [estimate_text(metrics.get(spec.name)) for metrics in columns.values()],
+                "cells": [estimate_text(m.get(spec.name), spec.unit) for m in columns.values()],
             }
             for spec in specs
         ]
