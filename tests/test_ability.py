@@ -29,12 +29,12 @@ from lightning_blue.comparison.runs import read_runs
 from lightning_blue.comparison.scores import Estimate, score_tables
 from lightning_blue.metrics import table
 from lightning_blue.metrics.callback import MeasureEdits
-from lightning_blue.metrics.history import Measurement
+from lightning_blue.metrics.history import Measurement, RunHistory
 from lightning_blue.reporting.axes import fitted
 from lightning_blue.reporting.export import caution
 from lightning_blue.reporting.page.charts import course_charts
 from lightning_blue.reporting.plots import metrics_figure
-from lightning_blue.reporting.tables import score_table
+from lightning_blue.reporting.tables import legend, score_table
 from lightning_blue.support.errors import InputError
 from test_compare import make_run, values
 from test_lightning import corpus, data_of, facts, module, trainer_of  # noqa: F401  (fixtures)
@@ -211,6 +211,43 @@ def state(model: Any, tokenizer: Any) -> list[Any]:
     words = (tokenizer.pad_token, tokenizer.padding_side, tokenizer.backend_tokenizer.to_str())
     draws = copy.deepcopy(random.getstate()), np.random.get_state()[1].tolist()
     return [weights, modes, trained, words, draws, torch.get_rng_state()]
+
+
+def test_a_task_says_which_direction_is_better(lm_eval, llama: LanguageModel, tasks, tmp_path):
+    """Of a measure of bias less is better, whatever is true of others with its name."""
+    task = tmp_path / "bias.yaml"
+    text = Path(tasks[0]).read_text()
+    accuracy = "metric: acc\n    aggregation: mean\n    higher_is_better: "
+    task.write_text(text.replace(f"{accuracy}true", f"{accuracy}false"))
+    found = GeneralAbility(AbilitySettings([str(task)])).measure(llama.model, llama.tokenizer)
+    said = {name.rpartition("/")[2]: each["direction"] for name, each in found.items()}
+    assert said == {"acc": -1, "acc_norm": 1, "f1": 1}
+    history = small_history()
+    for place in (0, 2, 6):
+        taken = history.measurements[place]
+        history.measurements[place] = taken._replace(metrics={**taken.metrics, **found})
+    assert "Lower is better: perplexity, towns acc." in " ".join(score_table(history).split())
+    unsaid = {"post": {"ability/mine/points": estimate(3.0), "efficacy": estimate(90.0)}}
+    assert legend(unsaid).endswith("Neither direction is better: mine points.")
+    notes = {chart.title: chart.note for chart in course_charts(history)}
+    assert (notes["towns acc"], notes["towns f1"]) == ("lower is better", "higher is better")
+    resumed = RunHistory(requests=history.requests)
+    resumed.load_state_dict(history.state_dict())
+    assert score_table(resumed).count("towns acc.") == 1
+
+
+def test_which_direction_is_better_where_nothing_or_no_one_thing_is_said(lm_eval):
+    said = {"group": {"acc": None}, "task": {"acc": True}}
+    of = harness_module._direction
+    assert of({"higher_is_better": said}, "group", "acc") == {"direction": 0}
+    assert of({"higher_is_better": said}, "task", "bias") == of({}, "task", "acc") == {}
+    assert table.by_name("ability/mine/points").direction == "neither"
+    registry = pytest.importorskip("lm_eval.api.registry").higher_is_better_registry
+    assert all(
+        registry[name] == (direction == "higher") for name, direction in table.REGISTERED.items()
+    )
+    two = [{"ability/t/m": {"direction": each}} for each in (1.0, -1.0, 1.0)]
+    assert table.directions_in(two) == {"ability/t/m": "neither"}
 
 
 def test_everything_is_left_as_it_was_found(lm_eval, llama: LanguageModel, tasks):
@@ -441,10 +478,12 @@ def test_tables_and_plots_show_tasks_beside_metrics():
 def test_compare_has_a_table_and_curves_of_tasks(tmp_path):
     """As in the paper's Figure 6: ability over edits, with BLUE and without."""
     ends = {"even": 0.25, "boundary": 0.75}
-    name = "ability/sst/f1"
+    name, bias, own = "ability/sst/f1", "ability/crows/pct_stereotype", "ability/mine/points"
     for plan, value in ends.items():
-        numbers = {"post": {name: value}, "pre": {name: 0.875}}
+        numbers = {"post": {name: value, bias: value, own: value}, "pre": {name: 0.875}}
         folder = make_run(tmp_path / "runs", plan, values(1, 0.5), update__plan=plan, **numbers)
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps({**summary, f"post/{bias}/direction": -1}))
         rows = [
             f"step,edits/applied,cumulative/{name},cumulative/{name}/standard_error",
             "4,4,0.8125,0.5",
@@ -455,7 +494,16 @@ def test_compare_has_a_table_and_curves_of_tasks(tmp_path):
     (scores,) = score_tables(runs)
     grid = presented.score_grid(scores, "ability")
     assert grid is not None
-    assert grid.header[3:] == ["sst f1"]
+    assert grid.header[3:] == ["sst f1", "crows pct_stereotype", "mine points"]
+    assert grid.caption.endswith(
+        "Lower is better for crows pct_stereotype; neither direction is better for mine points; "
+        "higher for all others."
+    )
+    assert [[cell.best for cell in row[4:]] for row in grid.rows[1:]] == [
+        [True, False],
+        [False] * 2,
+    ]
+    assert [cell.improved for cell in grid.rows[2][3:]] == [True, False, False]
     cells = [(row[2].text, row[3].text, row[3].best) for row in grid.rows]
     assert cells[0][1].startswith("0.9")
     of_group = Estimate(0.2634, float("nan"), None, 1, 100)  # without an error

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_blue.ability.jackknife import jackknife_error
 from lightning_blue.ability.settings import AbilitySettings
-from lightning_blue.metrics.table import ABILITY
+from lightning_blue.metrics.table import ABILITY, DIRECTION
 from lightning_blue.support.digests import file_digest
 from lightning_blue.support.errors import InputError, first_line
 
@@ -68,7 +68,8 @@ class GeneralAbility:
 
         Returns:
             An estimate for each ``ability/TASK/METRIC``, in the harness's own unit, its standard
-            error over records, of all but means by the jackknife. Groups that the harness
+            error over records, of all but means by the jackknife, and its ``direction``: 1 where
+            higher is better, -1 where lower is, 0 where neither is. Groups that the harness
             aggregates have no error. Empty without tasks.
 
         Raises:
@@ -233,11 +234,23 @@ def _estimates(found: Mapping[str, Any], loaded: Mapping[str, Any]) -> Metrics:
                 continue
             shown = metric if used == NO_FILTER else f"{metric},{used}"
             n = int(results["sample_len"])
-            estimate = {"value": float(value), "count": n, "records": n}
+            better = _direction(found, name, metric)
+            estimate = {"value": float(value), "count": n, "records": n, **better}
             if name in loaded["tasks"]:
                 estimate |= _error(loaded["tasks"][name], found["samples"][name], metric, used)
             metrics[f"{ABILITY}{name}/{shown}"] = estimate
     return metrics
+
+
+def _direction(found: Mapping[str, Any], name: str, metric: str) -> dict[str, float]:
+    """Return under its key which direction is better, as the task says; nothing where it does not.
+
+    Of a group whose tasks do not agree the harness says None: neither is better.
+    """
+    said = found.get("higher_is_better", {}).get(name, {})
+    if metric not in said:
+        return {}
+    return {DIRECTION: 0.0 if said[metric] is None else 1.0 if said[metric] else -1.0}
 
 
 def _error(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from lightning_blue.comparison.changes import Change
@@ -15,7 +15,7 @@ from lightning_blue.comparison.rows import Row
 from lightning_blue.comparison.runs import FinishedRun
 from lightning_blue.comparison.scores import Column, Estimate, ScoreTable
 from lightning_blue.metrics import table
-from lightning_blue.metrics.table import MetricSpec
+from lightning_blue.metrics.table import Direction, MetricSpec
 from lightning_blue.reporting.tables import NOT_FINITE, value_and_error
 
 SHOWN = 20  # changed requests in a table; all are in the CSV file
@@ -51,9 +51,7 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
         ". Bold: best of the model's edited rows; ↑: better with BLUE than the same method with "
         "its classic plan. "
     )
-    lower = [spec.title for spec in specs if spec.direction == "lower"]
-    caption += f"Lower is better for {', '.join(lower)}; " if lower else "Higher is better."
-    caption += "higher for all others." if lower else ""
+    caption += _better({column.spec.title: scores.direction(column) for column in columns})
     suffix = "" if group == "scores" else f", {group}"
     return Grid(
         f"scores-{scores.setting.edits}-{scores.setting.batch_size}{suffix.replace(', ', '-')}",
@@ -63,6 +61,23 @@ def score_grid(scores: ScoreTable, group: str = "scores") -> Grid | None:
         rows,
         texts=3,
     )
+
+
+def _better(directions: Mapping[str, Direction]) -> str:
+    """Say which direction of which metric is better, by title."""
+    named = {
+        each: ", ".join(title for title, direction in directions.items() if direction == each)
+        for each in ("lower", "neither", "higher")
+    }
+    parts = []
+    if named["lower"]:
+        parts.append(f"lower is better for {named['lower']}")
+    if named["neither"]:
+        parts.append(f"neither direction is better for {named['neither']}")
+    if named["higher"]:
+        parts.append("higher for all others" if parts else "higher is better")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _units(specs: Sequence[MetricSpec]) -> str:

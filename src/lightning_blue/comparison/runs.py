@@ -16,6 +16,7 @@ import yaml
 
 from lightning_blue.comparison import identity
 from lightning_blue.comparison.labels import Labels, labels
+from lightning_blue.metrics.table import DIRECTION
 from lightning_blue.reporting.files import flat, read_edits
 from lightning_blue.reporting.run_folders import STATUS, read_status
 from lightning_blue.runs.journal import HEADER, RECORDS
@@ -92,6 +93,16 @@ class FinishedRun:
             key.partition(f"{stage}/")[2] for key in self.summary if key.startswith(f"{stage}/")
         )
         return [k.removesuffix("/count") for k in keys if "/" not in k or k.endswith("/count")]
+
+    @property
+    def directions(self) -> list[dict[str, dict[str, float]]]:
+        """Which direction of metrics is better, as recorded, for `table.directions_in`."""
+        end = f"/{DIRECTION}"
+        return [
+            {key.removesuffix(end).partition("/")[2]: {DIRECTION: number}}
+            for key, number in self.summary.items()
+            if key.endswith(end)
+        ]
 
     def curve(self, metric: str) -> list[tuple[int, float, float]]:
         """Return the cumulative measurement over edits applied: edits, value, standard error."""

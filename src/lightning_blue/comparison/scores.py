@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from lightning_blue.comparison.labels import (
 from lightning_blue.comparison.rows import Row, placed
 from lightning_blue.comparison.runs import FinishedRun
 from lightning_blue.metrics import table
-from lightning_blue.metrics.table import MetricSpec
+from lightning_blue.metrics.table import Direction, Directions, MetricSpec
 from lightning_blue.support.text import counted
 
 
@@ -45,7 +46,7 @@ class Column(NamedTuple):
 
     @property
     def spec(self) -> MetricSpec:
-        """The metric's row in the table of metrics."""
+        """The metric's row in the table of metrics; of a harness task runs say the direction."""
         return table.by_name(self.metric)
 
 
@@ -88,10 +89,19 @@ class ScoreTable:
         """Return the protocol of a data set's runs."""
         return next(runs[0].protocol for (_, name), runs in self.runs.items() if name == data)
 
+    @cached_property
+    def _directions(self) -> Directions:
+        runs = [run for group in self.runs.values() for run in group]
+        return table.directions_in(said for run in runs for said in run.directions)
+
+    def direction(self, column: Column) -> Direction:
+        """Say which direction of a column is better, as its runs have recorded it."""
+        return table.by_name(column.metric, self._directions).direction
+
     def best(self, row: Row, column: Column) -> bool:
         """Say whether no other edited row of the model is better; alone, none is the best."""
         mine = self.cells.get((row, column))
-        if mine is None or row.method == UNEDITED or column.spec.direction == "neither":
+        if mine is None or row.method == UNEDITED or self.direction(column) == "neither":
             return False
         others = [
             self.cells[other, column].value
@@ -101,15 +111,15 @@ class ScoreTable:
             and (other, column) in self.cells
         ]
         finite = [value for value in others if math.isfinite(value)]
-        best = max if column.spec.direction == "higher" else min
+        best = max if self.direction(column) == "higher" else min
         return len(finite) > 1 and mine.value == best(finite)
 
     def improved(self, row: Row, column: Column) -> bool:
         """Say whether a row with BLUE is better than the same method with its classic plan."""
         change = self.change(row, column)
-        if change is None or math.isnan(change) or column.spec.direction == "neither":
+        if change is None or math.isnan(change) or self.direction(column) == "neither":
             return False
-        return change > 0 if column.spec.direction == "higher" else change < 0
+        return change > 0 if self.direction(column) == "higher" else change < 0
 
     def change(self, row: Row, column: Column) -> float | None:
         """Return value with BLUE less value with the classic plan; None where there is no pair."""

@@ -39,6 +39,8 @@ JUDGE = "a judge"
 OWN_PROMPT = "own prompt"  # the prompts of a metric that needs no other prompts
 ANSWERS = "answers"  # those of a metric that reads all answers that are compared with the object
 
+Direction = Literal["higher", "lower", "neither"]  # that is better
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -88,7 +90,7 @@ class MetricSpec:
     title: str
     measured: Measure | Mapping[str, Measure]
     unit: str = PERCENT
-    direction: Literal["higher", "lower", "neither"] = "higher"
+    direction: Direction = "higher"
     needs: tuple[str, ...] = ()
     combines: tuple[str, ...] = ()
     group: Literal[

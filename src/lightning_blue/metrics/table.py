@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from lightning_blue.metrics import functional as F
@@ -56,9 +57,13 @@ from lightning_blue.metrics.spec import (  # noqa: F401  (some are read as `tabl
     TEACHER_FORCED,
     TEACHER_FORCING,
     TRUE_OBJECT,
+    Direction,
     Measure,
     MetricSpec,
 )
+
+Directions = Mapping[str, Direction]  # by metric
+NOTHING_SAID: Directions = MappingProxyType({})
 
 _MAIN: tuple[MetricSpec, ...] = (
     MetricSpec(
@@ -273,14 +278,15 @@ _MAIN: tuple[MetricSpec, ...] = (
 )
 
 ABILITY = "ability/"  # starts the name of each metric of a task of lm-evaluation-harness
-LOWER_IS_BETTER = (  # of the harness's metrics
-    "perplexity",
-    "word_perplexity",
-    "byte_perplexity",
-    "bits_per_byte",
-    "brier_score",
-    "ter",
-)
+REGISTERED: dict[str, Direction] = {  # the harness's own metrics; a run records what it says
+    **dict.fromkeys(("acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm"), "higher"),
+    **dict.fromkeys(("bleu", "bypass", "chrf", "chrf++", "exact_match", "f1"), "higher"),
+    **dict.fromkeys(("likelihood", "mcc"), "higher"),
+    **dict.fromkeys(("bits_per_byte", "brier_score", "byte_perplexity", "perplexity"), "lower"),
+    **dict.fromkeys(("ter", "word_perplexity"), "lower"),
+}
+DIRECTION = "direction"  # the field of an estimate that says which direction is better
+DIRECTIONS: dict[float, Direction] = {1: "higher", -1: "lower", 0: "neither"}
 METRICS: tuple[MetricSpec, ...] = (
     *_MAIN,
     *scored(_MAIN, "probability"),
@@ -290,25 +296,49 @@ METRICS: tuple[MetricSpec, ...] = (
 GROUPS = ("scores", "top-1", "negation", *PROTOCOLS, "retention", "ability")  # the tables, in order
 
 
-def by_name(name: str) -> MetricSpec:
+def by_name(name: str, directions: Directions = NOTHING_SAID) -> MetricSpec:
     """Return a metric's row; that of a task of lm-evaluation-harness is made of its name.
+
+    Args:
+        name: of the metric.
+        directions: of metrics of the harness, see `directions_in`. Without it that of a metric of
+            the harness's own is what its registry says, and of any other neither is better.
 
     Raises:
         KeyError: if no metric has that name.
     """
     if name.startswith(ABILITY):
-        return _ability(name)
+        return _ability(name, directions)
     return {spec.name: spec for spec in METRICS}[name]
 
 
-def among(names: Iterable[str]) -> list[MetricSpec]:
+def among(names: Iterable[str], directions: Directions = NOTHING_SAID) -> list[MetricSpec]:
     """Return the rows of metrics that were measured, in the table's order, then general ability."""
     there = dict.fromkeys(names)
     known = [spec for spec in METRICS if spec.name in there]
-    return known + [_ability(name) for name in there if name.startswith(ABILITY)]
+    return known + [_ability(name, directions) for name in there if name.startswith(ABILITY)]
 
 
-def _ability(name: str) -> MetricSpec:
+def directions_in(measured: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, Direction]:
+    """Return which direction of metrics is better, as their estimates say; neither if they differ.
+
+    Args:
+        measured: estimates by metric, several times.
+
+    >>> bias = {"ability/bbq/bias": {"value": 0.1, "direction": -1.0}, "efficacy": {"value": 90.0}}
+    >>> directions_in([bias])
+    {'ability/bbq/bias': 'lower'}
+    """
+    found: dict[str, Direction] = {}
+    for metrics in measured:
+        for name, estimate in metrics.items():
+            if DIRECTION in estimate:
+                said = DIRECTIONS.get(estimate[DIRECTION], "neither")
+                found[name] = said if found.get(name, said) == said else "neither"
+    return found
+
+
+def _ability(name: str, directions: Directions) -> MetricSpec:
     """Make the row of ``ability/TASK/METRIC``, in the metric's own unit, which nothing says.
 
     >>> by_name("ability/arc_easy/acc_norm").label
@@ -320,7 +350,7 @@ def _ability(name: str) -> MetricSpec:
         f"{task} {metric}",
         Measure(HARNESS, MeanOverRequests, f"{metric} of the task {task} of {HARNESS}"),
         unit="",
-        direction="lower" if metric.split(",")[0] in LOWER_IS_BETTER else "higher",
+        direction=directions.get(name) or REGISTERED.get(metric.split(",")[0], "neither"),
         needs=(HARNESS,),
         group="ability",
         panel="side effects",

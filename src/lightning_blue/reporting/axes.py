@@ -59,8 +59,12 @@ def titled(label: str, specs: Sequence[MetricSpec]) -> str:
         return label
     if len(directions) == 1:
         return f"{label}\n{directions.pop()} is better"
-    lower = [spec.title for spec in specs if spec.direction == "lower"]
-    return f"{label}\nhigher is better, lower of {', '.join(lower)}"
+    others = [
+        f"{direction} of {', '.join(spec.title for spec in specs if spec.direction == direction)}"
+        for direction in ("lower", "neither")
+        if direction in directions
+    ]
+    return f"{label}\nhigher is better, {', '.join(others)}"
 
 
 def short(value: float, unit: str) -> str:

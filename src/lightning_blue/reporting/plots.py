@@ -23,6 +23,7 @@ from lightning_blue.reporting.views import (
     Points,
     finite,
     loss_quantiles,
+    measured,
     metrics_at,
     series,
 )
@@ -84,7 +85,7 @@ def courses(history: RunHistory) -> list[Course]:
     One that was measured after a single batch has none.
     """
     found: list[Course] = []
-    for spec in table.among(name for taken in history.measurements for name in taken.metrics):
+    for spec in measured(history):
         kinds = {"success": SUCCESS, "side effects": SIDE_EFFECTS}.get(spec.panel or "", ())
         lines = [(label, series(history, stages, spec.name), look) for label, stages, look in kinds]
         if len({point.edits for _, line, _ in lines for point in line} - {0}) > 1:

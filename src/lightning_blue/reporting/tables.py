@@ -121,8 +121,9 @@ def _value(estimate: Mapping[str, float]) -> str:
 
 
 def legend(stages: Mapping[str, Metrics]) -> str:
-    """Say what the numbers of measured metrics are: units, and where lower is better."""
-    specs = table.among(name for metrics in stages.values() for name in metrics)
+    """Say what the numbers of measured metrics are: units, and where higher is not better."""
+    names = (name for metrics in stages.values() for name in metrics)
+    specs = table.among(names, table.directions_in(stages.values()))
     others = [spec for spec in specs if spec.unit != table.PERCENT]
     text = "Value ± standard error"
     if len(others) < len(specs):
@@ -133,6 +134,9 @@ def legend(stages: Mapping[str, Metrics]) -> str:
     lower = [spec.title for spec in specs if spec.direction == "lower"]
     if lower:
         text += f". Lower is better: {', '.join(lower)}"
+    neither = [spec.title for spec in specs if spec.direction == "neither"]
+    if neither:
+        text += f". Neither direction is better: {', '.join(neither)}"
     if any("value" not in estimate for m in stages.values() for estimate in m.values()):
         text += f". {NOT_FINITE.capitalize()}: infinite or undefined"
     return text + "."

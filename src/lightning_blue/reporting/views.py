@@ -67,7 +67,9 @@ def finite(metrics: Metrics) -> Metrics:
 
 def measured(history: RunHistory) -> list[MetricSpec]:
     """Return the rows of the metrics that a run measured at any stage, in the table's order."""
-    return table.among(name for stage in history.stages() for name in metrics_at(history, stage))
+    stages = [metrics_at(history, stage) for stage in history.stages()]
+    names = (name for metrics in stages for name in metrics)
+    return table.among(names, table.directions_in(stages))
 
 
 def series(history: RunHistory, stages: Sequence[str], metric: str) -> Points:
