@@ -135,10 +135,12 @@ def test_a_history_takes_over_all_that_a_checkpoint_has():
     history.answers_before = [
         GeneratedAnswer(0, "p", "Where?", "Rome", ("Roma",), " In", " In. Rome", (3, 4), "stop")
     ]
+    history.first_values = {0: {"efficacy": 1.0}}
     history.retention = Retention({0: [0]}, {0: {0: {"efficacy": 1.0}}})
     taken = RunHistory(requests=history.requests)
     taken.load_state_dict(copy.deepcopy(history.state_dict()))
-    for name in ("batches", "measurements", "logged", "retention", "before", "seconds"):
+    state = ("batches", "measurements", "logged", "first_values", "retention", "before", "seconds")
+    for name in state:
         assert getattr(taken, name) == getattr(history, name) != type(getattr(history, name))()
     assert taken.answers_before == history.answers_before
     assert taken.resumed_after == [3]

@@ -232,7 +232,10 @@ class MeasureEdits(Callback):
         )
         metrics = evaluation.metrics
         self._keep(trainer, "batch", metrics)
-        self._follow(pl_module, batch_idx, dict(enumerate(evaluation.outcomes, start=first)))
+        outcomes = dict(enumerate(evaluation.outcomes, start=first))
+        if not number:
+            self.history.first_values = {place: o.values for place, o in outcomes.items()}
+        self._follow(pl_module, batch_idx, outcomes)
         self._log(trainer, _norms(trainer))
         shown = _values("batch", metrics)
         if self._ability_due(len(batch)):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_blue.data.requests import EditRequest, Probe
 from lightning_blue.language_model import scoring
 from lightning_blue.metrics import MeanOverRequests, numbers, table
+from lightning_blue.metrics import functional as F
 from lightning_blue.metrics.matching import GeneratedAnswer
 from lightning_blue.metrics.ratings import Answer, rate
 from lightning_blue.metrics.table import Measure, MetricSpec
@@ -147,6 +148,37 @@ def evaluate(
     )
     outcomes = _outcomes(requests, answers, means, continuations)
     return Evaluation(_compute({**means, **scores}), outcomes)
+
+
+def over_requests(
+    values: Sequence[Mapping[str, float]], protocol: str, added: Collection[str] = ()
+) -> Metrics:
+    """Average values that single requests have already, as `evaluate` does those of all.
+
+    Args:
+        values: of n requests, those of their outcomes.
+        protocol: by which they were measured, ``counterfact`` or ``zsre``.
+        added: as in `evaluate`.
+
+    Returns:
+        Estimates of metrics that requests have values of, and of what combines them; without the
+        number of prompts, which single values do not say.
+    """
+    means: dict[str, MeanOverRequests] = {}
+    for spec, _ in table.of_protocol(protocol, table.COMPARISON, table.TEACHER_FORCED, added=added):
+        there = {i: each[spec.name] for i, each in enumerate(values) if spec.name in each}
+        scale = 100.0 if spec.unit == table.PERCENT else 1.0
+        means[spec.name] = MeanOverRequests(F.as_given, scale, sync_on_compute=False)
+        means[spec.name].update(
+            torch.tensor([*there.values()], dtype=torch.float64),
+            torch.tensor([*there], dtype=torch.long),
+        )
+    scores = {
+        spec.name: _combine(spec, measure, means, len(values))
+        for spec, measure in table.of_protocol(protocol, table.COMBINATION, added=added)
+    }
+    found = _compute({**means, **scores})
+    return {name: {k: v for k, v in e.items() if k != "prompts"} for name, e in found.items()}
 
 
 def evaluate_control_facts(

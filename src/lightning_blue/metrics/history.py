@@ -14,7 +14,7 @@ from lightning_blue.metrics.asked import require_same
 from lightning_blue.metrics.evaluation import Metrics, RequestOutcome
 from lightning_blue.metrics.generated import GenerationSettings
 from lightning_blue.metrics.matching import GeneratedAnswer, answer_from
-from lightning_blue.metrics.retention import Retention
+from lightning_blue.metrics.retention import Retention, Values
 from lightning_blue.support.errors import InputError
 
 READ = "editing_with_targets_read"  # a part of the seconds
@@ -74,6 +74,7 @@ class RunHistory:
         measurements: in the order they were taken.
         logged: edits applied and flat values, as the loggers got them.
         loss_curves: in the order of the batches.
+        first_values: of each request of the first batch, by its place, the values right after it.
         retention: what was measured of earlier batches after later ones.
         before: outcome of each request on the unedited model.
         after: outcome of each request in force at the end, by its place in ``requests``.
@@ -104,6 +105,7 @@ class RunHistory:
     measurements: list[Measurement] = field(default_factory=list)
     logged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     loss_curves: list[LossCurve] = field(default_factory=list)
+    first_values: dict[int, Values] = field(default_factory=dict)
     retention: Retention = field(default_factory=Retention)
     before: list[RequestOutcome] = field(default_factory=list)
     after: dict[int, RequestOutcome] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class RunHistory:
             "measurements": [taken._asdict() for taken in self.measurements],
             "logged": self.logged,
             "loss_curves": [curve._asdict() for curve in self.loss_curves],
+            "first_values": self.first_values,
             "retention": self.retention.state_dict(),
             "before": [asdict(outcome) for outcome in self.before],
             "answers_before": [asdict(answer) for answer in self.answers_before],
@@ -207,6 +210,7 @@ class RunHistory:
         self.measurements = [Measurement(**taken) for taken in state["measurements"]]
         self.logged = state["logged"]
         self.loss_curves = [LossCurve(**curve) for curve in state["loss_curves"]]
+        self.first_values = state.get("first_values", {})
         self.retention.load_state_dict(state["retention"])
         self.before = [
             RequestOutcome(**{**outcome, "correct": tuple(outcome["correct"])})

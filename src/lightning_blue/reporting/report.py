@@ -9,7 +9,7 @@ from pathlib import Path
 from blue_callbacks.guard import OUTCOMES, crossings
 from lightning_blue.data.requests import EditRequest
 from lightning_blue.metrics import table
-from lightning_blue.metrics.evaluation import RequestOutcome
+from lightning_blue.metrics.evaluation import RequestOutcome, over_requests
 from lightning_blue.metrics.history import RunHistory
 from lightning_blue.reporting.answers import generated_answers, verdicts_sentence
 from lightning_blue.reporting.files import FACTS
@@ -203,8 +203,28 @@ def _retention(history: RunHistory) -> str:
     taken, last = history.of("batch"), metrics_at(history, "first_batch")
     if len(taken) < 2 or not last:
         return ""
-    stages = {"right after": cleaned(taken[0].metrics), "at the end": last}
-    return stages_table(stages, table.of_group("scores"))
+    then, said = cleaned(taken[0].metrics), ""
+    first = next(iter(history.batches.values()))
+    kept = [place for place in first if place in history.in_force]
+    if len(kept) < len(first):
+        known = history.first_values
+        if known:
+            values = [known[place] for place in kept]
+            then = over_requests(values, history.protocol, history.added)
+        said = "\n\n" + fill(_superseded(len(kept), len(first), compared=bool(known)))
+    stages = {"right after": then, "at the end": last}
+    return stages_table(stages, table.of_group("scores")) + said
+
+
+def _superseded(kept: int, of: int, compared: bool) -> str:
+    """Say over which requests of the first batch is compared: later ones have replaced others."""
+    those = f"the {kept:,} of its {counted(of, 'request')} that no later one replaces"
+    if compared:
+        return f"Over {those}."
+    return (
+        f"Right after it was applied over all of its requests, at the end over {those}: the two "
+        "are not to be compared."
+    )
 
 
 def _examples(history: RunHistory) -> str:
