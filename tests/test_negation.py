@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.negation import TEXT, negated, negated_prompts, negation_text
 from lightning_blue.metrics.retention import RetentionSettings
 from lightning_blue.reporting import RunRecord
+from lightning_blue.reporting.retention import matrices
 from lightning_blue.support.errors import InputError
 from test_judge import CHAT
 from test_lightning import FACTS, corpus, data_of, module, trainer_of  # noqa: F401  (fixtures)
@@ -159,7 +161,18 @@ def test_a_run_measures_them_if_asked(module, tmp_path, recwarn) -> None:  # noq
     stages = ("batch", "cumulative")
     assert all("negation" in measure.history.of(stage)[0].metrics for stage in stages)
     measure.history.generation = replace(measure.history.generation, each_batch=True)
-    for asked in (True, False):  # the retention matrix is measured without them
+    # the retention matrix is measured without them, though the evaluation of a batch is not
+    after = measure.history.retention.after
+    assert "negation_top1" in after[1][2]
+    assert "negation_top1" not in after[1][0]
+    lines = csv.DictReader((tmp_path / "run" / "retention.csv").open())
+    assert (
+        {"efficacy", "efficacy_top1"}
+        <= {line["metric"] for line in lines}
+        == set(matrices(measure.history))
+    )
+    assert not [name for name in matrices(measure.history) if "negation" in name]
+    for asked in (True, False):
         found = measure.instruments.evaluate(module, measure.history.requests, negation=asked)
         assert any(each.prompts == table.NEGATED for each in found.answers) == asked
         assert ("negation_generation" in found.metrics) == asked

@@ -24,7 +24,7 @@ from lightning_blue.metrics.history import RunHistory
 from lightning_blue.metrics.retention import Retention, RetentionSettings, choose_sample
 from lightning_blue.metrics.retention_matrix import retention_matrix, three_numbers
 from lightning_blue.reporting.report import write_report
-from lightning_blue.reporting.retention import retention_figure, write_retention
+from lightning_blue.reporting.retention import matrices, retention_figure, write_retention
 from lightning_blue.support.errors import InputError
 from test_lightning import corpus, data_of, facts, module, trainer_of  # noqa: F401  (fixtures)
 from test_resume import Crash, run
@@ -340,6 +340,17 @@ def test_many_matrices_stand_in_rows_of_three():
     rows = [panel.get_subplotspec().rowspan.start for panel in panels]
     assert rows == [0, 0, 0, 1]
     assert [bool(panel.get_ylabel()) for panel in panels] == [True, False, False, True]
+
+
+def test_negation_probes_have_no_matrix():
+    """A batch's own evaluation has them, and those after later batches have not."""
+    probes = [spec.name for spec in table.METRICS if table.NEGATED in spec.needs]
+    assert {"negation", "negation_generation"} <= set(probes)
+    history = followed()
+    for batch, column in history.retention.after.items():
+        for place in history.retention.sample[batch]:
+            column[place] = column[place] | dict.fromkeys(probes, 1.0)
+    assert list(matrices(history)) == ["efficacy"]
 
 
 def test_a_run_without_it_says_nothing_of_it(tmp_path: Path):

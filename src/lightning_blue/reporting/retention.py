@@ -32,10 +32,17 @@ Matrices = dict[str, RetentionMatrix]  # by metric
 
 
 def matrices(history: RunHistory) -> Matrices:
-    """Return the retention matrix of each metric that requests have values of."""
+    """Return the retention matrix of each metric that requests have values of.
+
+    Negation probes have none: they are measured of each batch, and not again after later ones.
+    """
     values = [v for column in history.retention.after.values() for v in column.values()]
-    names = table.among(name for each in values for name in each)
-    return {spec.name: retention_matrix(history, spec.name) for spec in names}
+    specs = table.among(name for each in values for name in each)
+    return {
+        spec.name: retention_matrix(history, spec.name)
+        for spec in specs
+        if table.NEGATED not in spec.needs
+    }
 
 
 def write_retention(path: Path, history: RunHistory) -> None:
