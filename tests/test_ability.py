@@ -418,10 +418,44 @@ def test_the_jackknife_of_a_mean_and_of_a_ratio():
     assert jackknife_error(np.mean, values) == pytest.approx(usual)
     assert np.isnan(jackknife_error(np.mean, values[:1]))
     # of exp(mean) the delta method's error is exp(mean) times that of the mean, to first order
-    many = np.random.default_rng(0).normal(0, 0.1, 400).tolist()
+    many = np.random.default_rng(0).normal(0, 0.1, 49).tolist()
     error = jackknife_error(lambda items: float(np.exp(np.mean(items))), many)
-    expected = np.exp(np.mean(many)) * np.std(many, ddof=1) / 20
+    expected = np.exp(np.mean(many)) * np.std(many, ddof=1) / 7
     assert error == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("n", [100, 1012])
+def test_the_jackknife_leaves_out_groups_of_many(n):
+    """51 calls of the aggregate, however many items; of a mean the variance between its groups."""
+    values = np.random.default_rng(n).normal(3, 1, n)
+    seen: list[Any] = []
+
+    def mean(items: list[int]) -> float:
+        seen.append(items)
+        return float(np.mean(values[list(items)]))
+
+    error = jackknife_error(mean, range(n))
+    whole, *rest = seen
+    assert list(whole) == list(range(n))
+    groups = [sorted(set(range(n)) - set(kept)) for kept in rest]
+    assert sorted(place for group in groups for place in group) == list(range(n))
+    sizes = np.array([len(group) for group in groups])
+    assert (len(sizes), sizes.max() - sizes.min()) == (50, 1 if n % 50 else 0)
+    means = np.array([values[group].mean() for group in groups])
+    variance = np.mean(sizes / (n - sizes) * (means - values.mean()) ** 2)
+    assert error == pytest.approx(variance**0.5)
+    if n == 100:  # of equal groups: the usual error of the mean of their means
+        assert error == pytest.approx(means.std(ddof=1) / 50**0.5)
+
+
+def test_the_jackknife_with_groups_is_right_on_average_and_of_sorted_records():
+    """Squared, of a mean, it is s^2 / n but for chance: 0.2 of one draw, a tenth of that of 100."""
+    draws, values = np.random.default_rng(0), np.arange(203.0)  # groups of 4 and of 5
+    exact = values.var(ddof=1) / len(values)
+    shuffled = [jackknife_error(np.mean, draws.permutation(values)) ** 2 for _ in range(100)]
+    assert np.mean(shuffled) == pytest.approx(exact, rel=5 * 0.02)
+    assert jackknife_error(np.mean, values) ** 2 == pytest.approx(exact, rel=5 * 0.2)
+    assert jackknife_error(np.mean, values) == jackknife_error(np.mean, values)
 
 
 def test_without_the_harness_the_message_says_how_to_install_it(monkeypatch):
