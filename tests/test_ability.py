@@ -22,6 +22,7 @@ from histories import estimate, small_history
 from lightning_blue import edit
 from lightning_blue.ability import AbilitySettings, GeneralAbility, paper
 from lightning_blue.ability import harness as harness_module
+from lightning_blue.ability.group_files import read_group, tasks_named
 from lightning_blue.ability.jackknife import jackknife_error
 from lightning_blue.comparison import presented
 from lightning_blue.comparison.curves import curves, figures
@@ -479,6 +480,68 @@ def test_a_misspelt_task_and_a_missing_file_are_named(lm_eval, tmp_path, monkeyp
     (tmp_path / "bad.yaml").write_text("task: bad\ndataset_path: json\noutput_type: guess\n")
     with pytest.raises(InputError, match=r"the task .*bad\.yaml cannot be loaded"):
         GeneralAbility(AbilitySettings([str(tmp_path / "bad.yaml")]))
+
+
+@pytest.fixture
+def small_harness(lm_eval, tasks, monkeypatch) -> list[bool]:
+    """Let the harness come with two tasks, and note of each manager whether it has them."""
+    real, asked = lm_eval.tasks.TaskManager, []
+
+    def manager(include_path: str, include_defaults: bool = True, **known: Any) -> Any:
+        asked.append(include_defaults)
+        paths = [include_path, *([str(Path(tasks[0]).parent)] if include_defaults else [])]
+        return real(include_path=paths, **OWN, **known)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    return asked
+
+
+GROUP = """group: mine
+task:
+  - towns
+  - group: inner
+    task:
+      - task: words
+        task_alias: w
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+metadata: {version: !function utils.nothing}
+"""
+
+
+def test_a_file_may_put_tasks_of_the_harness_together(
+    small_harness, llama: LanguageModel, tasks, tmp_path
+):
+    path = tmp_path / "mine.yaml"
+    path.write_text(GROUP.replace("metadata: {version: !function utils.nothing}\n", ""))
+    found = GeneralAbility(AbilitySettings([str(path)])).measure(llama.model, llama.tokenizer)
+    assert small_harness == [False, True]
+    alone = GeneralAbility(AbilitySettings(tasks)).measure(llama.model, llama.tokenizer)
+    assert small_harness == [False, True, False]  # a task of its own needs no others
+    assert found["ability/mine/acc"]["value"] == alone["ability/towns/acc"]["value"]
+
+
+def test_a_group_s_file_with_a_misspelt_task_names_it(small_harness, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(GROUP.replace("- towns", "- tows"))
+    with pytest.raises(InputError, match=r"no task, group or tag 'tows'(.|\n)*did you mean towns"):
+        GeneralAbility(AbilitySettings([str(path)]))
+
+
+def test_what_a_group_refers_to(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(GROUP)
+    assert tasks_named(read_group(path)) == ["towns", "words"]
+    (tmp_path / "more.yaml").write_text("include: mine.yaml\ngroup: more\n")
+    more = read_group(tmp_path / "more.yaml")
+    assert (more["group"], tasks_named(more)) == ("more", ["towns", "words"])
+    members = "task:\n- group: mmlu\n- task: own\n  dataset_path: json\n"
+    path.write_text(f"include: more.yaml\n{members}")  # each includes the other
+    assert tasks_named(read_group(path)) == ["mmlu"]  # what is defined there is no reference
+    for text in ("task: one\ndataset_path: json\n", "- a list", "group: [", ""):
+        path.write_text(text)
+        assert read_group(path) is None
 
 
 def test_tables_and_plots_show_tasks_beside_metrics():

@@ -12,6 +12,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from hashlib import sha256
 from importlib.metadata import version
@@ -24,6 +25,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_blue.ability.group_files import read_group, tasks_named
 from lightning_blue.ability.jackknife import jackknife_error
 from lightning_blue.ability.settings import AbilitySettings
 from lightning_blue.metrics.table import ABILITY, DIRECTION
@@ -180,7 +182,7 @@ def _load(settings: AbilitySettings) -> dict[str, Any]:
     names = list(dict.fromkeys(settings.tasks or []))
     known = {"folder": settings.data}
     manager = TaskManager(include_path=str(OWN_TASKS), include_defaults=False, metadata=known)
-    if any(name not in manager.all_tasks and not Path(name).is_file() for name in names):
+    if any(_unknown(manager, name) for name in names):
         manager = TaskManager(include_path=str(OWN_TASKS), metadata=known)  # seconds: thousands
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
@@ -196,15 +198,43 @@ def _load(settings: AbilitySettings) -> dict[str, Any]:
     return loaded
 
 
+def _unknown(manager: Any, name: str) -> list[str]:
+    """Return the names that stand for tasks and are none: this one, or those in a group's file."""
+    there = manager.all_tasks
+    if name not in there and Path(name).is_file():
+        return [each for each in tasks_named(read_group(Path(name)) or {}) if each not in there]
+    return [name] if name not in there else []
+
+
+def _index_group(manager: Any, name: str) -> None:
+    """Let a manager know the group in a file by the file's name.
+
+    Of a path it takes the list of a group's tasks for the group's name (lm_eval 0.4.13), and fails.
+    """
+    group = read_group(Path(name)) if name not in manager.all_tasks else None
+    if group is not None:
+        entry = next(iter(manager.task_index.values()))  # as a pattern
+        manager.task_index[name] = replace(
+            entry,
+            name=str(group["group"]),
+            kind=type(entry.kind).GROUP,
+            yaml_path=Path(name).expanduser().resolve(),
+            cfg=None,
+            tags=set(),
+        )
+
+
 def _load_one(manager: Any, name: str) -> Mapping[str, Any]:
-    if name not in manager.all_tasks and not Path(name).is_file():
-        near = get_close_matches(name, manager.all_tasks, n=3)
+    unknown = _unknown(manager, name)
+    if unknown:
+        near = get_close_matches(unknown[0], manager.all_tasks, n=3)
         raise InputError(
-            f"lm-evaluation-harness has no task, group or tag {name!r}",
-            where="measure.ability.tasks",
+            f"lm-evaluation-harness has no task, group or tag {unknown[0]!r}",
+            where="measure.ability.tasks" + (f" = {name}" if unknown != [name] else ""),
             hint=f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them",
         )
     try:
+        _index_group(manager, name)
         loaded: Mapping[str, Any] = manager.load([name])
     except InputError:
         raise
