@@ -310,3 +310,16 @@ def test_an_offline_run_brings_tables_and_pictures(offline):
         given = dict(zip(content["columns"], row, strict=True))
         assert given["aliases"] == ", ".join(line["aliases"])
         assert all(given[key] == line[key] for key in given if key != "aliases")
+
+
+def test_an_offline_logger_needs_no_key_whatever_the_process_did_before(tmp_path, monkeypatch):
+    """W&B reads the environment, in which Lightning says that it is offline, once a process."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()
+    with wandb.init(mode="offline", dir=tmp_path, settings=wandb_logger.quiet_settings()):
+        pass
+    monkeypatch.setenv("WANDB_MODE", "online")  # restored afterwards; the logger changes it
+    logger = make_logger(tmp_path / "run", "test", "offline")
+    assert logger.experiment.offline
+    wandb.finish()

@@ -137,6 +137,8 @@ def make_logger(
     settings = quiet_settings()
     wandb.termsetup(settings, None)  # for what is said before the run has its settings
     named: dict[str, Any] = {}
+    if mode == "offline":  # Lightning says so by the environment, which W&B reads once a process
+        named["mode"] = mode
     if "WANDB_RUN_GROUP" not in os.environ:
         named["group"] = group
     if "WANDB_TAGS" not in os.environ:
