@@ -438,7 +438,13 @@ def test_a_folder_in_which_another_process_is_at_work_is_refused(run, tmp_path, 
     [folder] = [path.parent for path in tmp_path.glob("*/run.json")]
     status = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(status | {"status": "running"}))
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def content() -> dict[str, bytes]:
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+        return {str(path): path.read_bytes() for path in files}
+
+    before = content()
+    assert not (folder / ".lock").exists()  # a run that has ended leaves none
     hold = "import pathlib, sys; from lightning_blue.support.locks import take; "
     hold += "print(take(pathlib.Path(sys.argv[1])), flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(folder)]
@@ -448,11 +454,12 @@ def test_a_folder_in_which_another_process_is_at_work_is_refused(run, tmp_path, 
         assert other.stdout.readline() == "True\n"
         code, err = run(*arguments, "--ckpt_path=last")
         assert (code, "another process is making this run" in err) == (2, True)
-        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert before == content()
         other.kill()  # the system frees what a process held
         other.wait()
     code, err = run(*arguments, "--ckpt_path=last")
     assert code == 0, err
+    (folder / ".lock").touch()  # of a run that goes on, or was killed
     show = main(["show", str(folder)])
     assert (show, ".lock" in capsys.readouterr().out) == (0, False)
 

@@ -31,7 +31,7 @@ from lightning_blue.reporting.wandb_logger import RunWandbLogger, make_logger
 from lightning_blue.support.checkpoints import FOLDER, checkpoints
 from lightning_blue.support.errors import InputError, first_line
 from lightning_blue.support.leftovers import sweep
-from lightning_blue.support.locks import FOLDER_LOCK, give_back, take
+from lightning_blue.support.locks import give_back, take
 from lightning_blue.support.storage import (
     NotWritten,
     make_folder,
@@ -93,8 +93,7 @@ class RunRecord(Callback):
         mine = rank_zero_only.rank == 0 and not self.resumed  # type: ignore[attr-defined]
         if mine and self._folder is not None:
             give_back(self._folder)
-            with suppress(OSError):  # something else stands in it
-                (self._folder / FOLDER_LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # something stands in it
                 self._folder.rmdir()
             self._folder = None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -55,24 +56,36 @@ def take(folder: Path) -> bool:
     """
     import fcntl
 
-    place = folder.resolve()
-    if place in _HELD:
-        return True
-    with writing(folder / FOLDER_LOCK):
-        lock = (folder / FOLDER_LOCK).open("w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child inherits it
-    except (BlockingIOError, PermissionError):
-        lock.close()
-        return False
-    except OSError as error:
-        log.debug("no lock on %s: %s", folder, error)
-    _HELD[place] = lock
+    place, path = folder.resolve(), folder / FOLDER_LOCK
+    while place not in _HELD:
+        with writing(path):
+            lock = path.open("w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child inherits it
+        except (BlockingIOError, PermissionError):
+            lock.close()
+            return False
+        except OSError as error:
+            log.debug("no lock on %s: %s", folder, error)
+        if _is_still(path, lock):
+            _HELD[place] = lock
+        else:  # its last holder removed it in between
+            lock.close()
     return True
+
+
+def _is_still(path: Path, lock: IO[str]) -> bool:
+    """Whether a file that was opened stands at its path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def give_back(folder: Path) -> None:
     """Let other processes take a folder."""
     lock = _HELD.pop(folder.resolve(), None)
     if lock is not None:
+        with suppress(OSError):
+            (folder / FOLDER_LOCK).unlink()
         lock.close()
