@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Iterator
@@ -69,6 +70,7 @@ def take(folder: Path) -> bool:
             log.debug("no lock on %s: %s", folder, error)
         if _is_still(path, lock):
             _HELD[place] = lock
+            atexit.register(give_back, place)
         else:  # its last holder removed it in between
             lock.close()
     return True
