@@ -196,7 +196,11 @@ def test_ripple_edits() -> None:
         ("PLACE_OF_BIRTH", "The place of birth of Ann of Kiev is St. Ives.", ("Ann of Kiev",)),
         ("CAPITAL_OF", "The name of the country which Lyon is the capital of is Gaul.", ("Lyon",)),
         ("POSITION_HELD", "The name of the position held by Ann is mayor of Lyon.", ("Ann",)),
-        ("HEADQUARTERS", "The headquarters of Ann & Co. is located in Lyon.", ("Ann & Co.",)),
+        (
+            "HEADQUARTERS",
+            "The headquarters of Ann & Co. is located in Lyon.",
+            ("Ann & Co.", "Lyon"),
+        ),
         (
             "LIKELY_ANTHEM",
             "The name of the anthem that is most likely to be performed in Lyon is La.",
